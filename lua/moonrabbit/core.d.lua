@@ -1,0 +1,201 @@
+---@meta moonrabbit.core
+--- The C module `moonrabbit.core`: the AMQP engine (csrc/core) as Lua sees it. No sockets, no clock.
+--- Users meet `moonrabbit`, not this; it is written down for the layers above and for editors.
+---
+--- A command that the engine refuses answers `nil, status`, with `status` one of
+--- "closed" "blocked" "window" "overflow" "too_large" "memory" "no_channels" "bad_argument".
+--- Wrong types, unknown options and short strings over 255 bytes throw, naming the argument.
+
+---@class moonrabbit.core
+---@field null userdata                 AMQP's void; `moonrabbit.null`
+---@field types table<string, function> timestamp bytes decimal boolean? int8 uint8 int16 uint16 int32 uint32 int64 uint64 float double -> a Typed userdata (`.type`, `.value`, tostring, ==)
+---@field message_methods table         methods of every Message: Lua fills it in
+---@field confirmation_methods table    methods of every Confirmation: Lua fills it in
+local core = {}
+
+---@class moonrabbit.core.Config
+---@field vhost string
+---@field user string?
+---@field password string?
+---@field mechanism "PLAIN"|"AMQPLAIN"|"EXTERNAL"|nil
+---@field heartbeat integer?        seconds, 0: none
+---@field frame_max integer?        bytes
+---@field channel_max integer?
+---@field max_message_size number?  bytes
+---@field max_buffer number?        bytes
+---@field ack_delay number?         seconds
+---@field client_properties table?
+
+---@param config moonrabbit.core.Config
+---@return moonrabbit.core.Engine
+function core.engine(config) end
+
+---@class moonrabbit.core.Engine : userdata
+local Engine = {}
+
+---@param now number
+function Engine:start(now) end
+--- Copies received bytes in. Returns how many were taken: fewer than given means that `pump` must
+--- be called before the rest is fed.
+---@return integer taken
+function Engine:feed(bytes, now) end
+--- Everything that is to be written now, as one string (maybe ""), counted as written.
+---@return string
+function Engine:drain(now) end
+---@return integer bytes waiting to be written
+function Engine:pending() end
+--- When `tick` wants to be called, or nil for never.
+---@return number?
+function Engine:deadline(now) end
+function Engine:tick(now) end
+---@param text string? how the transport ended
+function Engine:eof(text) end
+---@param paused boolean
+function Engine:pause(paused, now) end
+---@return boolean
+function Engine:is_open() end
+---@return boolean
+function Engine:is_blocked() end
+---@return integer channel_max, integer frame_max, integer heartbeat
+function Engine:tuned() end
+---@return table
+function Engine:server_properties() end
+---@return true|nil, string? status
+function Engine:close(code, text) end
+---@return true|nil, string? status   the reply event's `owner` is nil, method "connection.update-secret-ok"
+function Engine:update_secret(secret, reason) end
+
+--- Takes received frames and does what needs no Lua; returns as soon as Lua must know something:
+---   nil                                          nothing more for now
+---   "open"
+---   "reply", owner, method, fields               e.g. "queue.declare-ok", { queue = …, message_count = … };
+---                                                answers the oldest call of that channel (owner nil: of the connection)
+---   "get", owner, message                        answers the oldest call, a basic.get
+---   "return", owner, message, seq|nil            a message came back (message.reply_code, .reply_text); seq when it was
+---                                                a publish of a confirm channel (its Confirmation is marked by itself)
+---   "confirm", owner                             some publishes of this channel were settled (coalesced: once a pump)
+---   "failed", owner, seq, outcome, confirmation  "nacked" or "unroutable"; the Confirmation knows it too
+---   "deliver", owner, queue                      a DeliveryQueue that was empty no longer is
+---   "cancel", owner, consumer_tag, queue         the broker cancelled a consumer
+---   "flow", owner, active
+---   "channel_closed", owner, err                 err = { kind, code, text, class, method } (plain table)
+---   "blocked", reason         "unblocked"
+---   "closed", err                                the last one
+---@return string? event, any a, any b, any c, any d
+function Engine:pump() end
+
+--- Queues channel.open; a "reply" with "channel.open-ok" follows. `owner` is the Lua object that
+--- events, messages and confirmations of this channel lead to.
+---@param owner table
+---@return moonrabbit.core.Channel|nil, string? status
+function Engine:open_channel(owner) end
+
+---@class moonrabbit.core.Channel : userdata
+local Channel = {}
+
+---@return integer
+function Channel:id() end
+---@return boolean
+function Channel:is_open() end
+--- Any method without content, by its AMQP name and with its AMQP field names (dashes as
+--- underscores, "nowait" and "if_unused" as rabbitmq-c names them): call("queue.declare", { queue = "q", durable = true, arguments = {…} }).
+---@return true|nil, string? status
+function Channel:call(method, fields) end
+--- basic.consume; fields as in `call`, consumer_tag must be set. A "reply" follows.
+---@return moonrabbit.core.DeliveryQueue|nil, string? status
+function Channel:consume(fields) end
+--- basic.get: a "get" or a "reply" with "basic.get-empty" follows.
+---@return true|nil, string? status
+function Channel:get(queue, no_ack) end
+---@return true|nil, string? status
+function Channel:close(code, text) end
+--- Publishes. opts: exchange, routing_key (both "" by default), mandatory, persistent and every
+--- property (content_type content_encoding headers delivery_mode priority correlation_id reply_to
+--- expiration message_id timestamp type user_id app_id cluster_id). mandatory and persistent
+--- default to true on a confirm channel, to false elsewhere; delivery_mode wins over persistent.
+---@param body string
+---@param opts table?
+---@return moonrabbit.core.Confirmation|true|nil confirmation true where the channel has no confirms
+---@return boolean|string flush_or_status whether bytes should leave now; a status after nil
+function Channel:publish(body, opts) end
+---@param route moonrabbit.core.Route
+---@return moonrabbit.core.Confirmation|true|nil, boolean|string
+function Channel:publish_route(route, body) end
+--- Sends a message on, byte for byte, but for the headers set and removed.
+---@param message moonrabbit.core.Message
+---@param set table?       headers to add or replace
+---@param remove string[]? names of headers to leave out ("moonrabbit-seq" always is)
+---@param properties_remove string[]? names of properties to leave out, e.g. "expiration"
+---@return moonrabbit.core.Confirmation|true|nil, boolean|string
+function Channel:forward(message, exchange, routing_key, mandatory, set, remove, properties_remove) end
+---@param n integer 0: no bound
+function Channel:set_window(n) end
+---@return integer
+function Channel:unconfirmed() end
+--- kind: "ack" or "nack". Every outstanding delivery up to tag; 0: all.
+---@return true|nil, boolean|string
+function Channel:settle_upto(tag, kind, requeue) end
+--- Settles by tag: kind "ack" "nack" "reject". Statuses also "settled", "unknown_tag".
+---@return true|nil, boolean|string
+function Channel:settle(tag, kind, requeue) end
+---@return true|nil, string?
+function Channel:flush_acks() end
+---@return integer deliveries not settled yet
+function Channel:unsettled() end
+
+--- A prepared route; opts as for Channel:publish, encoded once.
+---@param opts table
+---@param confirm boolean whether the defaults of a confirm channel hold
+---@return moonrabbit.core.Route
+function core.route(opts, confirm) end
+
+---@class moonrabbit.core.Route : userdata
+
+---@class moonrabbit.core.DeliveryQueue : userdata
+local DeliveryQueue = {}
+---@return moonrabbit.core.Message?
+function DeliveryQueue:pop() end
+---@return integer
+function DeliveryQueue:count() end
+
+--- Message fields: body exchange routing_key redelivered delivery_tag consumer_tag properties headers
+--- channel (the owner), message_count (of get), reply_code and reply_text (of a return). Each is
+--- made when it is read; properties and headers are kept once made.
+---@class moonrabbit.core.Message : userdata
+
+---@class moonrabbit.core.Confirmation : userdata
+
+--- The hot path of `msg:ack()`: settles; true when the bytes should leave now, false when not.
+--- nil, status: "closed" "settled".
+---@return boolean|nil, string? status
+function core.ack(message) end
+---@param kind "nack"|"reject"
+---@param requeue boolean
+---@return boolean|nil, string? status
+function core.settle(message, kind, requeue) end
+--- "pending" "acked" "nacked" "unroutable" "lost"
+---@param confirmation moonrabbit.core.Confirmation
+---@return string outcome, integer seq
+function core.outcome(confirmation) end
+--- The hot path of waiting: true when acked, false when still pending, nil for any other outcome.
+---@return boolean?
+function core.acked(confirmation) end
+--- The owner of a message's or confirmation's channel.
+---@return table owner
+function core.owner(object) end
+---@param value any
+---@return boolean
+function core.is_message(value) end
+
+--- Encodes a Lua table as an AMQP table and back: for tests and tools.
+---@param is_arguments boolean? integral floats become integers
+---@return string
+function core.encode_table(t, is_arguments) end
+---@return table
+function core.decode_table(bytes) end
+
+--- rabbitmq-c's version.
+---@return string
+function core.codec_version() end
+
+return core
