@@ -1,130 +1,128 @@
 /*
- * One C source for Lua 5.1, 5.2, 5.3, 5.4 and LuaJIT. The 5.1 binary is built against PUC Lua 5.1's
- * headers and runs in LuaJIT as well, so it may use nothing that either of the two lacks.
- * Everything here is static: nothing is exported but the luaopen function (MR_EXPORT).
+ * One C source for Lua 5.1, 5.2, 5.3, 5.4 and LuaJIT. What a version lacks is supplied here under
+ * the name that later versions use; as static functions behind macros, so that no symbol that
+ * starts with "lua" is ever exported.
+ *
+ * The 5.1 binary is built against PUC Lua's headers and loaded by LuaJIT too: it may use only what
+ * PUC Lua 5.1 has.
  */
 #ifndef MOONRABBIT_COMPAT_H
 #define MOONRABBIT_COMPAT_H
 
 #include <lauxlib.h>
 #include <lua.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__GNUC__)
+/* What `require` looks up; everything else is hidden (-fvisibility=hidden). */
+#if defined(_WIN32)
+#define MR_EXPORT __declspec(dllexport)
+#else
 #define MR_EXPORT __attribute__((visibility("default")))
+#endif
 #define MR_UNUSED __attribute__((unused))
-#define MR_LIKELY(x) __builtin_expect(!!(x), 1)
-#define MR_UNLIKELY(x) __builtin_expect(!!(x), 0)
-#else
-#define MR_EXPORT
-#define MR_UNUSED
-#define MR_LIKELY(x) (x)
-#define MR_UNLIKELY(x) (x)
-#endif
-
-/* Whether lua_Integer values are a subtype of their own (5.3 and later). Elsewhere every number is
- * a double, and integers are exact up to 2^53 only. */
-#if LUA_VERSION_NUM >= 503
-#define MR_HAS_INTEGERS 1
-#else
-#define MR_HAS_INTEGERS 0
-#endif
-#define MR_EXACT_INTEGER ((int64_t)1 << 53)
 
 #if LUA_VERSION_NUM == 501
 
-#define MR_rawlen(L, i) lua_objlen(L, i)
-
-MR_UNUSED static int mr_absindex(lua_State *L, int i) {
-  return i > 0 || i <= LUA_REGISTRYINDEX ? i : lua_gettop(L) + i + 1;
+static MR_UNUSED int mr_absindex(lua_State *L, int index) {
+  return index > 0 || index <= LUA_REGISTRYINDEX ? index : lua_gettop(L) + index + 1;
 }
 
-MR_UNUSED static void mr_setfuncs(lua_State *L, const luaL_Reg *l, int nup) {
-  luaL_checkstack(L, nup + 1, "too many upvalues");
-  for (; l->name != NULL; l++) {
-    for (int i = 0; i < nup; i++) lua_pushvalue(L, -nup);
-    lua_pushcclosure(L, l->func, nup);
-    lua_setfield(L, -(nup + 2), l->name);
-  }
-  lua_pop(L, nup);
-}
-
-#define mr_checkversion(L) ((void)(L))
-
-#else
-
-#define MR_rawlen(L, i) lua_rawlen(L, i)
-#define mr_absindex(L, i) lua_absindex(L, i)
-#define mr_setfuncs(L, l, nup) luaL_setfuncs(L, l, nup)
-#define mr_checkversion(L) luaL_checkversion(L)
-
-#endif
-
-#define mr_rawlen(L, i) ((size_t)MR_rawlen(L, i))
-
-/* Pushes a new table with the functions of `l` (no upvalues). */
-MR_UNUSED static void mr_newlib(lua_State *L, const luaL_Reg *l) {
-  lua_newtable(L);
-  mr_setfuncs(L, l, 0);
-}
-
-/* The userdata at `i` if its metatable is the registry's `name`, else NULL. */
-MR_UNUSED static void *mr_testudata(lua_State *L, int i, const char *name) {
-  void *p = lua_touserdata(L, i);
-  if (p == NULL || !lua_getmetatable(L, i)) return NULL;
-  lua_getfield(L, LUA_REGISTRYINDEX, name);
-  if (!lua_rawequal(L, -1, -2)) p = NULL;
+static MR_UNUSED void *mr_testudata(lua_State *L, int index, const char *type) {
+  void *block = lua_touserdata(L, index);
+  if (block == NULL || !lua_getmetatable(L, index)) return NULL;
+  luaL_getmetatable(L, type);
+  if (!lua_rawequal(L, -1, -2)) block = NULL;
   lua_pop(L, 2);
-  return p;
+  return block;
 }
 
-/* Pushes the registry metatable `name`, made on first use with __name. Returns 1 when new. */
-MR_UNUSED static int mr_newmetatable(lua_State *L, const char *name) {
-  if (!luaL_newmetatable(L, name)) return 0;
-  lua_pushstring(L, name);
-  lua_setfield(L, -2, "__name");
-  return 1;
+static MR_UNUSED void mr_setfuncs(lua_State *L, const luaL_Reg *functions, int upvalues) {
+  luaL_checkstack(L, upvalues + 1, "too many upvalues");
+  for (; functions->name != NULL; functions++) {
+    for (int i = 0; i < upvalues; i++) lua_pushvalue(L, -upvalues);
+    lua_pushcclosure(L, functions->func, upvalues);
+    lua_setfield(L, -(upvalues + 2), functions->name);
+  }
+  lua_pop(L, upvalues);
 }
 
-/* Pops a table and keeps it with the userdata at `i`, which keeps it alive. Always a table: 5.1 (an
- * environment) and 5.2 take nothing else. */
-MR_UNUSED static void mr_setuservalue(lua_State *L, int i) {
-#if LUA_VERSION_NUM >= 504
-  lua_setiuservalue(L, i, 1);
-#elif LUA_VERSION_NUM >= 502
-  lua_setuservalue(L, i);
-#else
-  lua_setfenv(L, i);
+#define lua_absindex mr_absindex
+#define luaL_testudata mr_testudata
+#define luaL_setfuncs mr_setfuncs
+#define lua_rawlen lua_objlen
+#define luaL_newlibtable(L, l) lua_createtable(L, 0, (int)(sizeof(l) / sizeof((l)[0])) - 1)
+#define luaL_newlib(L, l) (luaL_newlibtable(L, l), luaL_setfuncs(L, l, 0))
+#define luaL_checkversion(L) ((void)(L))
+
 #endif
-}
 
-/* Pushes what mr_setuservalue kept. Before that: nil, or some table on 5.1. */
-MR_UNUSED static void mr_getuservalue(lua_State *L, int i) {
-#if LUA_VERSION_NUM >= 504
-  lua_getiuservalue(L, i, 1);
-#elif LUA_VERSION_NUM >= 502
-  lua_getuservalue(L, i);
+/* Before 5.3 every number is a double, and integers are exact up to 2^53 only. */
+#if LUA_VERSION_NUM < 503
+#define MR_HAS_INTEGERS 0
+#define lua_isinteger(L, index) ((void)(L), (void)(index), 0)
 #else
-  lua_getfenv(L, i);
+#define MR_HAS_INTEGERS 1
 #endif
-}
 
-/* The number at `i` as an exact 64-bit integer; 0 when it is not an integral number that fits. */
-MR_UNUSED static int mr_tointeger(lua_State *L, int i, int64_t *out) {
+/* The number at `index` as a 64-bit integer; 0 when it is none, or not an integral one that fits.
+ * Strings are not converted. */
+static MR_UNUSED int mr_exact_integer(lua_State *L, int index, int64_t *out) {
   lua_Number n;
-  if (lua_type(L, i) != LUA_TNUMBER) return 0;
-#if MR_HAS_INTEGERS
-  if (lua_isinteger(L, i)) {
-    *out = (int64_t)lua_tointeger(L, i);
+  if (lua_type(L, index) != LUA_TNUMBER) return 0;
+  if (lua_isinteger(L, index)) {
+    *out = (int64_t)lua_tointeger(L, index);
     return 1;
   }
-#endif
-  n = lua_tonumber(L, i);
+  n = lua_tonumber(L, index);
   if (!(n >= -9223372036854775808.0 && n < 9223372036854775808.0)) return 0;
   if ((lua_Number)(int64_t)n != n) return 0;
   *out = (int64_t)n;
   return 1;
+}
+
+/* Creates the metatable `type` with its __name and its methods; leaves nothing on the stack.
+ * Methods are looked up in the metatable itself. */
+static MR_UNUSED void mr_new_type(lua_State *L, const char *type, const luaL_Reg *methods) {
+  luaL_newmetatable(L, type);
+  lua_pushstring(L, type);
+  lua_setfield(L, -2, "__name");
+  lua_pushvalue(L, -1);
+  lua_setfield(L, -2, "__index");
+  luaL_setfuncs(L, methods, 0);
+  lua_pop(L, 1);
+}
+
+/* A userdata with room for one table (its "environment" before 5.2, its uservalue since). */
+static MR_UNUSED void *mr_new_userdata(lua_State *L, size_t size) {
+#if LUA_VERSION_NUM >= 504
+  return lua_newuserdatauv(L, size, 1);
+#else
+  return lua_newuserdata(L, size);
+#endif
+}
+
+/* Pops a table and keeps it with the userdata at `index`. */
+static MR_UNUSED void mr_set_uservalue(lua_State *L, int index) {
+#if LUA_VERSION_NUM >= 504
+  lua_setiuservalue(L, index, 1);
+#elif LUA_VERSION_NUM >= 502
+  lua_setuservalue(L, index);
+#else
+  lua_setfenv(L, index);
+#endif
+}
+
+/* Pushes the table that mr_set_uservalue kept; undefined before the first set. */
+static MR_UNUSED void mr_get_uservalue(lua_State *L, int index) {
+#if LUA_VERSION_NUM >= 504
+  lua_getiuservalue(L, index, 1);
+#elif LUA_VERSION_NUM >= 502
+  lua_getuservalue(L, index);
+#else
+  lua_getfenv(L, index);
+#endif
 }
 
 #endif
