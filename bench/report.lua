@@ -87,12 +87,15 @@ end
 -- One panel a case, one bar a peer. Colours that read on white and on black alike; no background.
 
 local COLUMNS, PANEL, LABEL, BAR, STEP, HEAD, GAP = 2, 520, 136, 280, 22, 34, 26
-local COLOURS = { moonrabbit = "#e08a1e", ["rabbitmq-c"] = "#4a90c2", other = "#8f8f8f" }
+local COLOURS = {
+  moonrabbit = "#e08a1e", ["rabbitmq-c"] = "#4a90c2", ["rabbitmq-c-100"] = "#9db8cc", other = "#8f8f8f",
+}
 local INK = "#808080"
+local NAMES = { ["rabbitmq-c-100"] = "the same, ack per 100" }
 
 local function colour(peer)
   if peer:find "^moonrabbit" then return COLOURS.moonrabbit end
-  return peer:find "^rabbitmq%-c" and COLOURS["rabbitmq-c"] or COLOURS.other
+  return COLOURS[peer] or COLOURS.other
 end
 
 local function text(x, y, anchor, s, more)
@@ -114,7 +117,7 @@ local function panel(group, x, y, out)
     if group.base and row ~= group.base then
       label = label .. ("  (%.2g×)"):format(v / value(group.base))
     end
-    out[#out + 1] = text(x + LABEL - 8, at + 13, "end", row.peer)
+    out[#out + 1] = text(x + LABEL - 8, at + 13, "end", NAMES[row.peer] or row.peer)
     out[#out + 1] = ('<rect x="%g" y="%g" width="%.1f" height="%g" rx="2" fill="%s"/>'):format(
       x + LABEL, at + 1, math.max(1.5, v / most * BAR), STEP - 6, colour(row.peer))
     out[#out + 1] = text(x + LABEL + v / most * BAR + 6, at + 13, "start", label)

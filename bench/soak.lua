@@ -42,7 +42,7 @@ local function consume(conn)
     if i == FIRST then before = figures.memory "VmRSS" end
     if i == total then break end
   end
-  assert(i == total, tostring(consumer:reason()))
+  if i < total then error(tostring((consumer:reason()))) end
   return verdict("consume", before)
 end
 
