@@ -71,7 +71,7 @@ modules  := $(foreach v,$(VERSIONS),$(if $(bind_core),$(BUILD)/$v/moonrabbit/cor
 tests    := $(test_src:spec/core/%.c=$(BUILD)/test/%) $(test_net:spec/net/%.c=$(BUILD)/test/net-%)
 fuzzers  := $(fuzz_src:spec/fuzz/%.c=$(BUILD)/fuzz/%)
 
-.PHONY: all modules unit fuzzers deps demo test lint bench fuzz docs install clean help
+.PHONY: all modules unit fuzzers deps demo test lint format rock bench fuzz docs install clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -168,6 +168,9 @@ lint: ## compile with gcc and clang, clang-tidy, clang-format, luacheck, shellch
 	@$(call check_deps,build test)
 	@scripts/lint
 
+format: ## let clang-format rewrite the C files, then lint
+	@scripts/lint --fix
+
 bench: ## against rabbitmq-c, amqp091-go, pika and amqplib; QUICK=1 for under five minutes
 	@$(call check_deps,build $(broker_deps) bench)
 	@$(MAKE) --no-print-directory all
@@ -175,6 +178,9 @@ bench: ## against rabbitmq-c, amqp091-go, pika and amqplib; QUICK=1 for under fi
 
 fuzz: ## run every fuzzer for FUZZ_SECONDS (60)
 	@scripts/fuzz
+
+rock: ## build and load the LuaRocks module under every Lua, in build/rocks
+	@scripts/rocks-test
 
 docs: ## the API manual, into build/docs
 	@$(call check_deps,build test)
