@@ -2,7 +2,7 @@
 #
 # Honoured: CC CFLAGS LDFLAGS LIBFLAG LUA LUA_INCDIR RABBITMQ_INCDIR RABBITMQ_LIBDIR OPENSSL_INCDIR
 # OPENSSL_LIBDIR PREFIX DESTDIR. BUILD is the folder everything goes into; SAN=1 is the variant with
-# AddressSanitizer and UBSan, in $(BUILD)/san. DEPS=no leaves the system's packages unchecked.
+# AddressSanitizer and UBSan, in $(BUILD)/san. DEPS=no leaves the system's packages unchecked; V=1 shows whole commands.
 
 BUILD    ?= build
 PREFIX   ?= /usr/local
@@ -71,6 +71,15 @@ modules  := $(foreach v,$(VERSIONS),$(if $(bind_core),$(BUILD)/$v/moonrabbit/cor
 tests    := $(test_src:spec/core/%.c=$(BUILD)/test/%) $(test_net:spec/net/%.c=$(BUILD)/test/net-%)
 fuzzers  := $(fuzz_src:spec/fuzz/%.c=$(BUILD)/fuzz/%)
 
+# One short line for each file; the whole commands with V=1.
+ifdef V
+  say = @:
+  Q :=
+else
+  say = @echo
+  Q := @
+endif
+
 .PHONY: all modules unit fuzzers deps demo test lint format rock bench fuzz docs install clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -86,25 +95,30 @@ fuzzers: $(fuzzers)
 
 $(BUILD)/obj/core/%.o: csrc/core/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(flags) $(depflags) $(rabbitmq_inc) $(CFLAGS) -c -o $@ $<
+	$(say) '  cc    $@'
+	$(Q)$(CC) $(flags) $(depflags) $(rabbitmq_inc) $(CFLAGS) -c -o $@ $<
 
 $(BUILD)/obj/net/%.o: csrc/net/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(flags) $(depflags) $(openssl_inc) $(CFLAGS) -c -o $@ $<
+	$(say) '  cc    $@'
+	$(Q)$(CC) $(flags) $(depflags) $(openssl_inc) $(CFLAGS) -c -o $@ $<
 
 define per_lua
 $(BUILD)/obj/lua$1/%.o: csrc/lua/%.c Makefile
 	@mkdir -p $$(@D)
-	$$(CC) $$(flags) $$(depflags) -isystem $$(call lua_incdir,$1) $$(rabbitmq_inc) $$(openssl_inc) \
+	$$(say) '  cc    $$@'
+	$$(Q)$$(CC) $$(flags) $$(depflags) -isystem $$(call lua_incdir,$1) $$(rabbitmq_inc) $$(openssl_inc) \
 	  $$(CFLAGS) -c -o $$@ $$<
 
 $(BUILD)/$1/moonrabbit/core.so: $$(patsubst csrc/lua/%.c,$(BUILD)/obj/lua$1/%.o,$(bind_core) $(compat_src)) $(core_obj)
 	@mkdir -p $$(@D)
-	$$(CC) $$(LIBFLAG) $$(sanitize) $$(CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(rabbitmq_lib)
+	$$(say) '  link  $$@'
+	$$(Q)$$(CC) $$(LIBFLAG) $$(sanitize) $$(CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(rabbitmq_lib)
 
 $(BUILD)/$1/moonrabbit/net.so: $$(patsubst csrc/lua/%.c,$(BUILD)/obj/lua$1/%.o,$(bind_net) $(compat_src)) $(net_obj)
 	@mkdir -p $$(@D)
-	$$(CC) $$(LIBFLAG) $$(sanitize) $$(CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(openssl_lib)
+	$$(say) '  link  $$@'
+	$$(Q)$$(CC) $$(LIBFLAG) $$(sanitize) $$(CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(openssl_lib)
 endef
 $(foreach v,$(VERSIONS),$(eval $(call per_lua,$v)))
 
@@ -112,12 +126,14 @@ $(foreach v,$(VERSIONS),$(eval $(call per_lua,$v)))
 
 $(BUILD)/test/%: spec/core/%.c $(test_common) $(core_obj) Makefile
 	@mkdir -p $(@D)
-	$(CC) $(flags) $(depflags) -Ispec/core $(rabbitmq_inc) $(CFLAGS) $(LDFLAGS) -o $@ \
+	$(say) '  cc    $@'
+	$(Q)$(CC) $(flags) $(depflags) -Ispec/core $(rabbitmq_inc) $(CFLAGS) $(LDFLAGS) -o $@ \
 	  $< $(test_common) $(core_obj) $(rabbitmq_lib) -ldl -lpthread
 
 $(BUILD)/test/net-%: spec/net/%.c $(test_common) $(net_obj) Makefile
 	@mkdir -p $(@D)
-	$(CC) $(flags) $(depflags) -Ispec/core -Ispec/net $(openssl_inc) $(CFLAGS) $(LDFLAGS) -o $@ \
+	$(say) '  cc    $@'
+	$(Q)$(CC) $(flags) $(depflags) -Ispec/core -Ispec/net $(openssl_inc) $(CFLAGS) $(LDFLAGS) -o $@ \
 	  $< $(test_common) $(net_obj) $(openssl_lib) -ldl
 
 # ---- Fuzzers: libFuzzer with the core built for it ----------------------------------------------
@@ -131,21 +147,25 @@ fuzz_libs  = $(rabbitmq_lib) $(openssl_lib) -ldl -lm
 
 $(BUILD)/fuzz/obj/lua/%.o: csrc/lua/%.c Makefile
 	@mkdir -p $(@D)
-	$(CLANG) $(fuzz_flags) $(depflags) -isystem $(call lua_incdir,5.4) \
+	$(say) '  clang $@'
+	$(Q)$(CLANG) $(fuzz_flags) $(depflags) -isystem $(call lua_incdir,5.4) \
 	  -fsanitize=fuzzer-no-link,address,undefined -c -o $@ $<
 
 $(BUILD)/fuzz/obj/%.o: csrc/%.c Makefile
 	@mkdir -p $(@D)
-	$(CLANG) $(fuzz_flags) $(depflags) -fsanitize=fuzzer-no-link,address,undefined -c -o $@ $<
+	$(say) '  clang $@'
+	$(Q)$(CLANG) $(fuzz_flags) $(depflags) -fsanitize=fuzzer-no-link,address,undefined -c -o $@ $<
 
 $(BUILD)/fuzz/lua_%: spec/fuzz/lua_%.c $(fuzz_obj) $(fuzz_bind) Makefile
 	@mkdir -p $(@D)
-	$(CLANG) $(fuzz_flags) $(depflags) -isystem $(call lua_incdir,5.4) -fsanitize=fuzzer,address,undefined \
+	$(say) '  clang $@'
+	$(Q)$(CLANG) $(fuzz_flags) $(depflags) -isystem $(call lua_incdir,5.4) -fsanitize=fuzzer,address,undefined \
 	  -o $@ $< $(fuzz_obj) $(fuzz_bind) -llua5.4 $(fuzz_libs)
 
 $(BUILD)/fuzz/%: spec/fuzz/%.c $(fuzz_obj) Makefile
 	@mkdir -p $(@D)
-	$(CLANG) $(fuzz_flags) $(depflags) -fsanitize=fuzzer,address,undefined -o $@ $< $(fuzz_obj) $(fuzz_libs)
+	$(say) '  clang $@'
+	$(Q)$(CLANG) $(fuzz_flags) $(depflags) -fsanitize=fuzzer,address,undefined -o $@ $< $(fuzz_obj) $(fuzz_libs)
 
 # ---- What people run ---------------------------------------------------------------------------
 
