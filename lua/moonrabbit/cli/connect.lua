@@ -1,0 +1,75 @@
+--- Connecting, and what an error of the world means for the exit code.
+
+local credentials = require "moonrabbit.cli.credentials"
+local exit = require "moonrabbit.cli.exit"
+local output = require "moonrabbit.cli.output"
+
+local connect = {}
+
+local kinds = { auth = exit.denied, vhost = exit.denied }
+local unreachable = { refused = true, timeout = true, dns = true, tls = true, protocol = true, closed = true }
+
+--- The exit code for an error; `connecting`: whether there was no connection yet.
+function connect.exit_code(err, connecting)
+  if type(err) ~= "table" then return exit.failed end
+  if kinds[err.kind] or err.code == 403 then return exit.denied end
+  if connecting and unreachable[err.kind] then return exit.unreachable end
+  return exit.failed
+end
+
+--- Complains about an error and returns its exit code.
+function connect.fail(err, connecting)
+  output.complain(err)
+  return connect.exit_code(err, connecting)
+end
+
+--- A connection, or nil and an exit code, with the complaint made.
+function connect.open(args, extra)
+  local options, problem = credentials.resolve(args)
+  if not options then
+    output.complain(problem)
+    return nil, exit.usage
+  end
+  options.name = "moonrabbit " .. args.command
+  options.timeout = options.timeout or 10
+  options.connect_timeout = options.connect_timeout or 10
+  for name, value in pairs(extra or {}) do options[name] = value end
+  local moonrabbit = require "moonrabbit"
+  local conn, err = moonrabbit.connect(options)
+  if not conn then return nil, connect.fail(err, true) end
+  return conn
+end
+
+--- Opens a connection and a channel, runs fn(channel, connection), closes both.
+-- fn returns an exit code, or nil, err.
+function connect.with_channel(args, channel_options, fn)
+  local conn, code = connect.open(args)
+  if not conn then return code end
+  local ch, err = conn:channel(channel_options)
+  if not ch then
+    conn:close(1)
+    return connect.fail(err)
+  end
+  local result, problem = fn(ch, conn)
+  conn:close(args.timeout or 10)
+  if result == nil then return connect.fail(problem) end
+  return result
+end
+
+--- Watches SIGINT and SIGTERM: fn(exit_code) is called in a task of its own.
+function connect.on_stop(fn)
+  local runtime = require "moonrabbit.runtime.native"
+  runtime.signal("INT", function() fn(exit.interrupted) end)
+  runtime.signal("TERM", function() fn(exit.terminated) end)
+  return function()
+    runtime.signal("INT", nil)
+    runtime.signal("TERM", nil)
+  end
+end
+
+--- Monotonic seconds.
+function connect.now()
+  return require "moonrabbit.runtime.native".now()
+end
+
+return connect

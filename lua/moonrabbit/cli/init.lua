@@ -1,0 +1,92 @@
+--- The command line: `moonrabbit COMMAND`. One module a command; this one reads the arguments,
+-- runs the command as a task and turns what comes of it into an exit code.
+
+local credentials = require "moonrabbit.cli.credentials"
+local exit = require "moonrabbit.cli.exit"
+local output = require "moonrabbit.cli.output"
+
+local cli = {}
+
+local names = { "publish", "consume", "get", "declare", "bind", "delete", "purge", "doctor" }
+
+local epilog = [[
+Exit codes:
+   0 done   1 the broker said no, or less was done than asked   2 wrong usage
+   3 no connection   4 wrong password, unknown vhost or no permission
+   130, 143 stopped by SIGINT, SIGTERM
+
+]] .. credentials.environment .. [[
+
+
+moonrabbit COMMAND --help tells what a command takes.]]
+
+local function build(argparse)
+  local parser = argparse("moonrabbit", "RabbitMQ from the command line.", epilog)
+  parser:usage_max_width(100):help_max_width(100):help_description_margin(30)
+  parser:require_command(true):command_target "command"
+  parser:flag "--version" :description "Print versions and exit." :action(function()
+    io.stdout:write("moonrabbit ", require "moonrabbit".VERSION or "scm", ", ", rawget(_G, "jit") and jit.version or _VERSION,
+      ", rabbitmq-c ", require "moonrabbit.core".codec_version(), "\n")
+    os.exit(exit.ok)
+  end)
+  credentials.add_options(parser)
+  for _, name in ipairs(names) do
+    local module = require("moonrabbit.cli." .. name)
+    local command = parser:command(name) :summary(module.summary) :description(module.description or module.summary)
+    if module.epilog then command:epilog(module.epilog) end
+    module.build(command, credentials.add_options)
+  end
+  return parser
+end
+
+-- argparse quotes what was typed, and a URL may have been typed in the wrong place.
+local function usage_error(text)
+  output.complain(text .. " (moonrabbit --help)")
+  return exit.usage
+end
+
+-- A throw that leaves a command is a refusal of what was typed (a key too long, a header that cannot
+-- be encoded) or a bug. Lua's own errors are bugs and show their traceback.
+local function thrown(err)
+  local text = tostring(err)
+  local first = text:match "^[^\n]*":gsub("^[^%s:]*%.lua:%d+: ", "")
+  if os.getenv "MOONRABBIT_DEBUG" or text:find("attempt to ", 1, true) or first:find "stack overflow" then
+    io.stderr:write("moonrabbit: this is a bug of moonrabbit: ", output.redact(text), "\n")
+    return exit.failed
+  end
+  output.complain(first)
+  return exit.usage
+end
+
+--- Runs a command. argv: the arguments; returns the exit code.
+function cli.main(argv)
+  local ok, argparse = pcall(require, "argparse")
+  if not ok then
+    output.complain "the command line needs argparse (Debian: lua-argparse; else: luarocks install argparse)"
+    return exit.usage
+  end
+  local parser = build(argparse)
+  local parsed, args = parser:pparse(argv)
+  if not parsed then return usage_error(args) end
+  output.configure(args)
+  local command = require("moonrabbit.cli." .. args.command)
+  if command.check then
+    local problem = command.check(args)
+    if problem then return usage_error(problem) end
+  end
+  local loaded, moonrabbit = pcall(require, "moonrabbit")
+  if not loaded then
+    output.complain("moonrabbit's C modules cannot be loaded: " .. tostring(moonrabbit):match "^[^\n]*")
+    return exit.failed
+  end
+  local ran, code = pcall(moonrabbit.run, command.run, args)
+  if not ran then return thrown(code) end
+  local flushed, err = output.flush()
+  if not flushed then
+    output.complain("stdout cannot be written: " .. tostring(err))
+    return exit.failed
+  end
+  return code
+end
+
+return cli

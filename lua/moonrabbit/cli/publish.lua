@@ -1,0 +1,211 @@
+--- moonrabbit publish
+
+local connect = require "moonrabbit.cli.connect"
+local exit = require "moonrabbit.cli.exit"
+local output = require "moonrabbit.cli.output"
+local progress = require "moonrabbit.cli.progress"
+local values = require "moonrabbit.cli.values"
+
+local publish = {
+  summary = "Publish messages and wait for the broker's confirms.",
+  description = "Publishes a message given as an argument, the bytes of a file, or a message for every line of "
+    .. "standard input, and waits until the broker has every one of them in a queue.",
+  epilog = "Without --exchange the routing key is the name of a queue. Messages are persistent and must be "
+    .. "routable unless you say otherwise. A line of standard input is text: bytes that may hold anything go by --file.",
+}
+
+function publish.build(command, common)
+  command:argument "body" :args "?" :description "The message. Without it and --file: a message for each line of stdin."
+  command:option "-f --file" :argname "<file>" :description "The bytes of this file are the message ('-': all of stdin)."
+  command:group("Route",
+    command:option "-e --exchange" :argname "<name>" :convert(values.short) :default "" :show_default(false)
+      :description "The exchange; by default the one that routes to the queue named by the key.",
+    command:option "-k --routing-key" :argname "<key>" :convert(values.short) :default "" :show_default(false)
+      :description "Routing key.",
+    command:flag "--no-mandatory" :description "Not an error when no queue takes the message.",
+    command:flag "--transient" :description "Not persistent: lost when the broker restarts.")
+  command:group("Headers and properties",
+    command:option "-H --header" :argname "<name=value>" :count "*" :convert(values.header)
+      :description "name=value (a string) or name:=JSON (number, boolean, list, object, null); may be repeated.",
+    command:option "--content-type" :argname "<type>" :convert(values.short),
+    command:option "--content-encoding" :argname "<name>" :convert(values.short),
+    command:option "--priority" :argname "<n>" :convert(values.integer(0, 255)),
+    command:option "--correlation-id" :argname "<id>" :convert(values.short),
+    command:option "--reply-to" :argname "<queue>" :convert(values.short),
+    command:option "--expiration" :argname "<ms>" :convert(values.short)
+      :description "Milliseconds until the message is dropped or dead-lettered.",
+    command:option "--message-id" :argname "<id>" :convert(values.short),
+    command:option "--timestamp" :argname "<unix>" :convert(values.timestamp) :description "Unix seconds, or now.",
+    command:option "--type" :argname "<name>" :convert(values.short),
+    command:option "--user-id" :argname "<name>" :convert(values.short),
+    command:option "--app-id" :argname "<name>" :convert(values.short))
+  command:group("How many",
+    command:option "-n --count" :argname "<n>" :convert(values.count) :description "Publish the message n times.",
+    command:option "--window" :argname "<n>" :convert(values.integer(1, 1000000)) :default "1000"
+      :description "How many may wait for their confirm at once.")
+  common(command)
+end
+
+function publish.check(args)
+  if args.body and args.file then return "a body and --file: give one of them" end
+  if args.count and not args.body and not args.file then
+    return "--count repeats a body or a --file; lines of stdin are published once each"
+  end
+end
+
+local properties = {
+  "content_type", "content_encoding", "priority", "correlation_id", "reply_to", "expiration", "message_id", "type",
+  "user_id", "app_id",
+}
+
+local function publish_options(args)
+  local options = {
+    exchange = args.exchange, routing_key = args.routing_key, headers = values.table(args.header),
+    mandatory = not args.no_mandatory, persistent = not args.transient,
+  }
+  for _, name in ipairs(properties) do options[name] = args[name] end
+  if args.timestamp then options.timestamp = require "moonrabbit".types.timestamp(args.timestamp) end
+  return options
+end
+
+local function read_file(path)
+  if path == "-" then return io.stdin:read "*a" end
+  local file, err = io.open(path, "rb")
+  if not file then return nil, err end
+  local body
+  body, err = file:read "*a"
+  file:close()
+  if not body then return nil, path .. ": " .. tostring(err) end
+  return body
+end
+
+-- Every outcome that is no success, gathered by what it was.
+local Tally = {}
+Tally.__index = Tally
+
+local function new_tally()
+  return setmetatable({ published = 0, confirmed = 0, failed = 0, kinds = {}, reasons = {}, order = {} }, Tally)
+end
+
+function Tally:fail(err)
+  self.failed = self.failed + 1
+  local kind = err.kind
+  self.kinds[kind] = (self.kinds[kind] or 0) + 1
+  local reason = tostring(err)
+  if not self.reasons[reason] then
+    self.reasons[reason] = { count = 0, err = err }
+    self.order[#self.order + 1] = reason
+  end
+  self.reasons[reason].count = self.reasons[reason].count + 1
+end
+
+function Tally:take(ok, err)
+  if ok then self.confirmed = self.confirmed + 1 else self:fail(err) end
+end
+
+-- The confirmations that are not settled yet, oldest first.
+local Pending = {}
+Pending.__index = Pending
+
+function Pending:push(confirmation)
+  self.last = self.last + 1
+  self[self.last] = confirmation
+end
+
+-- Settles until no more than `most` are left.
+function Pending:reap(most, tally, timeout)
+  while self.last - self.first + 1 > most do
+    local confirmation = self[self.first]
+    self[self.first] = nil
+    self.first = self.first + 1
+    tally:take(confirmation:wait(timeout))
+  end
+end
+
+-- Bodies one after another: a function that returns the next body or nil.
+local function repeated(body, count)
+  local given = 0
+  return function()
+    if given == count then return nil end
+    given = given + 1
+    return body
+  end
+end
+
+-- Reading stdin blocks, so everything published so far is sent before it may.
+local function lines(conn)
+  local poller = require "moonrabbit.net".poller()
+  local watched = pcall(poller.set, poller, 0, "r")
+  return function()
+    if watched and poller:wait(0) == 0 then conn:flush() end
+    return io.stdin:read "*l"
+  end
+end
+
+local function report(tally, seconds, code)
+  output.result({
+    published = tally.published, confirmed = tally.confirmed, failed = tally.failed,
+    outcomes = tally.kinds, seconds = tonumber(("%.6f"):format(seconds)),
+  }, ("%d published, %d confirmed%s"):format(tally.published, tally.confirmed,
+    tally.failed > 0 and (", %d failed"):format(tally.failed) or ""))
+  for i, reason in ipairs(tally.order) do
+    if i > 5 then
+      output.complain(("and %d other reasons"):format(#tally.order - 5))
+      break
+    end
+    local known = tally.reasons[reason]
+    output.complain((known.count > 1 and known.count .. " messages: " or "") .. reason)
+    if code == exit.ok then code = connect.exit_code(known.err) end
+  end
+  return code
+end
+
+function publish.run(args)
+  local body, problem
+  if args.body or args.file then
+    body, problem = args.body, nil
+    if args.file then body, problem = read_file(args.file) end
+    if not body then
+      output.complain(problem)
+      return exit.usage
+    end
+  end
+  -- While stdin makes us wait, nobody answers heartbeats.
+  local conn, code = connect.open(args, not body and { heartbeat = 0 } or nil)
+  if not conn then return code end
+  local publisher, err = conn:publisher(publish_options(args))
+  if not publisher then
+    conn:close(1)
+    return connect.fail(err)
+  end
+
+  local stopped
+  local unwatch = connect.on_stop(function(why) stopped = why end)
+  local tally, pending = new_tally(), setmetatable({ first = 1, last = 0 }, Pending)
+  local timeout = args.timeout or 10
+  local began = connect.now()
+  local bar = progress.new("confirmed", body and (args.count or 1), connect.now)
+  local next_body = body and repeated(body, args.count or 1) or lines(conn)
+  while not stopped do
+    local one = next_body()
+    if not one then break end
+    tally.published = tally.published + 1
+    local confirmation
+    confirmation, err = publisher:send_async(one)
+    if confirmation then
+      pending:push(confirmation)
+    else
+      tally:fail(err)
+      if err.kind == "closed" or err.kind == "channel" then break end
+    end
+    pending:reap(args.window - 1, tally, timeout)
+    if tally.published % 256 == 0 then bar:update(tally.confirmed) end
+  end
+  pending:reap(0, tally, timeout)
+  bar:finish()
+  unwatch()
+  conn:close(timeout)
+  return report(tally, connect.now() - began, stopped or exit.ok)
+end
+
+return publish
