@@ -1,0 +1,7 @@
+#ifndef MOONRABBIT_NET_CLOCK_H
+#define MOONRABBIT_NET_CLOCK_H
+
+/* Monotonic seconds. */
+double mrn_now(void);
+
+#endif
