@@ -1,4 +1,5 @@
---- What bench/run found, as text, JSON and SVG. A row is an entry of build/bench.json.
+--- What bench/run found, as text, JSON and SVG. A row is an entry of build/bench.json, and has
+--- `spread`, the distance of the quickest run from the slowest as a part of the median.
 local report = {}
 
 local KEYS = { "case", "broker", "size", "peer", "rate", "cpu_us", "rss_kb", "runs", "syscalls", "median_us" }
@@ -57,19 +58,20 @@ end
 function report.text(rows)
   local out = {}
   for _, group in ipairs(groups(rows)) do
-    local table_rows = { { "", "msgs/s", "ratio", "CPU µs/msg", "ratio", "RSS KiB", "calls/msg",
+    local table_rows = { { "", "msgs/s", "spread", "ratio", "CPU µs/msg", "ratio", "RSS KiB", "calls/msg",
                            group.case == "roundtrip" and "median µs" or "runs" } }
     for _, row in ipairs(group) do
       local base = group.base
       table_rows[#table_rows + 1] = {
-        row.peer, thousands(row.rate), base and ("%.2f"):format(row.rate / base.rate) or "-",
+        row.peer, thousands(row.rate), ("%.0f %%"):format(row.spread * 100),
+        base and ("%.2f"):format(row.rate / base.rate) or "-",
         ("%.2f"):format(row.cpu_us), base and ("%.2f"):format(row.cpu_us / base.cpu_us) or "-", thousands(row.rss_kb),
         row.syscalls and ("%.3f"):format(row.syscalls) or "-",
         row.median_us and ("%.1f"):format(row.median_us) or tostring(row.runs),
       }
     end
     out[#out + 1] = ("%s (%d runs)"):format(group.title, group[1].runs)
-    local widths = { 18, 12, 7, 11, 7, 9, 10, 10 }
+    local widths = { 18, 12, 8, 7, 11, 7, 9, 10, 10 }
     for _, cells in ipairs(table_rows) do
       local line = {}
       for i, cell in ipairs(cells) do
