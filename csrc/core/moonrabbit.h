@@ -13,7 +13,7 @@
  * caller that stops asking stops reading, and memory stays bounded.
  *
  * Ownership: what an event points to belongs to the engine and is valid until the next call of
- * mr_engine_next, mr_engine_rx_reserve, mr_engine_feed or mr_engine_free. What a caller passes in
+ * mr_engine_next, mr_engine_rx_reserve, mr_engine_feed, mr_engine_tick or mr_engine_free. What a caller passes in
  * is copied before the call returns.
  *
  * The engine is not thread-safe: one engine belongs to one thread at a time.
@@ -86,7 +86,7 @@ typedef struct {
   amqp_bytes_t password;   /* copied, and wiped once it has been sent */
   const char *mechanism;   /* "PLAIN", "AMQPLAIN" or "EXTERNAL"; NULL: PLAIN */
   uint16_t heartbeat;      /* seconds; 0: none. The smaller of ours and the broker's nonzero wishes holds */
-  uint32_t frame_max;      /* bytes; 0: what the broker says; at least 4096 */
+  uint32_t frame_max;      /* bytes; 0: 131072; at least 4096; the smaller of ours and the broker's holds */
   uint16_t channel_max;    /* 0: what the broker says */
   uint64_t max_message_size; /* bytes of a body, both ways; 0: 128 MiB */
   size_t max_buffer;       /* bytes of output that may wait; 0: 16 MiB */

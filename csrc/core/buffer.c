@@ -1,0 +1,45 @@
+#include "core/buffer.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { FIRST_CAP = 1024 };
+
+void mr_buffer_compact(mr_buffer *b) {
+  if (b->head == 0) return;
+  memmove(b->data, b->data + b->head, mr_buffer_size(b));
+  b->tail -= b->head;
+  b->head = 0;
+}
+
+static bool grow(mr_buffer *b, size_t need) {
+  size_t cap = b->cap ? b->cap : FIRST_CAP;
+  while (cap < need) {
+    if (cap > SIZE_MAX / 2) return false;
+    cap *= 2;
+  }
+  uint8_t *data = realloc(b->data, cap);
+  if (!data) return false;
+  b->data = data;
+  b->cap = cap;
+  return true;
+}
+
+uint8_t *mr_buffer_reserve(mr_buffer *b, size_t n) {
+  if (b->cap - b->tail >= n && b->data) return b->data + b->tail;
+  if (n > SIZE_MAX - b->tail) return NULL;
+  /* Moving at most as much as was consumed keeps the cost of a byte constant. */
+  if (b->head >= mr_buffer_size(b)) mr_buffer_compact(b);
+  if (b->cap - b->tail < n && !grow(b, b->tail + n)) return NULL;
+  return b->data + b->tail;
+}
+
+void mr_buffer_consume(mr_buffer *b, size_t n) {
+  b->head += n;
+  if (b->head == b->tail) b->head = b->tail = 0;
+}
+
+void mr_buffer_free(mr_buffer *b) {
+  free(b->data);
+  *b = (mr_buffer){0};
+}
