@@ -16,8 +16,8 @@ function consume.build(command, common)
   command:argument "queue" :convert(values.short)
   command:option "-n --count" :argname "<n>" :convert(values.count) :description "Stop after n messages."
   command:option "--ack-mode" :argname "<mode>" :choices { "ack", "none", "requeue", "reject" } :default "ack"
-    :description "ack; none: the broker forgets each message as it sends it; requeue: put them back at the end; "
-      .. "reject: dead-letter or drop them."
+    :description("ack; none: the broker forgets each message as it sends it; requeue: put them back at the end; "
+      .. "reject: dead-letter or drop them.")
   command:option "--prefetch" :argname "<n>" :convert(values.integer(1, 65535)) :default "100"
     :description "How many messages the broker sends ahead."
   command:flag "--exclusive" :description "Be the only consumer."
@@ -38,7 +38,6 @@ end
 
 -- Settles what was written. Written is what the system has taken, not what waits in a buffer.
 local function settle(held, args)
-  if args.quiet then held.broken = false end
   local ok, err = output.flush()
   if not ok then return nil, err end
   if args.ack_mode == "requeue" then return true end

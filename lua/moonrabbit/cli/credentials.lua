@@ -82,14 +82,16 @@ end
 function credentials.add_options(parser)
   parser:group("Connection",
     parser:option "-u --url" :argname "<url>"
-      :description "amqp[s]://user:password@host:port/vhost. Others on the machine can see it: prefer a file or the environment.",
+      :description("amqp[s]://user:password@host:port/vhost. Others on the machine can see what is typed here: "
+        .. "with a password in it prefer a file or the environment."),
     parser:option "--url-file" :argname "<file>" :description "A file whose first line is the URL.",
     parser:option "--user" :argname "<name>" :description "User, instead of the URL's.",
     parser:option "--password-file" :argname "<file>"
       :description "A file whose first line is the password, instead of the URL's.",
     parser:option "--vhost" :argname "<name>" :description "Virtual host, instead of the URL's.",
     parser:option "--timeout" :argname "<seconds>" :convert(credentials.seconds)
-      :description "How long connecting and each answer may take (10); consume: also ends when no message came for so long.")
+      :description("How long connecting and each answer may take (10); "
+        .. "consume: also how long to wait for a message (for ever)."))
   parser:group("TLS (with amqps://)",
     parser:option "--ca" :argname "<file>" :description "Certificate authorities to trust, instead of the system's.",
     parser:option "--cert" :argname "<file>" :description "Client certificate (PEM).",

@@ -23,9 +23,8 @@ end
 function delete.run(args)
   return connect.with_channel(args, {}, function(ch)
     if args.queue then
-      local reply, err = ch:queue_delete(args.name, { if_unused = args.if_unused, if_empty = args.if_empty })
-      if not reply then return nil, err end
-      local count = type(reply) == "table" and reply.message_count or reply
+      local count, err = ch:queue_delete(args.name, { if_unused = args.if_unused, if_empty = args.if_empty })
+      if not count then return nil, err end
       output.result({ queue = args.name, messages = count },
         ("queue %s deleted, %d messages with it"):format(args.name, count))
       return exit.ok

@@ -13,7 +13,8 @@ local get = {
 
 function get.build(command, common)
   command:argument "queue" :convert(values.short)
-  command:option "-n --count" :argname "<n>" :convert(values.integer(1, 65535)) :default "1" :description "How many at most."
+  command:option "-n --count" :argname "<n>" :convert(values.integer(1, 65535)) :default "1"
+    :description "How many at most."
   command:option "--ack-mode" :argname "<mode>" :choices { "requeue", "ack", "none", "reject" } :default "requeue"
     :description "requeue: put them back; ack or none: remove them; reject: dead-letter or drop them."
   command:flag "--raw" :description "Write the bodies only, with nothing between them."

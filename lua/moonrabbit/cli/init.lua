@@ -25,7 +25,8 @@ local function build(argparse)
   parser:usage_max_width(100):help_max_width(100):help_description_margin(30)
   parser:require_command(true):command_target "command"
   parser:flag "--version" :description "Print versions and exit." :action(function()
-    io.stdout:write("moonrabbit ", require "moonrabbit".VERSION or "scm", ", ", rawget(_G, "jit") and jit.version or _VERSION,
+    local jit = rawget(_G, "jit")
+    io.stdout:write("moonrabbit ", require "moonrabbit".VERSION or "scm", ", ", jit and jit.version or _VERSION,
       ", rabbitmq-c ", require "moonrabbit.core".codec_version(), "\n")
     os.exit(exit.ok)
   end)

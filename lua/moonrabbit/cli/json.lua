@@ -14,7 +14,8 @@ function json.is_utf8(s)
   local i = s:find("[\128-\255]")
   while i do
     local c = s:byte(i)
-    local n, low, high = 0, 0x80, 0xBF
+    local n
+    local low, high = 0x80, 0xBF
     if c >= 0xC2 and c <= 0xDF then n = 1
     elseif c >= 0xE0 and c <= 0xEF then
       n = 2

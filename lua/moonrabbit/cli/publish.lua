@@ -11,11 +11,12 @@ local publish = {
   description = "Publishes a message given as an argument, the bytes of a file, or a message for every line of "
     .. "standard input, and waits until the broker has every one of them in a queue.",
   epilog = "Without --exchange the routing key is the name of a queue. Messages are persistent and must be "
-    .. "routable unless you say otherwise. A line of standard input is text: bytes that may hold anything go by --file.",
+    .. "routable unless you say otherwise. A line of standard input is text: bytes that may be anything go by --file.",
 }
 
 function publish.build(command, common)
-  command:argument "body" :args "?" :description "The message. Without it and --file: a message for each line of stdin."
+  command:argument "body" :args "?"
+    :description "The message. Without it and --file: a message for each line of stdin."
   command:option "-f --file" :argname "<file>" :description "The bytes of this file are the message ('-': all of stdin)."
   command:group("Route",
     command:option "-e --exchange" :argname "<name>" :convert(values.short) :default "" :show_default(false)
@@ -160,15 +161,37 @@ local function report(tally, seconds, code)
   return code
 end
 
-function publish.run(args)
-  local body, problem
-  if args.body or args.file then
-    body, problem = args.body, nil
-    if args.file then body, problem = read_file(args.file) end
-    if not body then
-      output.complain(problem)
-      return exit.usage
+-- Publishes until the bodies end, the connection breaks or somebody says stop.
+local function send_all(publisher, next_body, job)
+  local tally, pending = job.tally, job.pending
+  while not job.stopped do
+    local body = next_body()
+    if not body then break end
+    tally.published = tally.published + 1
+    local confirmation, err = publisher:send_async(body)
+    if confirmation then
+      pending:push(confirmation)
+    else
+      tally:fail(err)
+      if err.kind == "closed" or err.kind == "channel" then break end
     end
+    pending:reap(job.window - 1, tally, job.timeout)
+    if tally.published % 256 == 0 then job.bar:update(tally.confirmed) end
+  end
+  pending:reap(0, tally, job.timeout)
+  job.bar:finish()
+end
+
+local function given_body(args)
+  if args.file then return read_file(args.file) end
+  return args.body
+end
+
+function publish.run(args)
+  local body, problem = given_body(args)
+  if problem then
+    output.complain(problem)
+    return exit.usage
   end
   -- While stdin makes us wait, nobody answers heartbeats.
   local conn, code = connect.open(args, not body and { heartbeat = 0 } or nil)
@@ -179,33 +202,18 @@ function publish.run(args)
     return connect.fail(err)
   end
 
-  local stopped
-  local unwatch = connect.on_stop(function(why) stopped = why end)
-  local tally, pending = new_tally(), setmetatable({ first = 1, last = 0 }, Pending)
-  local timeout = args.timeout or 10
   local began = connect.now()
-  local bar = progress.new("confirmed", body and (args.count or 1), connect.now)
-  local next_body = body and repeated(body, args.count or 1) or lines(conn)
-  while not stopped do
-    local one = next_body()
-    if not one then break end
-    tally.published = tally.published + 1
-    local confirmation
-    confirmation, err = publisher:send_async(one)
-    if confirmation then
-      pending:push(confirmation)
-    else
-      tally:fail(err)
-      if err.kind == "closed" or err.kind == "channel" then break end
-    end
-    pending:reap(args.window - 1, tally, timeout)
-    if tally.published % 256 == 0 then bar:update(tally.confirmed) end
-  end
-  pending:reap(0, tally, timeout)
-  bar:finish()
-  unwatch()
-  conn:close(timeout)
-  return report(tally, connect.now() - began, stopped or exit.ok)
+  local job = {
+    tally = new_tally(), pending = setmetatable({ first = 1, last = 0 }, Pending), window = args.window,
+    timeout = args.timeout or 10, bar = progress.new("confirmed", body and (args.count or 1), connect.now),
+  }
+  local unwatch
+  if body then unwatch = connect.on_stop(function(why) job.stopped = why end) end
+  -- A read of stdin cannot be woken: there SIGINT ends the process in its own way.
+  send_all(publisher, body and repeated(body, args.count or 1) or lines(conn), job)
+  if unwatch then unwatch() end
+  conn:close(job.timeout)
+  return report(job.tally, connect.now() - began, job.stopped or exit.ok)
 end
 
 return publish

@@ -14,9 +14,8 @@ end
 
 function purge.run(args)
   return connect.with_channel(args, {}, function(ch)
-    local reply, err = ch:queue_purge(args.queue)
-    if not reply then return nil, err end
-    local count = type(reply) == "table" and reply.message_count or reply
+    local count, err = ch:queue_purge(args.queue)
+    if not count then return nil, err end
     output.result({ queue = args.queue, messages = count }, ("%d messages purged from %s"):format(count, args.queue))
     return exit.ok
   end)
