@@ -7,11 +7,11 @@
  * (406), so each state says exactly what the broker knows. */
 enum {
   OUTSTANDING,
-  GATHERED,     /* acked here, not written */
-  DONE,         /* the broker was told */
-  IN_TX,        /* told, in a transaction that is still open */
-  COMMITTING,   /* in a transaction whose commit was sent */
-  ROLLING_BACK  /* in a transaction whose rollback was sent */
+  GATHERED,    /* acked here, not written */
+  DONE,        /* the broker was told */
+  IN_TX,       /* told, in a transaction that is still open */
+  COMMITTING,  /* in a transaction whose commit was sent */
+  ROLLING_BACK /* in a transaction whose rollback was sent */
 };
 
 enum { FIRST_CAP = 16, COMPACT_AT = 64 };
@@ -165,9 +165,7 @@ bool mr_acks_next(mr_acks *a, mr_settlement *out) {
   return true;
 }
 
-void mr_acks_clear(mr_acks *a) {
-  a->head = a->tail = a->outstanding = a->gathered = a->hint = 0;
-}
+void mr_acks_clear(mr_acks *a) { a->head = a->tail = a->outstanding = a->gathered = a->hint = 0; }
 
 void mr_acks_tx_end(mr_acks *a, bool commit) {
   for (size_t i = a->head; i < a->tail; i++)

@@ -6,9 +6,10 @@
 enum { FIRST_CAP = 1024 };
 
 void mr_buffer_compact(mr_buffer *b) {
+  size_t size = mr_buffer_size(b);
   if (b->head == 0) return;
-  memmove(b->data, b->data + b->head, mr_buffer_size(b));
-  b->tail -= b->head;
+  if (b->data && size) memmove(b->data, b->data + b->head, size);
+  b->tail = size;
   b->head = 0;
 }
 

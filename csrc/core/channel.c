@@ -15,9 +15,9 @@ mr_channel *mr_find_channel(const mr_engine *e, uint16_t id) {
 static mr_status make_room(mr_engine *e, uint32_t id) {
   if (id < e->cap_channels) return MR_OK;
   size_t cap = e->cap_channels ? e->cap_channels * 2 : FIRST_CAP;
-  mr_channel **channels = realloc(e->channels, cap * sizeof *channels);
+  mr_channel **channels = realloc(e->channels, cap * sizeof(mr_channel *));
   if (!channels) return MR_NO_MEMORY;
-  memset(channels + e->cap_channels, 0, (cap - e->cap_channels) * sizeof *channels);
+  for (size_t i = e->cap_channels; i < cap; i++) channels[i] = NULL;
   e->channels = channels;
   e->cap_channels = cap;
   return MR_OK;
@@ -143,7 +143,8 @@ mr_outcome mr_confirm_outcome(const mr_channel *ch, uint64_t seq) {
 /* The arguments table of a method; NULL: it has none. */
 static const amqp_table_t *arguments_of(amqp_method_number_t method, const void *decoded) {
   switch (method) {
-    case AMQP_EXCHANGE_DECLARE_METHOD: return &((const amqp_exchange_declare_t *)decoded)->arguments;
+    case AMQP_EXCHANGE_DECLARE_METHOD:
+      return &((const amqp_exchange_declare_t *)decoded)->arguments;
     case AMQP_EXCHANGE_BIND_METHOD: return &((const amqp_exchange_bind_t *)decoded)->arguments;
     case AMQP_EXCHANGE_UNBIND_METHOD: return &((const amqp_exchange_unbind_t *)decoded)->arguments;
     case AMQP_QUEUE_DECLARE_METHOD: return &((const amqp_queue_declare_t *)decoded)->arguments;
@@ -239,7 +240,7 @@ static mr_status send_call(mr_channel *ch, amqp_method_number_t method, void *de
 }
 
 mr_status mr_call(mr_channel *ch, amqp_method_number_t method, void *decoded) {
-  if (!is_callable(method)) return MR_BAD_ARGUMENT;
+  if (!is_callable(method) || !decoded) return MR_BAD_ARGUMENT;
   if (!takes_commands(ch)) return MR_CLOSED;
   mr_call_entry entry = {.reply = mr_method_reply(method)};
   mr_status status = send_call(ch, method, decoded, entry);

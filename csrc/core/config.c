@@ -25,7 +25,8 @@ static const char *check(const mr_config *c) {
   if (c->frame_max > INT32_MAX) return "frame_max: over 2 GiB";
   if (strcmp(mechanism, "PLAIN") == 0 && (has_nul(c->user) || has_nul(c->password)))
     return "user or password: a NUL byte cannot be sent with PLAIN";
-  if (c->client_properties.num_entries > MAX_PROPERTIES) return "client_properties: over 64 entries";
+  if (c->client_properties.num_entries > MAX_PROPERTIES)
+    return "client_properties: over 64 entries";
   if (mr_table_depth_ok(&c->client_properties) != MR_OK)
     return "client_properties: nested too deep, or a name over 255 bytes";
   return NULL;
@@ -78,10 +79,14 @@ static int merge_properties(const amqp_table_t *users, const amqp_table_t *capab
 
 static bool encode_properties(mr_engine *e, const amqp_table_t *users) {
   amqp_table_entry_t caps[] = {
-      true_entry("publisher_confirms"),         true_entry("exchange_exchange_bindings"),
-      true_entry("basic.nack"),                 true_entry("consumer_cancel_notify"),
-      true_entry("connection.blocked"),         true_entry("consumer_priorities"),
-      true_entry("authentication_failure_close"), true_entry("per_consumer_qos"),
+      true_entry("publisher_confirms"),
+      true_entry("exchange_exchange_bindings"),
+      true_entry("basic.nack"),
+      true_entry("consumer_cancel_notify"),
+      true_entry("connection.blocked"),
+      true_entry("consumer_priorities"),
+      true_entry("authentication_failure_close"),
+      true_entry("per_consumer_qos"),
   };
   amqp_table_t capabilities = {(int)(sizeof caps / sizeof *caps), caps};
   amqp_table_entry_t entries[MAX_PROPERTIES + 4];

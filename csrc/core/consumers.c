@@ -45,7 +45,8 @@ mr_status mr_consumers_add(mr_channel *ch, amqp_bytes_t tag, bool no_ack, uint32
   mr_status status = make_room(ch);
   if (status != MR_OK) return status;
   mr_consumer *c = &ch->consumers[ch->n_consumers++];
-  *c = (mr_consumer){.tag_len = (uint8_t)tag.len, .no_ack = no_ack, .hash = hash_of(tag), .ref = ref};
+  *c = (mr_consumer){
+      .tag_len = (uint8_t)tag.len, .no_ack = no_ack, .hash = hash_of(tag), .ref = ref};
   memcpy(c->tag, tag.bytes, tag.len);
   return MR_OK;
 }

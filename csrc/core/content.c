@@ -164,7 +164,8 @@ bool mr_content_header(mr_channel *ch, amqp_bytes_t payload, mr_event *event) {
   const uint8_t *p = payload.bytes;
   if (!a->method || a->have_header || payload.len < MR_CONTENT_HEADER + 2 ||
       mr_get16(p) != AMQP_BASIC_CLASS) {
-    mr_protocol_error(e, AMQP_UNEXPECTED_FRAME, "channel %u: a content header out of place", ch->id);
+    mr_protocol_error(e, AMQP_UNEXPECTED_FRAME, "channel %u: a content header out of place",
+                      ch->id);
     return false;
   }
   amqp_bytes_t props = mr_bytes(p + MR_CONTENT_HEADER, payload.len - MR_CONTENT_HEADER);

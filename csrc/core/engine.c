@@ -403,7 +403,9 @@ mr_event_type mr_engine_next(mr_engine *e, mr_event *event) {
 
 bool mr_engine_is_open(const mr_engine *e) { return e->state == MR_OPEN; }
 bool mr_engine_is_blocked(const mr_engine *e) { return e->blocked; }
-const amqp_table_t *mr_engine_server_properties(const mr_engine *e) { return &e->server_properties; }
+const amqp_table_t *mr_engine_server_properties(const mr_engine *e) {
+  return &e->server_properties;
+}
 mr_tuned mr_engine_tuned(const mr_engine *e) { return e->tuned; }
 
 mr_status mr_engine_close(mr_engine *e, uint16_t code, const char *text) {

@@ -31,7 +31,7 @@ typedef enum {
 /* A call that the broker still has to answer. */
 typedef struct {
   amqp_method_number_t reply;
-  bool no_ack;      /* of basic.get */
+  bool no_ack; /* of basic.get */
 } mr_call_entry;
 
 typedef struct {
@@ -51,12 +51,12 @@ typedef struct {
 typedef struct {
   amqp_method_number_t method; /* 0: none is arriving */
   bool have_header;
-  bool discard;                /* the channel is closing: nobody wants it */
-  uint64_t size;               /* of the body */
+  bool discard;  /* the channel is closing: nobody wants it */
+  uint64_t size; /* of the body */
   mr_content content;
   mr_buffer strings; /* the method's short strings, one after the other */
   mr_buffer props;
-  mr_buffer body;    /* only for bodies of more than one frame */
+  mr_buffer body; /* only for bodies of more than one frame */
 } mr_assembly;
 
 typedef enum { MR_CH_OPENING, MR_CH_OPEN, MR_CH_CLOSING, MR_CH_CLOSED } mr_channel_state;
@@ -86,9 +86,9 @@ struct mr_engine {
   bool eof;
   bool blocked;
   bool paused;
-  bool secrets_waiting; /* the output holds credentials: wipe what leaves */
+  bool secrets_waiting;    /* the output holds credentials: wipe what leaves */
   bool close_reports_auth; /* the broker promised to say when it refuses credentials */
-  mr_error error;       /* why it ended */
+  mr_error error;          /* why it ended */
   char eof_text[128];
 
   /* configuration, copied; freed with the engine */
@@ -101,7 +101,7 @@ struct mr_engine {
   double ack_delay;
 
   mr_buffer rx;
-  size_t rx_need; /* bytes that the frame at the head wants; the buffer makes room for them */
+  size_t rx_need;   /* bytes that the frame at the head wants; the buffer makes room for them */
   size_t rx_target; /* how much it may hold; grows while reads fill it */
   size_t rx_space;  /* what the last rx_reserve offered */
   mr_buffer tx;
@@ -140,7 +140,8 @@ void mr_error_text(mr_error *error, amqp_bytes_t text);
 /* Frees what an ended connection no longer needs; detaches its channels. */
 void mr_detach_channels(mr_engine *e);
 /* Encodes a method frame with rabbitmq-c. */
-mr_status mr_send_method(mr_engine *e, uint16_t channel, amqp_method_number_t method, void *decoded);
+mr_status mr_send_method(mr_engine *e, uint16_t channel, amqp_method_number_t method,
+                         void *decoded);
 /* Decodes checked arguments with memory of `pool`; NULL: out of memory, and the connection ended. */
 void *mr_decode_method(mr_engine *e, amqp_pool_t *pool, amqp_method_number_t method,
                        amqp_bytes_t args);

@@ -13,8 +13,9 @@ bool mr_greeting_ok(mr_engine *e) {
   size_t n = mr_buffer_size(&e->rx);
   if (n == 0 || p[0] == AMQP_FRAME_METHOD) return true;
   if (n >= 8 && memcmp(p, "AMQP", 4) == 0)
-    mr_end(e, MR_KIND_PROTOCOL, 0, "the broker speaks another protocol: it answered AMQP %u-%u-%u-%u",
-           p[4], p[5], p[6], p[7]);
+    mr_end(e, MR_KIND_PROTOCOL, 0,
+           "the broker speaks another protocol: it answered AMQP %u-%u-%u-%u", p[4], p[5], p[6],
+           p[7]);
   else if (n >= 4 && memcmp(p, "HTTP", 4) == 0)
     mr_end(e, MR_KIND_PROTOCOL, 0, "the port speaks HTTP, not AMQP");
   else if (n >= 2 && p[0] == 0x15 && p[1] == 0x03)
@@ -142,8 +143,8 @@ static void on_tune(mr_engine *e, amqp_bytes_t args) {
   const uint8_t *p = args.bytes;
   uint32_t frame_max = mr_get32(p + 2);
   if (frame_max && frame_max < MR_MIN_FRAME_MAX) {
-    mr_end(e, MR_KIND_PROTOCOL, 0, "the broker wants frames of at most %u bytes, less than AMQP's 4096",
-           frame_max);
+    mr_end(e, MR_KIND_PROTOCOL, 0,
+           "the broker wants frames of at most %u bytes, less than AMQP's 4096", frame_max);
     return;
   }
   e->tuned.channel_max = (uint16_t)smaller(e->tuned.channel_max, mr_get16(p));

@@ -50,11 +50,11 @@ typedef enum {
   MR_BLOCKED = -3,     /* the broker sent connection.blocked or channel.flow off */
   MR_WINDOW_FULL = -4, /* as many publishes are unconfirmed as the window allows */
   MR_OVERFLOW = -5,    /* the output buffer is over max_buffer */
-  MR_TOO_LARGE = -6,   /* a body over max_message_size, or a header frame or method over frame_max */
-  MR_BAD_ARGUMENT = -7,/* a short string over 255 bytes, a table nested too deep, ... */
-  MR_NO_CHANNELS = -8, /* channel_max channels are open */
-  MR_SETTLED = -9,     /* that delivery was settled before */
-  MR_UNKNOWN_TAG = -10 /* no such delivery is outstanding on this channel */
+  MR_TOO_LARGE = -6, /* a body over max_message_size, or a header frame or method over frame_max */
+  MR_BAD_ARGUMENT = -7, /* a short string over 255 bytes, a table nested too deep, ... */
+  MR_NO_CHANNELS = -8,  /* channel_max channels are open */
+  MR_SETTLED = -9,      /* that delivery was settled before */
+  MR_UNKNOWN_TAG = -10  /* no such delivery is outstanding on this channel */
 } mr_status;
 
 /* One English sentence for a status; static storage. */
@@ -74,8 +74,8 @@ typedef enum {
 /* Why a connection or a channel ended. */
 typedef struct {
   mr_kind kind;
-  uint16_t code;      /* AMQP reply code, 0 where there is none */
-  uint16_t class_id;  /* the method that the peer complains about, 0 where there is none */
+  uint16_t code;     /* AMQP reply code, 0 where there is none */
+  uint16_t class_id; /* the method that the peer complains about, 0 where there is none */
   uint16_t method_id;
   char text[320]; /* NUL-terminated, printable */
 } mr_error;
@@ -83,14 +83,16 @@ typedef struct {
 typedef struct {
   amqp_bytes_t vhost;
   amqp_bytes_t user;
-  amqp_bytes_t password;   /* copied, and wiped once it has been sent */
-  const char *mechanism;   /* "PLAIN", "AMQPLAIN" or "EXTERNAL"; NULL: PLAIN */
-  uint16_t heartbeat;      /* seconds; 0: none. The smaller of ours and the broker's nonzero wishes holds */
-  uint32_t frame_max;      /* bytes; 0: 131072; at least 4096; the smaller of ours and the broker's holds */
-  uint16_t channel_max;    /* 0: what the broker says */
-  uint64_t max_message_size; /* bytes of a body, both ways; 0: 128 MiB */
-  size_t max_buffer;       /* bytes of output that may wait; 0: 16 MiB */
-  double ack_delay;        /* seconds that a gathered ack may wait; negative: 0.001 */
+  amqp_bytes_t password; /* copied, and wiped once it has been sent */
+  const char *mechanism; /* "PLAIN", "AMQPLAIN" or "EXTERNAL"; NULL: PLAIN */
+  uint16_t
+      heartbeat; /* seconds; 0: none. The smaller of ours and the broker's nonzero wishes holds */
+  uint32_t
+      frame_max; /* bytes; 0: 131072; at least 4096; the smaller of ours and the broker's holds */
+  uint16_t channel_max;           /* 0: what the broker says */
+  uint64_t max_message_size;      /* bytes of a body, both ways; 0: 128 MiB */
+  size_t max_buffer;              /* bytes of output that may wait; 0: 16 MiB */
+  double ack_delay;               /* seconds that a gathered ack may wait; negative: 0.001 */
   amqp_table_t client_properties; /* merged over the engine's own (product, capabilities, ...) */
 } mr_config;
 
@@ -135,60 +137,60 @@ void mr_engine_pause(mr_engine *engine, bool paused, double now);
 /* ---- events ---- */
 typedef enum {
   MR_EV_NONE = 0,
-  MR_EV_OPEN,           /* the handshake is done; see mr_engine_server_properties, mr_engine_tuned */
-  MR_EV_REPLY,          /* `method` answers the oldest call of `channel` (NULL: of the connection) */
-  MR_EV_DELIVER,        /* content */
-  MR_EV_GET_OK,         /* content; answers the oldest call, a basic.get */
-  MR_EV_RETURN,         /* content with reply_code, reply_text and, if it was ours, seq */
-  MR_EV_CONFIRM,        /* confirm.first..last settled on `channel` as acked, or as confirm.outcome */
-  MR_EV_CONSUMER_CANCEL,/* the broker cancelled consumer_tag (already answered) */
-  MR_EV_FLOW,           /* the broker's channel.flow: `active` (already answered) */
-  MR_EV_CHANNEL_CLOSED, /* the broker closed `channel`: `error` (already answered) */
-  MR_EV_BLOCKED,        /* `text` is the reason */
+  MR_EV_OPEN,    /* the handshake is done; see mr_engine_server_properties, mr_engine_tuned */
+  MR_EV_REPLY,   /* `method` answers the oldest call of `channel` (NULL: of the connection) */
+  MR_EV_DELIVER, /* content */
+  MR_EV_GET_OK,  /* content; answers the oldest call, a basic.get */
+  MR_EV_RETURN,  /* content with reply_code, reply_text and, if it was ours, seq */
+  MR_EV_CONFIRM, /* confirm.first..last settled on `channel` as acked, or as confirm.outcome */
+  MR_EV_CONSUMER_CANCEL, /* the broker cancelled consumer_tag (already answered) */
+  MR_EV_FLOW,            /* the broker's channel.flow: `active` (already answered) */
+  MR_EV_CHANNEL_CLOSED,  /* the broker closed `channel`: `error` (already answered) */
+  MR_EV_BLOCKED,         /* `text` is the reason */
   MR_EV_UNBLOCKED,
-  MR_EV_CLOSED          /* the end: `error`. Nothing follows but MR_EV_NONE; what tx_peek still
+  MR_EV_CLOSED /* the end: `error`. Nothing follows but MR_EV_NONE; what tx_peek still
                            holds (a close, a close-ok) should be written if it can be */
 } mr_event_type;
 
 typedef enum {
-  MR_PENDING = 0,   /* sent (or still in the buffer), unsettled */
-  MR_RETURNED = 1,  /* came back; its ack is still to come */
+  MR_PENDING = 0,  /* sent (or still in the buffer), unsettled */
+  MR_RETURNED = 1, /* came back; its ack is still to come */
   MR_ACKED = 2,
   MR_NACKED = 3,
-  MR_UNROUTABLE = 4,/* returned, then acked */
-  MR_LOST = 5       /* unsettled when its channel or connection ended */
+  MR_UNROUTABLE = 4, /* returned, then acked */
+  MR_LOST = 5        /* unsettled when its channel or connection ended */
 } mr_outcome;
 
 typedef struct {
   uint64_t delivery_tag;
   bool redelivered;
-  bool no_ack;              /* the consumer (or get) asked for no acks: there is nothing to settle */
-  uint32_t message_count;   /* of get-ok */
-  uint32_t consumer_ref;    /* what mr_consume was given; 0 for get-ok and returns */
+  bool no_ack;            /* the consumer (or get) asked for no acks: there is nothing to settle */
+  uint32_t message_count; /* of get-ok */
+  uint32_t consumer_ref;  /* what mr_consume was given; 0 for get-ok and returns */
   amqp_bytes_t consumer_tag;
   amqp_bytes_t exchange;
   amqp_bytes_t routing_key;
-  amqp_bytes_t props;       /* raw: property flags and property list, checked well-formed */
+  amqp_bytes_t props; /* raw: property flags and property list, checked well-formed */
   amqp_bytes_t body;
-  uint16_t reply_code;      /* of a return */
+  uint16_t reply_code; /* of a return */
   amqp_bytes_t reply_text;
-  uint64_t seq;             /* of a return that was correlated, else 0 */
+  uint64_t seq; /* of a return that was correlated, else 0 */
 } mr_content;
 
 typedef struct {
   mr_event_type type;
-  mr_channel *channel;              /* NULL for events of the connection */
-  amqp_method_t method;             /* MR_EV_REPLY: id and the decoded amqp_*_t of rabbitmq-c */
-  mr_content content;               /* DELIVER, GET_OK, RETURN */
+  mr_channel *channel;  /* NULL for events of the connection */
+  amqp_method_t method; /* MR_EV_REPLY: id and the decoded amqp_*_t of rabbitmq-c */
+  mr_content content;   /* DELIVER, GET_OK, RETURN */
   struct {
     uint64_t first, last;
-    mr_outcome outcome;             /* MR_ACKED for a whole range, else first == last */
+    mr_outcome outcome; /* MR_ACKED for a whole range, else first == last */
   } confirm;
-  amqp_bytes_t consumer_tag;        /* CONSUMER_CANCEL */
-  uint32_t consumer_ref;            /* CONSUMER_CANCEL */
-  bool active;                      /* FLOW */
-  amqp_bytes_t text;                /* BLOCKED */
-  mr_error error;                   /* CHANNEL_CLOSED, CLOSED */
+  amqp_bytes_t consumer_tag; /* CONSUMER_CANCEL */
+  uint32_t consumer_ref;     /* CONSUMER_CANCEL */
+  bool active;               /* FLOW */
+  amqp_bytes_t text;         /* BLOCKED */
+  mr_error error;            /* CHANNEL_CLOSED, CLOSED */
 } mr_event;
 
 /* Takes the next event. Returns its type. */
@@ -257,7 +259,8 @@ mr_status mr_publish(mr_channel *channel, const mr_publish_args *args, uint64_t 
 /* A prepared route: everything but the body, encoded once. Independent of any engine. */
 mr_status mr_route_new(const mr_publish_args *args, mr_route **route);
 void mr_route_free(mr_route *route);
-mr_status mr_publish_route(mr_channel *channel, const mr_route *route, amqp_bytes_t body, uint64_t *seq);
+mr_status mr_publish_route(mr_channel *channel, const mr_route *route, amqp_bytes_t body,
+                           uint64_t *seq);
 
 /* The most publishes that may be unconfirmed; 0: no bound but memory. Default 65536. */
 void mr_channel_set_window(mr_channel *channel, uint32_t window);

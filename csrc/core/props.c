@@ -172,8 +172,8 @@ mr_status mr_props_edit(amqp_bytes_t props, const amqp_bytes_t *remove, size_t n
 
   uint8_t *table = mr_put_bytes(bytes, from, at.headers);
   uint8_t *entries = table + 4;
-  uint8_t *to = copy_entries(entries, mr_bytes(from + at.headers, at.headers_len), remove, n_remove,
-                             set);
+  uint8_t *to =
+      copy_entries(entries, mr_bytes(from + at.headers, at.headers_len), remove, n_remove, set);
   if (set_size > 4) to = append_entries(to, set, set_size);
   if (!to) {
     free(bytes);

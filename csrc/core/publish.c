@@ -57,8 +57,7 @@ static uint8_t *put_props_seq(uint8_t *p, amqp_bytes_t props, const mr_props_lay
 }
 
 static uint8_t *put_content_header(uint8_t *p, uint16_t channel, size_t props_len, uint64_t body) {
-  p = mr_put_frame_header(p, AMQP_FRAME_HEADER, channel,
-                          (uint32_t)(MR_CONTENT_HEADER + props_len));
+  p = mr_put_frame_header(p, AMQP_FRAME_HEADER, channel, (uint32_t)(MR_CONTENT_HEADER + props_len));
   p = mr_put16(mr_put16(p, AMQP_BASIC_CLASS), 0);
   return mr_put64(p, body);
 }
@@ -123,8 +122,8 @@ static mr_status publish(mr_channel *ch, const mr_publish_args *args, amqp_bytes
   if (with_seq) mr_props_locate(props, &at);
   size_t props_len = props.len + (with_seq ? seq_growth(&at) : 0);
   size_t header = MR_CONTENT_HEADER + props_len;
-  size_t size = method_frame_size(args) + MR_FRAME_OVERHEAD + header +
-                body_frames_size(e, args->body.len);
+  size_t size =
+      method_frame_size(args) + MR_FRAME_OVERHEAD + header + body_frames_size(e, args->body.len);
   uint8_t *start;
   mr_status status = admit(ch, header, args->body.len, size, &start);
   if (status != MR_OK) return status;
@@ -180,8 +179,8 @@ mr_status mr_publish(mr_channel *ch, const mr_publish_args *args, uint64_t *seq)
 typedef struct {
   uint8_t *bytes;
   size_t len;
-  size_t header;  /* where the header frame starts */
-  size_t seq;     /* where the sequence number stands; 0: nowhere */
+  size_t header; /* where the header frame starts */
+  size_t seq;    /* where the sequence number stands; 0: nowhere */
 } prepared;
 
 struct mr_route {
