@@ -1,0 +1,87 @@
+/*
+ * Replaces malloc for the whole test program, librabbitmq included: counts allocations, counts what
+ * is live, and can refuse the n-th. Include it once, in the program's only source file. Works with
+ * glibc, also under AddressSanitizer; hook_works() says whether it does (not under valgrind).
+ */
+#ifndef MOONRABBIT_MALLOC_HOOK_H
+#define MOONRABBIT_MALLOC_HOOK_H
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define HOOK_REAL(name) __interceptor_##name
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define HOOK_REAL(name) __interceptor_##name
+#endif
+#endif
+#ifndef HOOK_REAL
+#define HOOK_REAL(name) __libc_##name
+#endif
+
+extern void *HOOK_REAL(malloc)(size_t);
+extern void *HOOK_REAL(calloc)(size_t, size_t);
+extern void *HOOK_REAL(realloc)(void *, size_t);
+extern void HOOK_REAL(free)(void *);
+
+static struct {
+  bool on;        /* counting */
+  long calls;     /* allocations asked for while on */
+  long fail_at;   /* this one is refused, 0: none */
+  bool fail_rest; /* and every later one */
+  long failed;
+  long live; /* blocks allocated less blocks freed, while on */
+} hook;
+
+static bool hook_refuses(void) {
+  if (!hook.on) return false;
+  hook.calls++;
+  if (hook.fail_at == 0 || hook.calls < hook.fail_at || (hook.calls > hook.fail_at && !hook.fail_rest)) return false;
+  hook.failed++;
+  errno = ENOMEM;
+  return true;
+}
+
+static void *hook_counted(void *block) {
+  if (hook.on && block) hook.live++;
+  return block;
+}
+
+__attribute__((visibility("default"))) void *malloc(size_t n) {
+  return hook_refuses() ? NULL : hook_counted(HOOK_REAL(malloc)(n));
+}
+
+__attribute__((visibility("default"))) void *calloc(size_t n, size_t size) {
+  return hook_refuses() ? NULL : hook_counted(HOOK_REAL(calloc)(n, size));
+}
+
+__attribute__((visibility("default"))) void *realloc(void *old, size_t n) {
+  void *block;
+  if (hook_refuses()) return NULL;
+  block = HOOK_REAL(realloc)(old, n);
+  return old ? block : hook_counted(block);
+}
+
+__attribute__((visibility("default"))) void free(void *block) {
+  if (hook.on && block) hook.live--;
+  HOOK_REAL(free)(block);
+}
+
+static inline bool hook_works(void) {
+  void *volatile block;
+  long before = hook.calls;
+  bool works;
+  hook.on = true;
+  block = malloc(1);
+  works = hook.calls == before + 1;
+  free(block);
+  hook.on = false;
+  hook.calls = before;
+  return works;
+}
+
+#endif
