@@ -4,7 +4,11 @@
 
 #include "core/engine.h"
 
-enum { FIRST_CAP = 16, LAST_CHANNEL = 65535 };
+enum {
+  FIRST_CAP = 16,
+  LAST_CHANNEL = 65535,
+  NAMES_ROOM = 1024 /* what a method holds beside its arguments table, at most */
+};
 
 /* ---- numbers ---- */
 
@@ -218,6 +222,9 @@ static void note_sent(mr_channel *ch, amqp_method_number_t method, const void *d
       note_prefetch(ch, ((const amqp_basic_qos_t *)decoded)->prefetch_count);
       break;
     case AMQP_BASIC_RECOVER_METHOD:
+      ch->recovering++;
+      mr_acks_clear(&ch->acks);
+      break;
     case AMQP_BASIC_RECOVER_ASYNC_METHOD: mr_acks_clear(&ch->acks); break;
     case AMQP_TX_SELECT_METHOD: ch->acks.tx = true; break;
     case AMQP_TX_COMMIT_METHOD: mr_acks_tx_end(&ch->acks, true); break;
@@ -236,7 +243,10 @@ static mr_status send_call(mr_channel *ch, amqp_method_number_t method, void *de
   if (status == MR_OK && flushes_acks(method)) status = mr_flush_acks(ch);
   if (status == MR_OK) status = mr_send_method(ch->engine, ch->id, method, decoded);
   if (status == MR_OK && answered) mr_calls_push(&ch->calls, entry);
-  return status;
+  if (status != MR_TOO_LARGE) return status;
+  /* rabbitmq-c does not say why; without a large table it is a short string over 255 bytes. */
+  bool large = arguments && mr_table_size(arguments) + NAMES_ROOM > ch->engine->tuned.frame_max;
+  return large ? MR_TOO_LARGE : MR_BAD_ARGUMENT;
 }
 
 mr_status mr_call(mr_channel *ch, amqp_method_number_t method, void *decoded) {
@@ -352,6 +362,7 @@ static void note_reply(mr_channel *ch, amqp_method_number_t method, const void *
     case AMQP_BASIC_CANCEL_OK_METHOD:
       mr_consumers_remove(ch, ((const amqp_basic_cancel_ok_t *)decoded)->consumer_tag);
       break;
+    case AMQP_BASIC_RECOVER_OK_METHOD: ch->recovering--; break;
     case AMQP_TX_COMMIT_OK_METHOD: mr_acks_tx_done(&ch->acks, true); break;
     case AMQP_TX_ROLLBACK_OK_METHOD: mr_acks_tx_done(&ch->acks, false); break;
     default: break;

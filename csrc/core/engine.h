@@ -69,6 +69,7 @@ struct mr_channel {
   bool confirm;
   bool flow_off;
   uint16_t prefetch;
+  uint32_t recovering; /* recovers sent and not answered: deliveries meanwhile are taken back too */
   void *user;
   mr_calls calls;
   mr_confirms confirms;

@@ -107,8 +107,16 @@ static void out_of_memory(mr_engine *e) {
 }
 
 static void on_start(mr_engine *e, amqp_bytes_t args) {
+  /* What is decoded points into what it was decoded from, and these properties are kept. */
+  amqp_bytes_t kept;
+  amqp_pool_alloc_bytes(&e->server_pool, args.len, &kept);
+  if (!kept.bytes) {
+    out_of_memory(e);
+    return;
+  }
+  memcpy(kept.bytes, args.bytes, args.len);
   amqp_connection_start_t *start =
-      mr_decode_method(e, &e->server_pool, AMQP_CONNECTION_START_METHOD, args);
+      mr_decode_method(e, &e->server_pool, AMQP_CONNECTION_START_METHOD, kept);
   if (!start) return;
   e->server_properties = start->server_properties;
   e->close_reports_auth = has_capability(&e->server_properties, "authentication_failure_close");

@@ -281,7 +281,8 @@ typedef enum { MR_SETTLE_ACK, MR_SETTLE_NACK, MR_SETTLE_REJECT } mr_settle_kind;
 /* Settles one delivery. Acks are gathered; nacks and rejects are written at once. MR_FLUSH: a
  * quarter of the prefetch is gathered, write now. MR_SETTLED, MR_UNKNOWN_TAG, MR_CLOSED otherwise. */
 mr_status mr_settle(mr_channel *channel, uint64_t tag, mr_settle_kind kind, bool requeue);
-/* Settles every outstanding delivery up to and including `tag` (0: all). Not for rejects. */
+/* Settles every outstanding delivery up to and including `tag` (0: all, which may be none). Not for
+ * rejects. */
 mr_status mr_settle_upto(mr_channel *channel, uint64_t tag, mr_settle_kind kind, bool requeue);
 /* Writes what is gathered to the output buffer. */
 mr_status mr_flush_acks(mr_channel *channel);

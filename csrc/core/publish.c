@@ -112,49 +112,69 @@ static mr_status sent(mr_channel *ch, const uint8_t *start, const uint8_t *end, 
   return mr_buffer_size(tx) >= FLUSH_AT ? MR_FLUSH : MR_OK;
 }
 
-/* ---- publish ---- */
+/* ---- properties ---- */
 
-static mr_status publish(mr_channel *ch, const mr_publish_args *args, amqp_bytes_t props,
-                         uint64_t *seq) {
-  mr_engine *e = ch->engine;
-  bool with_seq = ch->confirm && args->mandatory;
+/* Checked properties, ready to be sent; free `edited` when they are. */
+typedef struct {
+  amqp_bytes_t bytes;
   mr_props_layout at;
-  if (with_seq) mr_props_locate(props, &at);
-  size_t props_len = props.len + (with_seq ? seq_growth(&at) : 0);
-  size_t header = MR_CONTENT_HEADER + props_len;
-  size_t size =
-      method_frame_size(args) + MR_FRAME_OVERHEAD + header + body_frames_size(e, args->body.len);
-  uint8_t *start;
-  mr_status status = admit(ch, header, args->body.len, size, &start);
-  if (status != MR_OK) return status;
-  uint8_t *p = put_method_frame(start, ch->id, args);
-  p = put_content_header(p, ch->id, props_len, args->body.len);
-  uint8_t *seq_at;
-  p = with_seq ? put_props_seq(p, props, &at, ch->confirms.next, &seq_at)
-               : mr_put_bytes(p, props.bytes, props.len);
-  p = mr_put8(p, MR_FRAME_END);
-  p = put_body(e, p, ch->id, args->body);
-  return sent(ch, start, p, seq);
-}
+  uint8_t *edited; /* owned; NULL where the properties are the caller's */
+} outgoing;
 
-static bool has_seq_header(amqp_bytes_t props) {
-  mr_props_layout at;
-  mr_props_locate(props, &at);
-  if (at.headers_len <= 4) return false;
-  amqp_bytes_t table = mr_bytes((const uint8_t *)props.bytes + at.headers, at.headers_len);
+static bool has_seq_header(const outgoing *props) {
+  if (props->at.headers_len <= 4) return false;
+  const uint8_t *from = props->bytes.bytes;
+  amqp_bytes_t table = mr_bytes(from + props->at.headers, props->at.headers_len);
   return mr_table_find(table, mr_bytes(MR_SEQ_HEADER, SEQ_NAME)).len > 0;
 }
 
-/* A sequence header of an earlier trip must not be taken for ours. *edited is the caller's to free,
- * NULL when the properties are as they were. */
-static mr_status without_seq_header(amqp_bytes_t *props, uint8_t **edited) {
-  *edited = NULL;
-  if (!has_seq_header(*props)) return MR_OK;
+/* A sequence header of an earlier trip must not be taken for ours. */
+static mr_status remove_seq_header(outgoing *props) {
   amqp_bytes_t name = mr_bytes(MR_SEQ_HEADER, SEQ_NAME);
   size_t len;
-  mr_status status = mr_props_edit(*props, &name, 1, NULL, edited, &len);
-  if (status == MR_OK) *props = mr_bytes(*edited, len);
-  return status;
+  mr_status status = mr_props_edit(props->bytes, &name, 1, NULL, &props->edited, &len);
+  if (status != MR_OK) return status;
+  props->bytes = mr_bytes(props->edited, len);
+  mr_props_locate(props->bytes, &props->at);
+  return MR_OK;
+}
+
+static mr_status take_props(outgoing *props, amqp_bytes_t given) {
+  props->bytes = given.len ? given : mr_bytes(NO_PROPS, sizeof NO_PROPS);
+  props->edited = NULL;
+  if (mr_props_scan(props->bytes, &props->at)) return MR_BAD_ARGUMENT;
+  return has_seq_header(props) ? remove_seq_header(props) : MR_OK;
+}
+
+static size_t outgoing_size(const outgoing *props, bool with_seq) {
+  return props->bytes.len + (with_seq ? seq_growth(&props->at) : 0);
+}
+
+static uint8_t *put_props(uint8_t *p, const outgoing *props, bool with_seq, uint64_t seq,
+                          uint8_t **seq_at) {
+  if (with_seq) return put_props_seq(p, props->bytes, &props->at, seq, seq_at);
+  return mr_put_bytes(p, props->bytes.bytes, props->bytes.len);
+}
+
+/* ---- publish ---- */
+
+static mr_status publish(mr_channel *ch, const mr_publish_args *args, const outgoing *props,
+                         uint64_t *seq) {
+  bool with_seq = ch->confirm && args->mandatory;
+  size_t props_len = outgoing_size(props, with_seq);
+  size_t header = MR_CONTENT_HEADER + props_len;
+  size_t size = method_frame_size(args) + MR_FRAME_OVERHEAD + header +
+                body_frames_size(ch->engine, args->body.len);
+  uint8_t *start;
+  mr_status status = admit(ch, header, args->body.len, size, &start);
+  if (status != MR_OK) return status;
+  uint8_t *seq_at;
+  uint8_t *p = put_method_frame(start, ch->id, args);
+  p = put_content_header(p, ch->id, props_len, args->body.len);
+  p = put_props(p, props, with_seq, ch->confirms.next, &seq_at);
+  p = mr_put8(p, MR_FRAME_END);
+  p = put_body(ch->engine, p, ch->id, args->body);
+  return sent(ch, start, p, seq);
 }
 
 static bool args_ok(const mr_publish_args *args) {
@@ -165,11 +185,10 @@ mr_status mr_publish(mr_channel *ch, const mr_publish_args *args, uint64_t *seq)
   mr_status status = may_publish(ch);
   if (status != MR_OK) return status;
   if (!args_ok(args)) return MR_BAD_ARGUMENT;
-  amqp_bytes_t props = args->props.len ? args->props : mr_bytes(NO_PROPS, sizeof NO_PROPS);
-  uint8_t *edited;
-  status = without_seq_header(&props, &edited);
-  if (status == MR_OK) status = publish(ch, args, props, seq);
-  free(edited);
+  outgoing props;
+  status = take_props(&props, args->props);
+  if (status == MR_OK) status = publish(ch, args, &props, seq);
+  free(props.edited);
   return status;
 }
 
@@ -188,39 +207,41 @@ struct mr_route {
   prepared numbered; /* bytes NULL where it is not mandatory */
 };
 
-static bool prepare(prepared *out, const mr_publish_args *args, amqp_bytes_t props, bool with_seq) {
-  mr_props_layout at;
-  mr_props_locate(props, &at);
-  size_t props_len = props.len + (with_seq ? seq_growth(&at) : 0);
+static bool prepare(prepared *out, const mr_publish_args *args, const outgoing *props,
+                    bool with_seq) {
+  size_t props_len = outgoing_size(props, with_seq);
   out->header = method_frame_size(args);
   out->len = out->header + MR_FRAME_OVERHEAD + MR_CONTENT_HEADER + props_len;
   out->bytes = malloc(out->len);
   if (!out->bytes) return false;
+  uint8_t *seq_at = out->bytes;
   uint8_t *p = put_method_frame(out->bytes, 0, args);
   p = put_content_header(p, 0, props_len, 0);
-  uint8_t *seq_at = out->bytes;
-  p = with_seq ? put_props_seq(p, props, &at, 0, &seq_at) : mr_put_bytes(p, props.bytes, props.len);
+  p = put_props(p, props, with_seq, 0, &seq_at);
   mr_put8(p, MR_FRAME_END);
   out->seq = (size_t)(seq_at - out->bytes);
   return true;
 }
 
-mr_status mr_route_new(const mr_publish_args *args, mr_route **route) {
-  if (!args_ok(args)) return MR_BAD_ARGUMENT;
-  amqp_bytes_t props = args->props.len ? args->props : mr_bytes(NO_PROPS, sizeof NO_PROPS);
-  uint8_t *edited;
-  mr_status status = without_seq_header(&props, &edited);
-  if (status != MR_OK) return status;
+static mr_route *new_route(const mr_publish_args *args, const outgoing *props) {
   mr_route *r = calloc(1, sizeof *r);
   bool ok = r && prepare(&r->plain, args, props, false) &&
             (!args->mandatory || prepare(&r->numbered, args, props, true));
-  free(edited);
-  if (!ok) {
-    mr_route_free(r);
-    return MR_NO_MEMORY;
+  if (ok) return r;
+  mr_route_free(r);
+  return NULL;
+}
+
+mr_status mr_route_new(const mr_publish_args *args, mr_route **route) {
+  if (!args_ok(args)) return MR_BAD_ARGUMENT;
+  outgoing props;
+  mr_status status = take_props(&props, args->props);
+  if (status == MR_OK) {
+    *route = new_route(args, &props);
+    if (!*route) status = MR_NO_MEMORY;
   }
-  *route = r;
-  return MR_OK;
+  free(props.edited);
+  return status;
 }
 
 void mr_route_free(mr_route *route) {

@@ -97,7 +97,7 @@ mr_status mr_settle_upto(mr_channel *ch, uint64_t tag, mr_settle_kind kind, bool
   if (kind == MR_SETTLE_REJECT) return MR_BAD_ARGUMENT;
   if (tag > ch->acks.last_tag) return MR_UNKNOWN_TAG;
   uint64_t last = mr_acks_last_outstanding(&ch->acks, tag);
-  if (!last) return MR_SETTLED;
+  if (!last) return tag ? MR_SETTLED : MR_OK;
   if (kind == MR_SETTLE_ACK && !ch->acks.tx) {
     mr_acks_gather_upto(&ch->acks, last);
     return gathered_more(ch);
@@ -112,4 +112,4 @@ mr_status mr_settle_upto(mr_channel *ch, uint64_t tag, mr_settle_kind kind, bool
   return MR_OK;
 }
 
-size_t mr_unsettled(const mr_channel *ch) { return ch->engine ? ch->acks.outstanding : 0; }
+size_t mr_unsettled(const mr_channel *ch) { return can_settle(ch) ? ch->acks.outstanding : 0; }
