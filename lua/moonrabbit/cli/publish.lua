@@ -17,7 +17,6 @@ local publish = {
 function publish.build(command, common)
   command:argument "body" :args "?"
     :description "The message. Without it and --file: a message for each line of stdin."
-  command:option "-f --file" :argname "<file>" :description "The bytes of this file are the message ('-': all of stdin)."
   command:group("Route",
     command:option "-e --exchange" :argname "<name>" :convert(values.short) :default "" :show_default(false)
       :description "The exchange; by default the one that routes to the queue named by the key.",
@@ -40,7 +39,9 @@ function publish.build(command, common)
     command:option "--type" :argname "<name>" :convert(values.short),
     command:option "--user-id" :argname "<name>" :convert(values.short),
     command:option "--app-id" :argname "<name>" :convert(values.short))
-  command:group("How many",
+  command:group("Message",
+    command:option "-f --file" :argname "<file>"
+      :description "The bytes of this file are the message ('-': all of stdin).",
     command:option "-n --count" :argname "<n>" :convert(values.count) :description "Publish the message n times.",
     command:option "--window" :argname "<n>" :convert(values.integer(1, 1000000)) :default "1000"
       :description "How many may wait for their confirm at once.")
