@@ -1,0 +1,46 @@
+--- Confirmation: how a publish of a confirm channel ends.
+--
+-- An object of the C core: `publish_async` and `send_async` return one at no cost worth naming. It may
+-- be dropped; the broker's answer is then forgotten (a failure still shows in `wait_for_confirms`).
+-- @module moonrabbit.confirmation
+
+local core = require "moonrabbit.core"
+local options = require "moonrabbit.options"
+
+local core_acked, core_outcome, core_owner = core.acked, core.outcome, core.owner
+
+---@class moonrabbit.Confirmation
+local methods = core.confirmation_methods
+
+--- Waits until the broker has answered: true when it has the message. err.kind: `nacked`,
+--- `unroutable`, `timeout` (unknown; wait again if you like), `closed` or `channel` (unknown).
+---@param timeout number? seconds; 0: only look; default: the channel's
+---@return true|nil, moonrabbit.Error?
+function methods:wait(timeout)
+  if core_acked(self) then return true end
+  if timeout ~= nil then options.argument("Confirmation:wait", "timeout", timeout, options.seconds) end
+  return core_owner(self):_wait(self, timeout, false)
+end
+
+--- "pending", "acked", "nacked", "unroutable" or "lost" (the connection or channel ended first).
+---@return string
+function methods:outcome()
+  return (core_outcome(self))
+end
+
+--- Its number on the channel: 1, 2, ...
+---@return integer
+function methods:seq()
+  local _, seq = core_outcome(self)
+  return seq
+end
+
+--- true, or nil, err once it is settled; false while it is not.
+---@return boolean|nil, moonrabbit.Error?
+function methods:poll()
+  local acked = core_acked(self)
+  if acked == nil then return nil, core_owner(self):_failure(self) end
+  return acked
+end
+
+return methods

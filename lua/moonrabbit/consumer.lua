@@ -1,0 +1,439 @@
+--- Consumer: messages as they come.
+--
+-- Three ways to take them, one for each consumer:
+--
+-- * `for msg in consumer:messages() do … end`
+-- * `consumer:receive(timeout)`, the primitive beneath it. PUC Lua 5.1 cannot yield inside a generic
+--   `for`, so its coroutines (tasks) use this one.
+-- * a handler, given to `consume`: it runs in tasks that are used again from message to message, at
+--   most `concurrency` at once.
+--
+-- A handler settles its message itself. When it throws, the error is reported with its traceback (the
+-- connection's "error" event, or the log), and if the message is not settled yet it goes back to its
+-- queue after `error_delay` seconds: at once it would come back at once. (`moonrabbit.app` has policies
+-- for retries and dead letters.)
+-- @module moonrabbit.consumer
+
+local core = require "moonrabbit.core"
+local options = require "moonrabbit.options"
+
+local huge = math.huge
+
+---@class moonrabbit.ConsumeOptions
+---@field tag string?         consumer tag; chosen when nil
+---@field no_ack boolean?     the broker forgets each message as it sends it: a crash loses some
+---@field exclusive boolean?  no other consumer on the queue
+---@field no_local boolean?   ignored by RabbitMQ
+---@field priority integer?   https://www.rabbitmq.com/docs/consumer-priority
+---@field prefetch integer?   unsettled deliveries the broker may have out to it; 0: no bound. Default: the channel's, else 250
+---@field concurrency integer? how many handlers run at once; default: the prefetch
+---@field error_delay number? seconds before the message of a handler that threw is requeued; 1 by default
+---@field arguments table?
+---@field timeout number?     seconds to wait for the broker's answer
+
+---@class moonrabbit.Consumer
+---@field channel moonrabbit.Channel
+---@field queue string
+---@field tag string
+---@field prefetch integer     0: no bound
+---@field concurrency integer? with a handler
+local Consumer = {}
+Consumer.__index = Consumer
+Consumer.__name = "moonrabbit.Consumer"
+
+-- Prefetch of an acking consumer for which nobody chose one. RabbitMQ's advice is 100 to 300
+-- (https://www.rabbitmq.com/docs/confirms#channel-qos-prefetch-throughput).
+local DEFAULT_PREFETCH = 250
+
+local consume_options = {
+  tag = options.shortstr,
+  no_ack = options.boolean,
+  exclusive = options.boolean,
+  no_local = options.boolean,
+  priority = options.integer(-2147483648, 2147483647),
+  prefetch = options.integer(0, 65535),
+  concurrency = options.integer(1, 1000000),
+  error_delay = options.seconds,
+  arguments = options.table,
+  timeout = options.seconds,
+}
+
+local serial = 0
+
+--- Starts one; used by Channel:consume.
+---@package
+function Consumer.start(channel, queue, opts, handler, level)
+  level = level + 1
+  local what = "Channel:consume"
+  options.argument(what, "queue", queue, options.shortstr, level)
+  if type(opts) == "function" and handler == nil then opts, handler = nil, opts end
+  opts = options.check(what, opts, consume_options, level)
+  if handler ~= nil then options.argument(what, "handler", handler, options.callback, level) end
+  if channel._closed then return nil, channel._closed end
+
+  local session, runtime = channel._session, channel._runtime
+  local tag = opts.tag
+  if not tag or tag == "" then
+    serial = serial + 1
+    tag = ("moonrabbit-%d"):format(serial)
+  end
+  if channel._consumers[tag] then error(what .. ": this channel has a consumer with that tag already", level) end
+  local arguments = opts.arguments
+  if opts.priority then
+    arguments = {}
+    for key, value in pairs(opts.arguments or {}) do arguments[key] = value end
+    arguments["x-priority"] = opts.priority
+  end
+
+  -- The broker applies a prefetch to the consumers that start after it was told. Both go out together,
+  -- so that no other task's comes between.
+  local calls = {}
+  local prefetch = opts.prefetch
+  if opts.no_ack then
+    prefetch = 0
+  else
+    if not prefetch then prefetch = channel._prefetch or (channel._prefetch_global and 0) end
+    if not prefetch then
+      prefetch = DEFAULT_PREFETCH
+      session.log("info", ("consumer on '%s': no prefetch given, using %d"):format(queue, prefetch))
+    end
+    if prefetch ~= (channel._prefetch or 0) then
+      channel._core:call("basic.qos", { prefetch_count = prefetch })
+      channel._prefetch = prefetch
+      calls[1] = session:expect(channel._calls, "basic.qos")
+    end
+  end
+  local delivery_queue, status = channel._core:consume {
+    queue = queue, consumer_tag = tag, no_local = opts.no_local, no_ack = opts.no_ack,
+    exclusive = opts.exclusive, arguments = arguments,
+  }
+  if not delivery_queue then
+    if calls[1] then calls[1].abandoned = true end
+    if status == "closed" then return nil, channel:_closed_error() end
+    return nil, session:refusal(status, what, level)
+  end
+  local self = setmetatable({
+    channel = channel, connection = channel.connection, queue = queue, tag = tag, prefetch = prefetch,
+    no_ack = opts.no_ack or false,
+    _session = session, _runtime = runtime, _deliveries = delivery_queue, _pop = delivery_queue.pop,
+    _ready = runtime.condition(), _receiving = 0,
+  }, Consumer)
+  if handler then
+    self.concurrency = opts.concurrency or (prefetch > 0 and prefetch or DEFAULT_PREFETCH)
+    self._handler = handler
+    self._error_delay = opts.error_delay or 1
+    self._workers, self._idle, self._waking = 0, 0, false
+  end
+  channel._receivers[delivery_queue] = self
+  channel._consumers[tag] = self
+  calls[#calls + 1] = session:expect(channel._calls, "basic.consume", function()
+    -- Nobody waits for it any more.
+    self:_abandon()
+  end)
+  local timeout = opts.timeout or channel.timeout
+  local deadline = runtime.now() + timeout
+  for i = 1, #calls do
+    local ok, err = session:await(calls[i], math.max(0, deadline - runtime.now()))
+    if not ok then
+      for j = i + 1, #calls do calls[j].abandoned = true end
+      if not self._ended then
+        self._ended = err
+        channel._consumers[tag] = nil
+      end
+      return nil, err
+    end
+  end
+  return self
+end
+
+-- A consumer whose start was given up, and that started after all.
+function Consumer:_abandon()
+  local channel = self.channel
+  if channel._closed then return end
+  if channel._core:call("basic.cancel", { consumer_tag = self.tag }) then
+    local function undo() self:_requeue_buffered() end
+    local call = self._session:expect(channel._calls, "basic.cancel", undo)
+    call.abandoned = true
+  end
+end
+
+-- ---- Taking messages --------------------------------------------------------------------------------
+
+-- Deliveries came to an empty queue. Called by the session; must not yield.
+---@package
+function Consumer:_delivered()
+  if not self._handler then
+    if self._receiving > 0 then self._ready:signal() end
+    return
+  end
+  self:_wake_worker()
+end
+
+local function receive(self, timeout)
+  local pop, queue = self._pop, self._deliveries
+  local message = pop(queue)
+  if message then return message end
+  if self._ended then return nil, self._ended end
+  local session = self._session
+  session:need()
+  local now = self._runtime.now
+  local deadline = timeout < huge and now() + timeout
+  local ready = self._ready
+  self._receiving = self._receiving + 1
+  repeat
+    local left
+    if deadline then
+      left = deadline - now()
+      if left <= 0 and timeout > 0 then break end
+    end
+    ready:wait(left and math.max(0, left))
+    message = pop(queue)
+    if message or timeout == 0 then break end
+  until self._ended
+  self._receiving = self._receiving - 1
+  if message then
+    if self._receiving > 0 and queue:count() > 0 then ready:signal() end
+    return message
+  end
+  if self._ended then return nil, self._ended end
+  return nil, session:error("timeout", ("no message within %g s"):format(timeout))
+end
+
+--- Takes the next message, waiting for one. err.kind `timeout`: none came; anything else: the
+--- consumer has ended, as reason() says.
+---@param timeout number? seconds; nil: for ever; 0: only what has arrived
+---@return moonrabbit.Message|nil, moonrabbit.Error?
+function Consumer:receive(timeout)
+  if timeout ~= nil then options.argument("Consumer:receive", "timeout", timeout, options.seconds) end
+  if self._handler then error("Consumer:receive: this consumer has a handler", 2) end
+  return receive(self, timeout or huge)
+end
+
+-- Messages that are taken one after the other without a wait keep the event loop, and with it the
+-- heartbeats, from running. A turn at least so often:
+local TURN_EVERY = 0.25
+
+--- Iterates over the messages until the consumer ends; reason() tells why it did. Waits for each in
+--- the way of the runtime: in a task it yields, in a plain script it runs the event loop.
+---@return fun(): moonrabbit.Message?
+function Consumer:messages()
+  if self._handler then error("Consumer:messages: this consumer has a handler", 2) end
+  local queue, pop = self._deliveries, self._pop
+  local runtime = self._runtime
+  local now = runtime.now
+  local turned, step, countdown = now(), 16, 16
+  return function()
+    local message = pop(queue)
+    if message then
+      countdown = countdown - 1
+      if countdown == 0 then
+        local t = now()
+        local slow = t - turned > TURN_EVERY
+        if slow then
+          runtime.sleep(0)
+          turned = now()
+          step = 1
+        elseif step < 256 then
+          step = step * 2
+        end
+        countdown = step
+      end
+      return message
+    end
+    message = receive(self, huge)
+    turned = now()
+    return message
+  end
+end
+
+--- Why the consumer ended, or nil while it has not. err.kind: `cancelled` (err.temporary when the
+--- broker did it), or what ended its channel or connection.
+---@return moonrabbit.Error?
+function Consumer:reason()
+  return self._ended
+end
+
+-- ---- Handlers ---------------------------------------------------------------------------------------
+
+-- A worker takes messages until there are none and then waits. As one takes a message and sees more,
+-- it gets the next worker going: at most one a turn, so that handlers that never yield cost nothing.
+
+local function report(self, message, trace)
+  self.connection:_report("error", "a handler of the consumer on '" .. self.queue .. "' threw: " .. trace, message)
+  if self.no_ack then return end
+  local delay = self._error_delay
+  local function give_back()
+    if delay > 0 then self._runtime.sleep(delay) end
+    if core.settle(message, "nack", true) ~= nil then self._session:touch() end
+  end
+  if delay > 0 then self._runtime.spawn(give_back) else give_back() end
+end
+
+-- Handles messages until the queue is empty. state.message is the one being handled.
+local function work(self, state)
+  local pop, queue, handler = self._pop, self._deliveries, self._handler
+  local message = pop(queue)
+  while message do
+    if not self._waking and queue:count() > 0 then self:_wake_worker() end
+    state.message = message
+    handler(message)
+    state.message = nil
+    message = pop(queue)
+  end
+end
+
+local function traceback(err)
+  if type(err) == "table" or type(err) == "userdata" then
+    local meta = getmetatable(err)
+    if not (meta and meta.__tostring) then return debug.traceback("(error object is a " .. type(err) .. ")", 2) end
+  end
+  return debug.traceback(tostring(err), 2)
+end
+
+local function worker(self, protect)
+  local state = {}
+  local cancelled = self._runtime.cancelled
+  self._waking = false
+  while true do
+    local ok, trace = protect(work, self, state)
+    if not ok then
+      local message = state.message
+      state.message = nil
+      if trace == cancelled and cancelled ~= nil then
+        self._workers = self._workers - 1
+        return
+      end
+      if message then report(self, message, trace) else self.connection:_report("error", trace) end
+    elseif self._ended and self._deliveries:count() == 0 then
+      break
+    else
+      self._idle = self._idle + 1
+      self._session:need()
+      self._ready:wait()
+      self._idle = self._idle - 1
+      self._waking = false
+    end
+  end
+  self._workers = self._workers - 1
+  if self._workers == 0 and self._drained then self._drained:broadcast() end
+end
+
+-- xpcall of (f, a, b) that keeps a traceback and lets f yield. PUC Lua 5.1 has no such thing; there
+-- the runtime's own pcall does it, without the traceback's lower half.
+local function protector(runtime)
+  local cancelled = runtime.cancelled
+  local function handle(err)
+    if cancelled ~= nil and err == cancelled then return err end
+    return traceback(err)
+  end
+  if _VERSION == "Lua 5.1" and not rawget(_G, "jit") then
+    local protect = runtime.pcall or pcall
+    return function(f, a, b)
+      local ok, err = protect(f, a, b)
+      if ok then return true end
+      if err == cancelled then return false, err end
+      return false, type(err) == "string" and err or traceback(err)
+    end
+  end
+  return function(f, a, b) return xpcall(f, handle, a, b) end
+end
+
+---@package
+function Consumer:_wake_worker()
+  if self._waking then return end
+  if self._idle > 0 then
+    self._waking = true
+    self._ready:signal()
+  elseif self._workers < self.concurrency then
+    self._waking = true
+    self._workers = self._workers + 1
+    self._protect = self._protect or protector(self._runtime)
+    self._runtime.spawn(worker, self, self._protect)
+  end
+end
+
+-- ---- The end ----------------------------------------------------------------------------------------
+
+-- What came and was not taken goes back. The queue is popped empty either way.
+function Consumer:_requeue_buffered()
+  local pop, queue = self._pop, self._deliveries
+  local message = pop(queue)
+  local any = false
+  while message do
+    if core.settle(message, "nack", true) ~= nil then any = true end
+    message = pop(queue)
+  end
+  if any then self._session:touch() end
+end
+
+--- Ends it. `keep`: what has arrived may still be taken.
+---@package
+function Consumer:_finish(err, keep)
+  if self._ended then return end
+  self._ended = err
+  if not keep and not self.no_ack then
+    -- Of a channel that is gone: the broker delivers them again, and nobody could settle these.
+    local pop, queue = self._pop, self._deliveries
+    while pop(queue) do end -- luacheck: ignore 542
+  end
+  self._ready:broadcast()
+end
+
+local cancel_options = { drain = options.boolean, timeout = options.seconds }
+
+--- Stops it. Messages that have arrived and were not taken yet go back to the queue; with
+--- `drain = true` they can still be taken (or are still handled), and with a handler the call then
+--- also waits until the last one has been. basic.cancel
+---@param opts { drain: boolean?, timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Consumer:cancel(opts)
+  opts = options.check("Consumer:cancel", opts, cancel_options)
+  local channel, session = self.channel, self._session
+  if self._ended then return true end
+  local now = self._runtime.now
+  local timeout = opts.timeout or channel.timeout
+  local deadline = now() + timeout
+  local ok, status = channel._core:call("basic.cancel", { consumer_tag = self.tag })
+  if not ok then
+    if status == "closed" then return nil, channel:_closed_error() end
+    return nil, session:refusal(status, "Consumer:cancel")
+  end
+  local call = session:expect(channel._calls, "basic.cancel")
+  self._cancelling = true
+  local result, err = session:await(call, timeout)
+  if not self._ended then
+    if not opts.drain and not self.no_ack then self:_requeue_buffered() end
+    self:_finish(session:error("cancelled", "cancelled by consumer:cancel()", { temporary = false }), true)
+  end
+  if channel._consumers[self.tag] == self then channel._consumers[self.tag] = nil end
+  if not result and not (err.kind == "closed" or err.kind == "channel") then return nil, err end
+  if opts.drain and self._handler and self._workers > 0 then
+    self._drained = self._drained or self._runtime.condition()
+    while self._workers > 0 do
+      local left = deadline - now()
+      if left <= 0 then
+        return nil, session:error("timeout", ("%d handlers have not ended within %g s"):format(self._workers, timeout))
+      end
+      self._drained:wait(left < huge and left or nil)
+    end
+  end
+  if self._owns_channel and not opts.drain then
+    return channel:close(math.max(0, deadline - now()))
+  end
+  return true
+end
+
+--- How many messages have arrived and were not taken yet.
+---@return integer
+function Consumer:buffered()
+  return self._deliveries:count()
+end
+
+function Consumer:__tostring()
+  return ("%s %s on '%s' (%s)"):format(Consumer.__name, self.tag, self.queue,
+    self._ended and "ended: " .. self._ended.kind or "open")
+end
+
+Consumer.options = consume_options
+
+return Consumer

@@ -1,0 +1,138 @@
+--- Message: what a consumer, `get` or a returned publish yields.
+--
+-- Fields, each made when it is first read: `body`, `exchange`, `routing_key`, `redelivered`,
+-- `delivery_tag`, `consumer_tag`, `properties` (a table), `headers` (a table, maybe empty),
+-- `channel`; of `get` also `message_count` (how many are left); of a returned publish `reply_code`
+-- and `reply_text`.
+-- @module moonrabbit.message
+
+local core = require "moonrabbit.core"
+local options = require "moonrabbit.options"
+
+local core_ack, core_settle, core_owner = core.ack, core.settle, core.owner
+local boolean, shortstr, seconds = options.boolean, options.shortstr, options.seconds
+
+---@class moonrabbit.Message
+---@field body string
+---@field exchange string
+---@field routing_key string
+---@field redelivered boolean
+---@field delivery_tag integer
+---@field consumer_tag string
+---@field properties table<string, any>
+---@field headers table<string, any>
+---@field channel moonrabbit.Channel
+---@field message_count integer?
+---@field reply_code integer?
+---@field reply_text string?
+local methods = core.message_methods
+
+local function not_settled(message, status, what)
+  local owner = core_owner(message)
+  if status == "closed" then return nil, owner:_closed_error() end
+  if status == "settled" then
+    error(("%s: delivery %s was settled before"):format(what, tostring(message.delivery_tag)), 3)
+  elseif status == "unknown_tag" then
+    error(("%s: delivery %s has nothing to settle (no_ack, or a returned message)"):format(what,
+      tostring(message.delivery_tag)), 3)
+  end
+  return nil, owner._session:refusal(status, what, 3)
+end
+
+--- Acks this delivery: the broker may forget the message. Acks leave gathered: with the next write,
+--- or within ack_delay (1 ms). Acking a second time throws; when the channel or connection of the
+--- message is gone, the answer is nil, err of kind `closed`, and the broker delivers it again.
+--- basic.ack, https://www.rabbitmq.com/docs/confirms#acknowledgement-modes
+---@return true|nil, moonrabbit.Error?
+function methods:ack()
+  local flush, status = core_ack(self)
+  if flush == false then
+    local session = core_owner(self)._session
+    if not session.dirty then session:touch() end
+    return true
+  end
+  if flush then
+    core_owner(self)._session:try_flush()
+    return true
+  end
+  return not_settled(self, status, "Message:ack")
+end
+
+local settle_options = { requeue = boolean }
+
+local function settle(message, kind, requeue, what)
+  local flush, status = core_settle(message, kind, requeue)
+  if flush == nil then return not_settled(message, status, what) end
+  local session = core_owner(message)._session
+  if flush then session:try_flush() else session:touch() end
+  return true
+end
+
+--- Gives this delivery back: to its queue, or with `requeue = false` to the dead-letter exchange of
+--- the queue, if it has one. basic.nack
+---@param opts { requeue: boolean? }? requeue: true by default
+---@return true|nil, moonrabbit.Error?
+function methods:nack(opts)
+  if opts ~= nil then options.check("Message:nack", opts, settle_options) end
+  local ok, err = settle(self, "nack", not opts or opts.requeue ~= false, "Message:nack")
+  return ok, err
+end
+
+--- Rejects this delivery: it is dead-lettered or dropped, or with `requeue = true` goes back to its
+--- queue. basic.reject
+---@param opts { requeue: boolean? }? requeue: false by default
+---@return true|nil, moonrabbit.Error?
+function methods:reject(opts)
+  if opts ~= nil then options.check("Message:reject", opts, settle_options) end
+  local ok, err = settle(self, "reject", opts and opts.requeue or false, "Message:reject")
+  return ok, err
+end
+
+--- Answers a request (Connection:call): publishes `body` to the queue named by properties.reply_to,
+--- with the request's correlation_id, on the message's own channel.
+--- On a channel with confirms it waits, and err of kind `unroutable` tells that the caller is gone.
+--- https://www.rabbitmq.com/docs/direct-reply-to
+---@param body string
+---@param opts table? as for Channel:publish; not persistent by default
+---@return true|nil, moonrabbit.Error?
+function methods:reply(body, opts)
+  local properties = self.properties
+  local reply_to = properties.reply_to
+  options.argument("Message:reply", "body", body, options.string)
+  local channel = core_owner(self)
+  if reply_to == nil or reply_to == "" then
+    return nil, channel._session:error("unroutable", "the message asks for no reply: it has no reply_to")
+  end
+  local all = { exchange = "", routing_key = reply_to, correlation_id = properties.correlation_id, persistent = false }
+  if opts ~= nil then
+    options.check("Message:reply", opts, options.merge(options.publish, { timeout = seconds }))
+    for key, value in pairs(opts) do all[key] = value end
+  end
+  return channel:publish(body, all)
+end
+
+local forward_options = {
+  set = options.table, remove = options.table, remove_properties = options.table, mandatory = boolean,
+  timeout = seconds, channel = options.table,
+}
+
+--- Sends this message on: body, properties and headers byte for byte as they came, but for the
+--- headers in `set` (added or replaced) and `remove` (a list of names), and the properties named in
+--- `remove_properties`. It is not settled by this. On a channel with confirms it waits for the
+--- confirm, and is mandatory unless told otherwise.
+---@param exchange string
+---@param routing_key string? the message's own by default
+---@param opts { set: table?, remove: string[]?, remove_properties: string[]?, mandatory: boolean?, channel: moonrabbit.Channel?, timeout: number? }? channel: the message's own by default
+---@return true|nil, moonrabbit.Error?
+function methods:forward(exchange, routing_key, opts)
+  options.argument("Message:forward", "exchange", exchange, shortstr)
+  if routing_key ~= nil then options.argument("Message:forward", "routing_key", routing_key, shortstr) end
+  opts = options.check("Message:forward", opts, forward_options)
+  local channel = opts.channel or core_owner(self)
+  local confirmation, err = channel:_forward(self, exchange, routing_key or self.routing_key, opts, opts.timeout)
+  if not confirmation then return nil, err end
+  if confirmation == true then return true end
+  return channel:_wait(confirmation, opts.timeout, true)
+end
+
+return methods

@@ -1,0 +1,495 @@
+--- One connection to one broker, from connect to close: the engine, its transport and its tasks.
+--
+-- A session ends for good; a Connection may outlive it. Its tasks:
+--
+-- * the reader waits for bytes and pumps the engine's events;
+-- * the writer sends what there is, once a turn of the loop, and keeps the engine's deadlines;
+-- * the watch keeps the deadlines while the writer waits for a full socket.
+--
+-- Nothing that `pump` calls may yield: what may (the user's functions) runs in tasks.
+-- Users meet `moonrabbit.connection`, not this.
+-- @module moonrabbit.session
+
+local core = require "moonrabbit.core"
+local errors = require "moonrabbit.errors"
+
+---@class moonrabbit.Session
+---@field engine moonrabbit.core.Engine
+---@field transport table
+---@field runtime table
+---@field state "connecting"|"open"|"closing"|"closed"
+---@field reason moonrabbit.Error?   why it closed
+---@field endpoint string
+---@field dirty boolean              the writer is going to run
+---@field channels table             Channel objects that are open, as keys
+local Session = {}
+Session.__index = Session
+
+local max, min, huge = math.max, math.min, math.huge
+
+-- After a write failed, what the broker said before is still read, for so long.
+local LAST_WORDS = 1
+-- What is left to write when a session ends has so long to leave.
+local LAST_FLUSH = 2
+
+-- ---- Calls: what waits for a reply. The broker answers in order, so each channel has a queue. --------
+
+---@class moonrabbit.Calls
+local Calls = {}
+Calls.__index = Calls
+
+function Calls.new()
+  return setmetatable({ first = 1, last = 0 }, Calls)
+end
+
+function Calls:push(call)
+  self.last = self.last + 1
+  self[self.last] = call
+end
+
+function Calls:pop()
+  local first = self.first
+  local call = self[first]
+  if call then
+    self[first] = nil
+    if first == self.last then
+      self.first, self.last = 1, 0
+    else
+      self.first = first + 1
+    end
+  end
+  return call
+end
+
+-- Ends a call. One that nobody waits for any more may want to undo what it did.
+local function resolve(call, ok, result, extra)
+  call.done = true
+  if call.abandoned then
+    if ok and call.late then call.late(result, extra) end
+    return
+  end
+  call.ok, call.result, call.extra = ok, result, extra
+  call.condition:signal()
+end
+
+function Calls:fail(err)
+  local call = self:pop()
+  while call do
+    resolve(call, false, err)
+    call = self:pop()
+  end
+end
+
+-- ---- Waiting ----------------------------------------------------------------------------------------
+
+--- Queues a call whose method was just handed to the engine. `late(result)` is called when the
+--- answer comes after the caller has given up.
+function Session:expect(calls, what, late)
+  local call = { what = what, condition = self.runtime.condition(), late = late, done = false }
+  calls:push(call)
+  self:touch()
+  self:need()
+  return call
+end
+
+--- Waits for a call: its result, or nil, err.
+function Session:await(call, timeout)
+  local now = self.runtime.now
+  local deadline = now() + timeout
+  while not call.done do
+    local left = deadline - now()
+    if left <= 0 or not call.condition:wait(left < huge and left or nil) then
+      if not call.done and deadline <= now() then
+        call.abandoned = true
+        return nil, self:error("timeout", ("no answer to %s within %g s"):format(call.what, timeout))
+      end
+    end
+  end
+  if call.ok then return call.result, call.extra end
+  return nil, call.result
+end
+
+--- An error of this session's endpoint.
+function Session:error(kind, message, more)
+  local fields = more or {}
+  fields.kind, fields.message, fields.endpoint = kind, message, self.endpoint
+  return errors.new(fields)
+end
+
+local status_errors = {
+  blocked = { "blocked", "the broker has blocked publishing: it is short of memory or disk space" },
+  window = { "overflow", "the window of unconfirmed publishes is full" },
+  overflow = { "overflow", "the output buffer is full (max_buffer)" },
+  memory = { "overflow", "out of memory" },
+  no_channels = { "overflow", "all channels that the broker allows on a connection are open (channel_max)" },
+}
+
+--- The error for a status of the engine; throws for mistakes of the program, at `level` of the caller.
+function Session:refusal(status, what, level)
+  if status == "closed" then return self.reason or self:error("closed", "the connection is closed") end
+  if status == "too_large" then
+    return self:error("overflow",
+      what .. ": too large (a body over max_message_size, or headers that don't fit a frame)",
+      { code = 311, temporary = false })
+  end
+  local known = status_errors[status]
+  if known then return self:error(known[1], known[2]) end
+  error(what .. ": an argument is out of range or nested too deep", (level or 2) + 1)
+end
+
+-- ---- Writing ----------------------------------------------------------------------------------------
+
+--- Something is to be written (or a deadline has changed): the writer runs at the next turn.
+function Session:touch()
+  if not self.dirty then
+    self.dirty = true
+    self.wake:signal()
+  end
+end
+
+--- Writes what can be written at once; never yields.
+function Session:try_flush()
+  if not self.corked and not self.write_error then self.transport:try_flush(self.engine) end
+  if self.engine:pending() > 0 then self:touch() end
+end
+
+-- The loop was away for long: what the broker sent meanwhile must be read before its silence is judged.
+local function late(self, by)
+  self.runtime.sleep(0)
+  local interval = self.heartbeat
+  if interval > 0 and by > interval / 4 then
+    local source = self.runtime.turn_source and self.runtime.turn_source()
+    self.log("warn", ("the event loop stood still for %.1f s: heartbeats need a turn every few seconds%s"):format(by,
+      source and " (" .. tostring(source) .. ")" or ""))
+  end
+end
+
+local function write_loop(self)
+  local engine, transport, wake, now = self.engine, self.transport, self.wake, self.runtime.now
+  while self.state ~= "closed" do
+    self.dirty = false
+    self.corked = false
+    if not self.write_error then
+      self.flushing = true
+      local ok, kind, text = transport:flush(engine)
+      self.flushing = false
+      if ok then
+        self.room:signal()
+        self.flushed:broadcast()
+      else
+        -- The broker may have said why before it hung up: reading goes on for a moment.
+        self.write_error = text or kind or "closed"
+        self.write_error_at = now()
+      end
+    end
+    if self.state == "closed" then break end
+    if not self.dirty then
+      local t = now()
+      local deadline = engine:deadline(t)
+      local left = deadline and max(0, deadline - t)
+      if self.write_error then
+        local rest = self.write_error_at + LAST_WORDS - t
+        if rest <= 0 then
+          engine:eof(self.write_error)
+          self:pump()
+          break
+        end
+        left = left and min(left, rest) or rest
+      end
+      if not left or left > 0 then
+        wake:wait(left)
+        if deadline and self.state ~= "closed" then
+          local after = now()
+          if after - deadline > 0.5 then late(self, after - deadline) end
+        end
+      end
+      if self.state ~= "closed" then
+        engine:tick(now())
+        if not self.dirty then self:pump() end
+      end
+    end
+  end
+  self.ended:broadcast()
+  if self.last_flush then
+    transport:flush(engine)
+    transport:close()
+  end
+end
+
+-- A flush may wait for as long as the socket is full: a peer that takes nothing and says nothing is
+-- noticed here.
+local function watch_loop(self)
+  local engine, now = self.engine, self.runtime.now
+  while self.state ~= "closed" do
+    self.ended:wait(max(1, self.heartbeat / 2))
+    if self.flushing and self.state ~= "closed" then
+      local deadline = engine:deadline(now())
+      if deadline and deadline <= now() then
+        engine:tick(now())
+        self:pump()
+      end
+    end
+  end
+end
+
+-- ---- Reading ----------------------------------------------------------------------------------------
+
+local function read_loop(self)
+  local engine, transport, runtime = self.engine, self.transport, self.runtime
+  while self.state ~= "closed" do
+    local n, kind, text = transport:fill(engine)
+    if not n and kind ~= "full" then
+      engine:eof(text or kind)
+      n = 0
+    end
+    local events = self:pump()
+    if not n and events == 0 and self.state ~= "closed" then
+      -- A consumer without a bound has been given more than it takes: reading waits for it.
+      engine:pause(true, runtime.now())
+      self.paused = true
+      self.drained:wait(1)
+      self.paused = false
+      if self.state ~= "closed" then engine:pause(false, runtime.now()) end
+    end
+  end
+end
+
+--- Somebody waits for something that only reading can bring, or has made room for it.
+function Session:need()
+  if self.paused then self.drained:signal() end
+end
+
+-- ---- Events -----------------------------------------------------------------------------------------
+
+local handlers = {}
+
+function handlers.open(self)
+  if self.state == "connecting" then
+    self.state = "open"
+    self.channel_max, self.frame_max, self.heartbeat = self.engine:tuned()
+    if self.heartbeat > 0 then self.runtime.spawn(watch_loop, self) end
+    self.changed:broadcast()
+  end
+end
+
+function handlers.reply(self, owner, method, fields)
+  local call = (owner and owner._calls or self.calls):pop()
+  if call then resolve(call, true, fields or {}, method) end
+end
+
+function handlers.get(_, owner, message)
+  local call = owner._calls:pop()
+  if call then resolve(call, true, message, "basic.get-ok") end
+end
+
+function handlers.deliver(_, owner, queue)
+  local receiver = owner._receivers[queue]
+  if receiver then receiver:_delivered() end
+end
+
+function handlers.confirm(_, owner)
+  owner:_confirmed()
+end
+
+function handlers.failed(_, owner, seq, outcome, confirmation)
+  owner:_failed(seq, outcome, confirmation)
+end
+
+handlers["return"] = function(self, owner, message, seq)
+  owner:_returned(message, seq)
+  self.emit("return", message, owner)
+end
+
+function handlers.cancel(_, owner, consumer_tag, queue)
+  owner:_consumer_cancelled(consumer_tag, queue)
+end
+
+function handlers.flow(self, owner, active)
+  owner:_flow(active)
+  if active then self.room:signal() end
+end
+
+function handlers.channel_closed(self, owner, report)
+  owner:_ended(self:report(report))
+end
+
+function handlers.blocked(self, reason)
+  self.blocked = reason or ""
+  self.emit("blocked", reason)
+end
+
+function handlers.unblocked(self)
+  self.blocked = nil
+  self.room:signal()
+  for channel in pairs(self.channels) do channel._room:signal() end
+  self.emit("unblocked")
+end
+
+function handlers.closed(self, report)
+  self:finish(self:report(report))
+end
+
+--- An error from what the engine reports, with the endpoint and without the password.
+function Session:report(report)
+  local err = errors.from_engine(report, self.endpoint)
+  local secret = self.secret
+  if secret and #secret > 3 then
+    local from, to = err.message:find(secret, 1, true)
+    while from do
+      err.message = err.message:sub(1, from - 1) .. "***" .. err.message:sub(to + 1)
+      from, to = err.message:find(secret, from + 3, true)
+    end
+  end
+  return err
+end
+
+--- Takes every event there is. Returns how many there were.
+function Session:pump()
+  local engine = self.engine
+  local n = 0
+  local event, a, b, c, d = engine:pump()
+  while event do
+    n = n + 1
+    handlers[event](self, a, b, c, d)
+    event, a, b, c, d = engine:pump()
+  end
+  return n
+end
+
+-- ---- Beginning and end ------------------------------------------------------------------------------
+
+--- The session is over: everything that waits learns why.
+function Session:finish(err)
+  if self.state == "closed" then return end
+  if self.state == "closing" and (err.code == nil or err.code == 200) and err.kind == "closed" then
+    err = self:error("closed", "the connection was closed by this side", { temporary = false })
+  end
+  self.state = "closed"
+  self.reason = err
+  self.transport:try_flush(self.engine)
+  if self.engine:pending() == 0 or self.write_error then
+    self.transport:close()
+  else
+    self.last_flush = true
+    self.runtime.spawn(function()
+      self.runtime.sleep(LAST_FLUSH)
+      self.transport:close()
+    end)
+  end
+  self.calls:fail(err)
+  local channels = self.channels
+  self.channels = {}
+  for channel in pairs(channels) do channel:_ended(err) end
+  self.dirty = true
+  self.wake:broadcast()
+  self.drained:broadcast()
+  self.room:broadcast()
+  self.flushed:broadcast()
+  self.changed:broadcast()
+  self.ended:broadcast()
+  self.emit("closed", err)
+end
+
+--- Connects and shakes hands.
+---@param config table runtime, endpoint {host, port, path}, label, tls, engine (config of core.engine), timeout, secret, log, emit
+---@return moonrabbit.Session|nil, moonrabbit.Error?
+function Session.open(config)
+  local runtime, timeout = config.runtime, config.timeout
+  local now = runtime.now
+  local deadline = now() + timeout
+  local engine = core.engine(config.engine)
+  local transport, kind, text, temporary = runtime.open(config.endpoint, config.tls,
+    timeout < huge and timeout or nil)
+  if not transport then
+    return nil, errors.new {
+      kind = kind, message = text or kind, endpoint = config.label,
+      temporary = temporary,
+    }
+  end
+  local condition = runtime.condition
+  local self = setmetatable({
+    engine = engine, transport = transport, runtime = runtime, state = "connecting",
+    endpoint = config.label, secret = config.secret, log = config.log, emit = config.emit,
+    channels = {}, calls = Calls.new(),
+    dirty = false, corked = false, flushing = false, paused = false, heartbeat = 0,
+    wake = condition(),    -- the writer
+    drained = condition(), -- the reader, while it is paused
+    room = condition(),    -- publishers that wait for buffer space or for the broker to unblock
+    flushed = condition(),
+    changed = condition(), -- the state
+    ended = condition(),
+  }, Session)
+  engine:start(now())
+  runtime.spawn(write_loop, self)
+  runtime.spawn(read_loop, self)
+  while self.state == "connecting" do
+    local left = deadline - now()
+    if left <= 0 then
+      self:finish(self:error("timeout",
+        ("the broker did not finish the AMQP handshake within %g s (is it an AMQP port?)"):format(timeout)))
+    else
+      self.changed:wait(left < huge and left or nil)
+    end
+  end
+  if self.state == "open" then return self end
+  return nil, self.reason
+end
+
+--- Waits until everything written so far has left for the network, gathered acks too.
+---@param timeout number
+---@return true|nil, moonrabbit.Error?
+function Session:flush(timeout)
+  local now = self.runtime.now
+  local deadline = now() + timeout
+  for channel in pairs(self.channels) do channel._core:flush_acks() end
+  self.corked = false
+  if self.state ~= "closed" then self:try_flush() end
+  while self.state ~= "closed" and self.engine:pending() > 0 do
+    self:touch()
+    local left = deadline - now()
+    if left <= 0 then
+      return nil, self:error("timeout", ("the broker did not take what is to be sent within %g s"):format(timeout))
+    end
+    self.flushed:wait(left < huge and left or nil)
+  end
+  if self.state == "closed" then return nil, self.reason end
+  return true
+end
+
+--- Sends what is to be sent, acks included, and Connection.Close; waits for its answer.
+--- The session is closed afterwards, whatever comes back.
+---@param timeout number
+---@return true|nil, moonrabbit.Error?
+function Session:close(timeout)
+  if self.state == "closed" then return true end
+  self:start_close()
+  local now = self.runtime.now
+  local deadline = now() + timeout
+  while self.state ~= "closed" do
+    local left = deadline - now()
+    if left <= 0 then
+      local err = self:error("timeout", ("the broker did not confirm the close within %g s"):format(timeout))
+      self.engine:eof("closed")
+      self:pump()
+      self:finish(err)
+      return nil, err
+    end
+    self.changed:wait(left < huge and left or nil)
+  end
+  return true
+end
+
+--- The part of close that does not wait.
+function Session:start_close()
+  if self.state ~= "open" then return end
+  self.state = "closing"
+  self.emit("state", "closing")
+  self.engine:close(200, "Goodbye")
+  self.dirty = false
+  self:touch()
+  self:need()
+end
+
+Session.Calls = Calls
+
+return Session
