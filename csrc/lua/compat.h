@@ -22,6 +22,8 @@
 #define MR_EXPORT __attribute__((visibility("default")))
 #endif
 #define MR_UNUSED __attribute__((unused))
+#define MR_LIKELY(x) __builtin_expect(!!(x), 1)
+#define MR_UNLIKELY(x) __builtin_expect(!!(x), 0)
 
 #if LUA_VERSION_NUM == 501
 

@@ -1,0 +1,230 @@
+/* The module moonrabbit.core: puts the parts together. */
+#include "lua/binding.h"
+
+/* ---- helpers ---- */
+
+const char *mrl_status_name(mr_status status) {
+  switch (status) {
+    case MR_NO_MEMORY: return "memory";
+    case MR_CLOSED: return "closed";
+    case MR_BLOCKED: return "blocked";
+    case MR_WINDOW_FULL: return "window";
+    case MR_OVERFLOW: return "overflow";
+    case MR_TOO_LARGE: return "too_large";
+    case MR_BAD_ARGUMENT: return "bad_argument";
+    case MR_NO_CHANNELS: return "no_channels";
+    case MR_SETTLED: return "settled";
+    case MR_UNKNOWN_TAG: return "unknown_tag";
+    default: return "ok";
+  }
+}
+
+int mrl_push_refusal(lua_State *L, mr_status status) {
+  lua_pushnil(L);
+  lua_pushstring(L, mrl_status_name(status));
+  return 2;
+}
+
+int mrl_push_done(lua_State *L, mr_status status) {
+  if (status < 0) return mrl_push_refusal(L, status);
+  lua_pushboolean(L, 1);
+  return 1;
+}
+
+int mrl_push_flush(lua_State *L, mr_status status) {
+  if (status < 0) return mrl_push_refusal(L, status);
+  lua_pushboolean(L, 1);
+  lua_pushboolean(L, status == MR_FLUSH);
+  return 2;
+}
+
+/* Too large for a lua_Integer: the nearest float. */
+void mrl_push_uint64(lua_State *L, uint64_t n) {
+  if (n <= INT64_MAX)
+    lua_pushinteger(L, (lua_Integer)n);
+  else
+    lua_pushnumber(L, (lua_Number)n);
+}
+
+amqp_bytes_t mrl_check_shortstr(lua_State *L, int i) {
+  amqp_bytes_t s = mrl_check_string(L, i);
+  if (s.len > 255) luaL_argerror(L, i, "longer than 255 bytes");
+  return s;
+}
+
+bool mrl_check_boolean(lua_State *L, int i) {
+  luaL_checktype(L, i, LUA_TBOOLEAN);
+  return lua_toboolean(L, i);
+}
+
+bool mrl_opt_boolean(lua_State *L, int i, bool otherwise) {
+  return lua_isnoneornil(L, i) ? otherwise : mrl_check_boolean(L, i);
+}
+
+uint64_t mrl_check_uint(lua_State *L, int i, uint64_t max) {
+  int64_t n = 0;
+  luaL_checktype(L, i, LUA_TNUMBER);
+  if (!mr_exact_integer(L, i, &n)) luaL_argerror(L, i, "not an integer");
+  if (n < 0 || (uint64_t)n > max) luaL_argerror(L, i, "out of range");
+  return (uint64_t)n;
+}
+
+mr_settle_kind mrl_check_settle(lua_State *L, int i, bool with_ack) {
+  const char *kind = mrl_check_string(L, i).bytes;
+  if (with_ack && strcmp(kind, "ack") == 0) return MR_SETTLE_ACK;
+  if (strcmp(kind, "nack") == 0) return MR_SETTLE_NACK;
+  if (strcmp(kind, "reject") == 0) return MR_SETTLE_REJECT;
+  luaL_argerror(L, i, with_ack ? "'ack', 'nack' or 'reject' expected" : "'nack' or 'reject' expected");
+  return MR_SETTLE_ACK;
+}
+
+/* ---- functions of the module that belong to no object ---- */
+
+static int codec_version(lua_State *L) {
+  lua_pushstring(L, amqp_version());
+  return 1;
+}
+
+/* core.owner(message | confirmation) */
+static int owner(lua_State *L) {
+  if (!mrl_test(L, 1, MR_UP_MESSAGE) && !mrl_test(L, 1, MR_UP_CONFIRMATION))
+    return luaL_argerror(L, 1, "message or confirmation expected");
+  mr_get_uservalue(L, 1);
+  lua_rawgeti(L, -1, MR_ANCHOR_OWNER);
+  return 1;
+}
+
+const luaL_Reg mrl_core_functions[] = {{"engine", mrl_new_engine},
+                                       {"route", mrl_new_route},
+                                       {"ack", mrl_ack},
+                                       {"settle", mrl_settle},
+                                       {"outcome", mrl_outcome},
+                                       {"acked", mrl_acked},
+                                       {"owner", owner},
+                                       {"is_message", mrl_is_message},
+                                       {"encode_table", mrl_encode_table},
+                                       {"decode_table", mrl_decode_table},
+                                       {"codec_version", codec_version},
+                                       {NULL, NULL}};
+
+/* ---- luaopen ---- */
+
+static int null_tostring(lua_State *L) {
+  lua_pushliteral(L, "null");
+  return 1;
+}
+
+/* Pushes core.null. */
+static void new_null(lua_State *L) {
+  lua_newuserdata(L, 1);
+  luaL_newmetatable(L, MR_NULL_TYPE);
+  lua_pushliteral(L, MR_NULL_TYPE);
+  lua_setfield(L, -2, "__name");
+  lua_pushcfunction(L, null_tostring);
+  lua_setfield(L, -2, "__tostring");
+  lua_setmetatable(L, -2);
+}
+
+static void new_weak_table(lua_State *L) {
+  lua_newtable(L);
+  lua_createtable(L, 0, 1);
+  lua_pushliteral(L, "k");
+  lua_setfield(L, -2, "__mode");
+  lua_setmetatable(L, -2);
+}
+
+static void new_type(lua_State *L, const char *name) {
+  luaL_newmetatable(L, name);
+  lua_pushstring(L, name);
+  lua_setfield(L, -2, "__name");
+}
+
+/* Pushes what every C function gets as upvalues, in the order of their numbers. */
+static mrl_state *push_upvalues(lua_State *L) {
+  mrl_state *st = mrl_state_new(L);
+  new_type(L, MR_ENGINE_TYPE);
+  new_type(L, MR_CHANNEL_TYPE);
+  new_type(L, MR_QUEUE_TYPE);
+  new_type(L, MR_MESSAGE_TYPE);
+  new_type(L, MR_CONFIRMATION_TYPE);
+  new_type(L, MR_ROUTE_TYPE);
+  new_type(L, MR_TYPED_TYPE);
+  new_null(L);
+  st->null = lua_touserdata(L, -1);
+  new_weak_table(L);
+  new_weak_table(L);
+  lua_newtable(L);
+  return st;
+}
+
+static void intern_keys(lua_State *L, mrl_state *st, int state) {
+  int n;
+  const char *const *names = mrl_option_names(&n);
+  mr_get_uservalue(L, state);
+  for (int i = 0; i < n; i++) mrl_intern(L, st, lua_gettop(L), MR_KEYS_OPTIONS + i, names[i]);
+  for (int i = 0; mrl_message_keys[i]; i++)
+    mrl_intern(L, st, lua_gettop(L), MR_KEYS_MESSAGE + i, mrl_message_keys[i]);
+  lua_pop(L, 1);
+}
+
+/* Puts the functions into the table at `table`, with the shared upvalues. */
+static void set_functions(lua_State *L, int table, int first, const luaL_Reg *functions) {
+  lua_pushvalue(L, table);
+  for (int i = 0; i < MR_UP_COUNT; i++) lua_pushvalue(L, first + i);
+  luaL_setfuncs(L, functions, MR_UP_COUNT);
+  lua_pop(L, 1);
+}
+
+static void fill_types(lua_State *L, int first) {
+  static const struct {
+    int up;
+    const luaL_Reg *functions;
+    bool own_index; /* methods are found in the metatable itself */
+  } types[] = {{MR_UP_ENGINE, mrl_engine_functions, true},
+               {MR_UP_CHANNEL, mrl_channel_functions, true},
+               {MR_UP_QUEUE, mrl_queue_functions, true},
+               {MR_UP_MESSAGE, mrl_message_functions, false},
+               {MR_UP_CONFIRMATION, mrl_confirmation_functions, false},
+               {MR_UP_ROUTE, mrl_route_functions, false},
+               {MR_UP_TYPED, mrl_typed_functions, false}};
+  for (size_t i = 0; i < sizeof types / sizeof types[0]; i++) {
+    int metatable = first + types[i].up - 1;
+    set_functions(L, metatable, first, types[i].functions);
+    if (!types[i].own_index) continue;
+    lua_pushvalue(L, metatable);
+    lua_setfield(L, metatable, "__index");
+  }
+}
+
+/* A second luaopen must give the same module: its metatables are in the registry. */
+static const char LOADED[] = "moonrabbit.core.module";
+
+MR_EXPORT int luaopen_moonrabbit_core(lua_State *L);
+
+int luaopen_moonrabbit_core(lua_State *L) {
+  luaL_checkversion(L);
+  luaL_checkstack(L, 4 * MR_UP_COUNT, NULL);
+  lua_getfield(L, LUA_REGISTRYINDEX, LOADED);
+  if (lua_istable(L, -1)) return 1;
+  lua_pop(L, 1);
+  lua_newtable(L);
+  int module = lua_gettop(L), first = module + 1;
+  mrl_state *st = push_upvalues(L);
+  intern_keys(L, st, first);
+  fill_types(L, first);
+  set_functions(L, module, first, mrl_core_functions);
+  mrl_push_types(L, first);
+  lua_setfield(L, module, "types");
+  lua_pushvalue(L, first + MR_UP_NULL - 1);
+  lua_setfield(L, module, "null");
+  lua_pushvalue(L, first + MR_UP_MESSAGE_METHODS - 1);
+  lua_setfield(L, module, "message_methods");
+  lua_newtable(L);
+  lua_pushvalue(L, -1);
+  lua_setfield(L, module, "confirmation_methods");
+  lua_setfield(L, first + MR_UP_CONFIRMATION - 1, "__index");
+  lua_settop(L, module);
+  lua_pushvalue(L, module);
+  lua_setfield(L, LUA_REGISTRYINDEX, LOADED);
+  return 1;
+}
