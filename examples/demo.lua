@@ -87,7 +87,7 @@ end
 
 -- Publishes on one connection until everything is confirmed (true) or the connection breaks.
 local function publish_on(conn, round)
-  local ch, err = conn:channel { confirm = true, window = WINDOW }
+  local ch = conn:channel { confirm = true, window = WINDOW }
   if not ch or not declare(ch, round) then return false end
   local route = { routing_key = round.queue } -- persistent and mandatory, for the channel confirms
   local sent, first, last = {}, 1, 0
@@ -106,8 +106,7 @@ local function publish_on(conn, round)
     -- What the broker has answered by now; when there is nothing to send, the oldest is waited for.
     local head = sent[first]
     while head and (not id or head[2]:outcome() ~= "pending") do
-      local ok
-      ok, err = head[2]:wait(20)
+      local ok, err = head[2]:wait(20)
       if not ok then
         if err.kind ~= "nacked" then return false end
         table.insert(round.again, 1, head[1])

@@ -1,0 +1,131 @@
+-- Every example, as a process of its own, against a real broker.
+local process = require "support.process"
+
+local function example(name, ...) return { "examples/" .. name .. ".lua", ... } end
+
+describe("examples #smoke", function()
+  local running = {}
+
+  local function start(words, messages)
+    local one = process.start(words, { env = { MESSAGES = messages }, timeout = 60 })
+    running[#running + 1] = one
+    return one
+  end
+
+  local function send(...)
+    local result = process.run(...)
+    assert.equal("", result.err)
+    assert.equal(0, result.code)
+    return result.out
+  end
+
+  -- What earlier runs left behind would be received first.
+  setup(function()
+    for _, queue in ipairs { "hello", "task_queue", "rpc_queue" } do
+      process.run { "bin/moonrabbit", "delete", "queue", queue }
+    end
+  end)
+
+  after_each(function()
+    for _, one in ipairs(running) do one:stop() end
+    running = {}
+  end)
+
+  it("1 hello world", function()
+    assert.equal(" [x] Sent 'Hello World!'\n", send(example "tutorial1_send"))
+    local receiver = start(example "tutorial1_receive", 1)
+    assert.equal(0, receiver:wait(), receiver:err())
+    assert.equal(" [*] Waiting for messages. To exit press CTRL+C\n [x] Received 'Hello World!'\n", receiver:out())
+  end)
+
+  it("2 work queues: the tasks are shared out", function()
+    for i = 1, 4 do send(example("tutorial2_new_task", "task", i .. ".")) end
+    local one, two = start(example "tutorial2_worker", 2), start(example "tutorial2_worker", 2)
+    assert.equal(0, one:wait(), one:err())
+    assert.equal(0, two:wait(), two:err())
+    local all = one:out() .. two:out()
+    for i = 1, 4 do assert.truthy(all:find(" [x] Received 'task " .. i .. ".'", 1, true)) end
+    local _, done = all:gsub("%[x%] Done", "")
+    assert.equal(4, done)
+  end)
+
+  it("3 publish/subscribe: everybody gets the line", function()
+    local one, two = start(example "tutorial3_receive_logs", 1), start(example "tutorial3_receive_logs", 1)
+    assert.truthy(one:await "Waiting for logs")
+    assert.truthy(two:await "Waiting for logs")
+    send(example("tutorial3_emit_log", "warning:", "all of you"))
+    for _, listener in ipairs { one, two } do
+      assert.equal(0, listener:wait(), listener:err())
+      assert.truthy(listener:out():find(" [x] warning: all of you", 1, true))
+    end
+  end)
+
+  it("3 publish/subscribe: a line that nobody listens to is no error", function()
+    assert.equal(" [x] Sent 'info: Hello World!'\n", send(example "tutorial3_emit_log"))
+  end)
+
+  it("4 routing: by severity", function()
+    local listener = start(example("tutorial4_receive_logs_direct", "warning", "error"), 2)
+    assert.truthy(listener:await "Waiting for logs")
+    send(example("tutorial4_emit_log_direct", "info", "not", "this"))
+    send(example("tutorial4_emit_log_direct", "error", "this"))
+    send(example("tutorial4_emit_log_direct", "warning", "and this"))
+    assert.equal(0, listener:wait(), listener:err())
+    assert.equal(" [*] Waiting for logs. To exit press CTRL+C\n [x] 'error':'this'\n [x] 'warning':'and this'\n",
+      listener:out())
+  end)
+
+  it("5 topics: by pattern", function()
+    local listener = start(example("tutorial5_receive_logs_topic", "kern.*", "*.critical"), 2)
+    assert.truthy(listener:await "Waiting for logs")
+    send(example("tutorial5_emit_log_topic", "cron.info", "not this"))
+    send(example("tutorial5_emit_log_topic", "kern.critical", "A critical kernel error"))
+    send(example("tutorial5_emit_log_topic", "cron.critical", "Another"))
+    assert.equal(0, listener:wait(), listener:err())
+    assert.truthy(listener:out():find(
+      "[x] 'kern.critical':'A critical kernel error'\n [x] 'cron.critical':'Another'\n", 1, true))
+  end)
+
+  it("6 rpc", function()
+    local server = start(example "tutorial6_rpc_server", 2)
+    assert.truthy(server:await "Awaiting RPC requests")
+    assert.equal(" [x] Requesting fib(20)\n [.] Got 6765\n", send(example("tutorial6_rpc_client", "20")))
+    assert.equal(" [x] Requesting fib(x)\n [.] Got a number from 0 to 30, please\n",
+      send(example("tutorial6_rpc_client", "x")))
+    assert.equal(0, server:wait(), server:err())
+    assert.truthy(server:out():find("[.] fib(20)", 1, true))
+  end)
+
+  it("6 rpc: a client without a server learns it at once", function()
+    process.run { "bin/moonrabbit", "delete", "queue", "rpc_queue" }
+    local result = process.run(example("tutorial6_rpc_client", "1"))
+    assert.equal(1, result.code)
+    assert.truthy(result.err:find("no queue", 1, true), result.err)
+  end)
+
+  it("7 publisher confirms", function()
+    local out = send(example("tutorial7_publisher_confirms", "300"))
+    for _, way in ipairs { "individually", "in batches", "asynchronously" } do
+      assert.truthy(out:find("Published and confirmed 300 messages " .. way .. " in %d+ ms"), out)
+    end
+  end)
+
+  it("those that want arguments say so", function()
+    for _, name in ipairs { "tutorial4_receive_logs_direct", "tutorial5_receive_logs_topic" } do
+      local result = process.run(example(name))
+      assert.equal(1, result.code)
+      assert.truthy(result.err:find "^Usage: ")
+    end
+  end)
+end)
+
+describe("the demo", function()
+  it("loses nothing", function()
+    -- Without the name of a broker it leaves the restart out; `make demo` has it.
+    local result = process.run(example("demo", "2000"), { unset = { "MOONRABBIT_BROKER" } })
+    assert.equal("", result.err)
+    assert.equal(0, result.code)
+    assert.truthy(result.out:find("round 1 +2,000 +2,000 +2,000 +0 +2,000 +0 "), result.out)
+    assert.truthy(result.out:find("Nothing was lost.", 1, true))
+  end)
+end)
