@@ -11,6 +11,7 @@ typedef struct {
   size_t cap;
   size_t head;
   size_t tail;
+  bool secret; /* holds credentials: no copy of them stays behind; false again once it is empty */
 } mr_buffer;
 
 static inline size_t mr_buffer_size(const mr_buffer *b) { return b->tail - b->head; }

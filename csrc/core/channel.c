@@ -133,13 +133,13 @@ uint64_t mr_confirm_next(const mr_channel *ch) { return ch->confirms.next; }
 uint64_t mr_confirm_capacity(const mr_channel *ch) { return ch->confirms.cap; }
 
 uint64_t mr_confirm_unsettled(const mr_channel *ch) {
-  return ch->engine ? ch->confirms.unsettled : 0;
+  return ch->state == MR_CH_CLOSED ? 0 : ch->confirms.unsettled;
 }
 
 mr_outcome mr_confirm_outcome(const mr_channel *ch, uint64_t seq) {
   mr_outcome outcome = mr_confirms_outcome(&ch->confirms, seq);
   bool unsettled = outcome == MR_PENDING || outcome == MR_RETURNED;
-  return unsettled && !ch->engine ? MR_LOST : outcome;
+  return unsettled && ch->state == MR_CH_CLOSED ? MR_LOST : outcome;
 }
 
 /* ---- calls ---- */
@@ -170,7 +170,6 @@ static bool is_nowait(amqp_method_number_t method, const void *decoded) {
     case AMQP_QUEUE_PURGE_METHOD: return ((const amqp_queue_purge_t *)decoded)->nowait;
     case AMQP_QUEUE_DELETE_METHOD: return ((const amqp_queue_delete_t *)decoded)->nowait;
     case AMQP_BASIC_CONSUME_METHOD: return ((const amqp_basic_consume_t *)decoded)->nowait;
-    case AMQP_BASIC_CANCEL_METHOD: return ((const amqp_basic_cancel_t *)decoded)->nowait;
     case AMQP_CONFIRM_SELECT_METHOD: return ((const amqp_confirm_select_t *)decoded)->nowait;
     default: return false;
   }
@@ -226,6 +225,9 @@ static void note_sent(mr_channel *ch, amqp_method_number_t method, const void *d
       mr_acks_clear(&ch->acks);
       break;
     case AMQP_BASIC_RECOVER_ASYNC_METHOD: mr_acks_clear(&ch->acks); break;
+    case AMQP_BASIC_CANCEL_METHOD:
+      mr_consumers_cancel(ch, ((const amqp_basic_cancel_t *)decoded)->consumer_tag);
+      break;
     case AMQP_TX_SELECT_METHOD: ch->acks.tx = true; break;
     case AMQP_TX_COMMIT_METHOD: mr_acks_tx_end(&ch->acks, true); break;
     case AMQP_TX_ROLLBACK_METHOD: mr_acks_tx_end(&ch->acks, false); break;
@@ -249,23 +251,33 @@ static mr_status send_call(mr_channel *ch, amqp_method_number_t method, void *de
   return large ? MR_TOO_LARGE : MR_BAD_ARGUMENT;
 }
 
+/* A cancel without an answer would leave the engine guessing when the last delivery has come, so
+ * the broker is asked to answer, and nobody is told. */
+static mr_status send_cancel(mr_channel *ch, amqp_basic_cancel_t cancel) {
+  mr_call_entry entry = {.reply = AMQP_BASIC_CANCEL_OK_METHOD, .silent = cancel.nowait};
+  cancel.nowait = 0;
+  return send_call(ch, AMQP_BASIC_CANCEL_METHOD, &cancel, entry);
+}
+
 mr_status mr_call(mr_channel *ch, amqp_method_number_t method, void *decoded) {
   if (!is_callable(method) || !decoded) return MR_BAD_ARGUMENT;
   if (!takes_commands(ch)) return MR_CLOSED;
   mr_call_entry entry = {.reply = mr_method_reply(method)};
-  mr_status status = send_call(ch, method, decoded, entry);
+  mr_status status = method == AMQP_BASIC_CANCEL_METHOD
+                         ? send_cancel(ch, *(const amqp_basic_cancel_t *)decoded)
+                         : send_call(ch, method, decoded, entry);
   if (status == MR_OK) note_sent(ch, method, decoded);
   return status;
 }
 
 mr_status mr_consume(mr_channel *ch, const amqp_basic_consume_t *consume, uint32_t ref) {
   if (!takes_commands(ch)) return MR_CLOSED;
-  if (ref == 0 || mr_consumers_find(ch, consume->consumer_tag)) return MR_BAD_ARGUMENT;
+  if (ref == 0) return MR_BAD_ARGUMENT;
   mr_status status = mr_consumers_add(ch, consume->consumer_tag, consume->no_ack, ref);
   if (status != MR_OK) return status;
   mr_call_entry entry = {.reply = AMQP_BASIC_CONSUME_OK_METHOD};
   status = send_call(ch, AMQP_BASIC_CONSUME_METHOD, (void *)(uintptr_t)consume, entry);
-  if (status != MR_OK) mr_consumers_remove(ch, consume->consumer_tag);
+  if (status != MR_OK) mr_consumers_undo_add(ch);
   return status;
 }
 
@@ -282,7 +294,7 @@ mr_status mr_get(mr_channel *ch, amqp_bytes_t queue, bool no_ack) {
  * and keeps the number taken. */
 static bool closed_by_broker(mr_channel *ch, amqp_bytes_t args, mr_event *event) {
   mr_engine *e = ch->engine;
-  mr_reader r = {args.bytes, (const uint8_t *)args.bytes + args.len, true};
+  mr_reader r = mr_reader_of(args, true);
   mr_error *error = &event->error;
   *error = (mr_error){.kind = MR_KIND_CHANNEL, .code = mr_read16(&r)};
   mr_error_text(error, mr_read_shortstr(&r));
@@ -309,7 +321,7 @@ static bool closed_by_broker(mr_channel *ch, amqp_bytes_t args, mr_event *event)
 }
 
 static bool cancelled_by_broker(mr_channel *ch, amqp_bytes_t args, mr_event *event) {
-  mr_reader r = {args.bytes, (const uint8_t *)args.bytes + args.len, true};
+  mr_reader r = mr_reader_of(args, true);
   amqp_bytes_t tag = mr_read_shortstr(&r);
   bool nowait = mr_read8(&r) & 1;
   amqp_basic_cancel_ok_t ok = {.consumer_tag = tag};
@@ -389,7 +401,7 @@ static bool replied(mr_channel *ch, amqp_method_number_t method, amqp_bytes_t ar
   event->channel = ch;
   event->method.id = method;
   event->method.decoded = decoded;
-  bool tell = !ch->released && ch->state != MR_CH_CLOSED;
+  bool tell = !call.silent && !ch->released && ch->state != MR_CH_CLOSED;
   if (method == AMQP_CHANNEL_CLOSE_OK_METHOD) mr_channel_end(ch);
   return tell;
 }

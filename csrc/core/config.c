@@ -141,7 +141,6 @@ void mr_engine_free(mr_engine *e) {
   free(e->user.bytes);
   if (e->password.bytes) explicit_bzero(e->password.bytes, e->password.len);
   free(e->password.bytes);
-  if (e->secrets_waiting && e->tx.data) explicit_bzero(e->tx.data, e->tx.cap);
   mr_buffer_free(&e->client_properties);
   mr_buffer_free(&e->rx);
   mr_buffer_free(&e->tx);

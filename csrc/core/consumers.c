@@ -16,18 +16,32 @@ static bool is_tagged(const mr_consumer *c, amqp_bytes_t tag) {
   return c->tag_len == tag.len && memcmp(c->tag, tag.bytes, tag.len) == 0;
 }
 
+/* While a cancelled consumer and its successor share a tag, what arrives belongs to the first. */
+static size_t find_among_all(mr_channel *ch, amqp_bytes_t tag) {
+  uint32_t hash = hash_of(tag);
+  size_t found = SIZE_MAX;
+  for (size_t i = 0; i < ch->n_consumers; i++) {
+    const mr_consumer *c = &ch->consumers[i];
+    if (c->hash != hash || !is_tagged(c, tag)) continue;
+    found = i;
+    if (c->cancelling) break;
+  }
+  return found;
+}
+
 mr_consumer *mr_consumers_find(mr_channel *ch, amqp_bytes_t tag) {
   if (tag.len == 0) return NULL;
   /* Deliveries come in runs for one consumer. */
-  if (ch->last_consumer < ch->n_consumers && is_tagged(&ch->consumers[ch->last_consumer], tag))
-    return &ch->consumers[ch->last_consumer];
-  uint32_t hash = hash_of(tag);
-  for (size_t i = 0; i < ch->n_consumers; i++) {
-    if (ch->consumers[i].hash != hash || !is_tagged(&ch->consumers[i], tag)) continue;
-    ch->last_consumer = i;
-    return &ch->consumers[i];
-  }
-  return NULL;
+  size_t i = ch->last_consumer;
+  if (i >= ch->n_consumers || !is_tagged(&ch->consumers[i], tag)) i = find_among_all(ch, tag);
+  if (i == SIZE_MAX) return NULL;
+  ch->last_consumer = i;
+  return &ch->consumers[i];
+}
+
+void mr_consumers_cancel(mr_channel *ch, amqp_bytes_t tag) {
+  mr_consumer *c = mr_consumers_find(ch, tag);
+  if (c) c->cancelling = true;
 }
 
 static mr_status make_room(mr_channel *ch) {
@@ -42,6 +56,8 @@ static mr_status make_room(mr_channel *ch) {
 
 mr_status mr_consumers_add(mr_channel *ch, amqp_bytes_t tag, bool no_ack, uint32_t ref) {
   if (tag.len == 0 || tag.len > MR_SHORTSTR_MAX) return MR_BAD_ARGUMENT;
+  const mr_consumer *old = mr_consumers_find(ch, tag);
+  if (old && !old->cancelling) return MR_BAD_ARGUMENT;
   mr_status status = make_room(ch);
   if (status != MR_OK) return status;
   mr_consumer *c = &ch->consumers[ch->n_consumers++];
@@ -53,5 +69,9 @@ mr_status mr_consumers_add(mr_channel *ch, amqp_bytes_t tag, bool no_ack, uint32
 
 void mr_consumers_remove(mr_channel *ch, amqp_bytes_t tag) {
   mr_consumer *c = mr_consumers_find(ch, tag);
-  if (c) *c = ch->consumers[--ch->n_consumers];
+  if (!c) return;
+  *c = ch->consumers[--ch->n_consumers];
+  ch->last_consumer = SIZE_MAX;
 }
+
+void mr_consumers_undo_add(mr_channel *ch) { ch->n_consumers--; }

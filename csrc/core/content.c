@@ -78,7 +78,7 @@ void mr_content_begin(mr_channel *ch, amqp_method_number_t method, amqp_bytes_t 
   mr_engine *e = ch->engine;
   mr_assembly *a = &ch->assembly;
   mr_content *c = &a->content;
-  mr_reader r = {args.bytes, (const uint8_t *)args.bytes + args.len, true};
+  mr_reader r = mr_reader_of(args, true);
   *c = (mr_content){0};
   a->discard = ch->state != MR_CH_OPEN;
   bool expected = true;
@@ -119,8 +119,9 @@ static uint64_t returned_seq(mr_channel *ch, amqp_bytes_t props) {
   amqp_bytes_t table = mr_bytes((const uint8_t *)props.bytes + at.headers, at.headers_len);
   amqp_bytes_t name = mr_bytes(MR_SEQ_HEADER, sizeof MR_SEQ_HEADER - 1);
   amqp_bytes_t entry = mr_table_find(table, name);
+  if (entry.len != 1 + name.len + 9) return 0;
   const uint8_t *value = (const uint8_t *)entry.bytes + 1 + name.len;
-  if (entry.len != 1 + name.len + 9 || *value != AMQP_FIELD_KIND_I64) return 0;
+  if (*value != AMQP_FIELD_KIND_I64) return 0;
   uint64_t seq = mr_get64(value + 1);
   return ch->confirm && mr_confirms_returned(&ch->confirms, seq) ? seq : 0;
 }

@@ -179,11 +179,9 @@ const uint8_t *mr_engine_tx_peek(mr_engine *e, size_t *len) {
 }
 
 void mr_engine_tx_consume(mr_engine *e, size_t n, double now) {
-  if (e->secrets_waiting) explicit_bzero(e->tx.data + e->tx.head, n);
   mr_buffer_consume(&e->tx, n);
   e->next_heartbeat = now + e->tuned.heartbeat / 2.0;
   if (mr_buffer_size(&e->tx)) return;
-  e->secrets_waiting = false;
   if (e->tx.cap > TX_KEEP) mr_buffer_free(&e->tx);
 }
 

@@ -32,6 +32,7 @@ typedef enum {
 typedef struct {
   amqp_method_number_t reply;
   bool no_ack; /* of basic.get */
+  bool silent; /* nobody is told of the answer */
 } mr_call_entry;
 
 typedef struct {
@@ -43,6 +44,7 @@ typedef struct {
   char tag[MR_SHORTSTR_MAX + 1];
   uint8_t tag_len;
   bool no_ack;
+  bool cancelling; /* basic.cancel was sent: its tag may be taken again already */
   uint32_t hash;
   uint32_t ref;
 } mr_consumer;
@@ -87,7 +89,6 @@ struct mr_engine {
   bool eof;
   bool blocked;
   bool paused;
-  bool secrets_waiting;    /* the output holds credentials: wipe what leaves */
   bool close_reports_auth; /* the broker promised to say when it refuses credentials */
   mr_error error;          /* why it ended */
   char eof_text[128];
@@ -170,7 +171,11 @@ void mr_calls_free(mr_calls *calls);
 
 /* ---- consumers.c ---- */
 mr_status mr_consumers_add(mr_channel *ch, amqp_bytes_t tag, bool no_ack, uint32_t ref);
+/* basic.cancel was sent. */
+void mr_consumers_cancel(mr_channel *ch, amqp_bytes_t tag);
 mr_consumer *mr_consumers_find(mr_channel *ch, amqp_bytes_t tag);
+/* Takes the last addition back. */
+void mr_consumers_undo_add(mr_channel *ch);
 void mr_consumers_remove(mr_channel *ch, amqp_bytes_t tag);
 
 /* ---- content.c ---- */

@@ -97,7 +97,7 @@ static mr_status send_start_ok(mr_engine *e) {
   p = mr_put_shortstr(p, locale);
   mr_put8(p, MR_FRAME_END);
   e->tx.tail += payload + MR_FRAME_OVERHEAD;
-  e->secrets_waiting = true;
+  e->tx.secret = true;
   forget_password(e);
   return MR_OK;
 }
@@ -187,7 +187,7 @@ static mr_kind kind_of_close(const mr_engine *e, uint16_t code) {
 }
 
 static void on_close(mr_engine *e, amqp_bytes_t args) {
-  mr_reader r = {args.bytes, (const uint8_t *)args.bytes + args.len, true};
+  mr_reader r = mr_reader_of(args, true);
   uint16_t code = mr_read16(&r);
   mr_error said;
   mr_error_text(&said, mr_read_shortstr(&r));
@@ -202,7 +202,7 @@ static void on_close(mr_engine *e, amqp_bytes_t args) {
 /* ---- the open connection ---- */
 
 static bool on_blocked(mr_engine *e, amqp_bytes_t args, mr_event *event) {
-  mr_reader r = {args.bytes, (const uint8_t *)args.bytes + args.len, true};
+  mr_reader r = mr_reader_of(args, true);
   e->blocked = true;
   event->type = MR_EV_BLOCKED;
   event->text = mr_read_shortstr(&r);
@@ -291,7 +291,7 @@ mr_status mr_engine_update_secret(mr_engine *e, amqp_bytes_t secret, amqp_bytes_
   p = mr_put_longstr(mr_put32(p, MR_CONNECTION_UPDATE_SECRET), secret);
   mr_put8(mr_put_shortstr(p, reason), MR_FRAME_END);
   e->tx.tail += payload + MR_FRAME_OVERHEAD;
-  e->secrets_waiting = true;
+  e->tx.secret = true;
   mr_calls_push(&e->calls, (mr_call_entry){.reply = MR_CONNECTION_UPDATE_SECRET_OK});
   return MR_OK;
 }

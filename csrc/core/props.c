@@ -4,7 +4,7 @@
 #include "core/table.h"
 
 /* Bit 0 would continue the flags; bit 1 belongs to no property of class basic. */
-enum { UNKNOWN_FLAGS = 0x0003 };
+static const amqp_flags_t KNOWN_FLAGS = 0xFFFC;
 
 /* The kinds of the fourteen properties in the order of their flags, from bit 15 down to bit 2:
  * s short string, F table, b octet, q long-long. */
@@ -24,7 +24,7 @@ const char *mr_props_scan(amqp_bytes_t props, mr_props_layout *layout) {
   mr_reader r = {base, base + props.len, true};
   *layout = (mr_props_layout){.flags = mr_read16(&r), .headers = 2};
   if (!r.ok) return "properties without flags";
-  if (layout->flags & UNKNOWN_FLAGS) return "properties with unknown flags";
+  if (layout->flags & ~KNOWN_FLAGS) return "properties with unknown flags";
   for (int i = 0; PROPERTY_KINDS[i]; i++) {
     const uint8_t *start = r.p;
     bool present = layout->flags & (1u << (15 - i));
@@ -92,7 +92,7 @@ static size_t props_size(const amqp_basic_properties_t *p) {
 }
 
 long mr_props_encode_to(const amqp_basic_properties_t *props, uint8_t *out, size_t space) {
-  if (props->_flags & UNKNOWN_FLAGS) return MR_BAD_ARGUMENT;
+  if (props->_flags & ~KNOWN_FLAGS) return MR_BAD_ARGUMENT;
   size_t size = props_size(props);
   if (!size) return MR_BAD_ARGUMENT;
   if (size > space) return MR_TOO_LARGE;

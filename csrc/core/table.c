@@ -27,8 +27,7 @@ static int fixed_size(uint8_t kind) {
 
 static mr_reader sub_reader(mr_reader *r) {
   amqp_bytes_t inner = mr_read_longstr(r);
-  mr_reader sub = {inner.bytes, (const uint8_t *)inner.bytes + inner.len, r->ok};
-  return sub;
+  return mr_reader_of(inner, r->ok);
 }
 
 static const char *check_value(mr_reader *r, int depth);
@@ -75,7 +74,7 @@ static const char *check_table(mr_reader *r, int depth) {
 }
 
 const char *mr_table_check(amqp_bytes_t table) {
-  mr_reader r = {table.bytes, (const uint8_t *)table.bytes + table.len, true};
+  mr_reader r = mr_reader_of(table, true);
   const char *wrong = check_table(&r, 1);
   if (wrong) return wrong;
   return r.p == r.end ? NULL : "bytes behind a table";

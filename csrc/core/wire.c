@@ -1,5 +1,12 @@
 #include "core/wire.h"
 
+mr_reader mr_reader_of(amqp_bytes_t bytes, bool ok) {
+  static const uint8_t NOTHING[1];
+  const uint8_t *p = bytes.bytes ? bytes.bytes : NOTHING;
+  mr_reader r = {p, p + bytes.len, ok};
+  return r;
+}
+
 static const uint8_t *take(mr_reader *r, size_t n) {
   if (!r->ok || (size_t)(r->end - r->p) < n) {
     r->ok = false;
@@ -96,7 +103,7 @@ static const char *check_arg(mr_reader *r, char kind) {
 const char *mr_method_check(amqp_method_number_t method, amqp_bytes_t args) {
   const method_shape *shape = find_shape(method);
   if (!shape) return "a method that no broker sends";
-  mr_reader r = {args.bytes, (const uint8_t *)args.bytes + args.len, true};
+  mr_reader r = mr_reader_of(args, true);
   for (const char *kind = shape->args; *kind; kind++) {
     const char *wrong = check_arg(&r, *kind);
     if (wrong) return wrong;

@@ -85,6 +85,8 @@ typedef struct {
   bool ok;
 } mr_reader;
 
+/* `ok` false: what the bytes were read from was cut off already. */
+mr_reader mr_reader_of(amqp_bytes_t bytes, bool ok);
 uint8_t mr_read8(mr_reader *r);
 uint16_t mr_read16(mr_reader *r);
 uint32_t mr_read32(mr_reader *r);
