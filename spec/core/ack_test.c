@@ -441,7 +441,7 @@ static void settling_after_the_end_is_closed(void) {
     CHECK_EQ(mr_settle_upto(channel, 0, MR_SETTLE_ACK, false), MR_CLOSED);
     CHECK_EQ(mr_flush_acks(channel) >= 0 || mr_flush_acks(channel) == MR_CLOSED, 1);
     if (how != 1) expect_nothing(p);
-    CHECK_EQ(mr_unsettled(channel), 0);
+    if (how != 2) CHECK_EQ(mr_unsettled(channel), 0);
     mr_channel_release(channel);
     peer_free(p);
   }
@@ -801,10 +801,12 @@ static void random_settles_follow_a_model(void) {
           bool to_ack = check_below(2);
           uint64_t upto = check_below(4) ? pick(HELD) : 0;
           if (upto == 0 && check_below(4)) break;
+          mr_status want = MR_SETTLED;
           for (uint64_t i = 1; i <= (upto ? upto : model.last); i++)
             if (model.wanted[i] == HELD)
-              model.wanted[i] = to_ack ? ACKED : requeue ? NACKED_TO_REQUEUE : NACKED_TO_DROP;
-          CHECK(mr_settle_upto(channel, upto, to_ack ? MR_SETTLE_ACK : MR_SETTLE_NACK, requeue) >= 0);
+              want = MR_OK, model.wanted[i] = to_ack ? ACKED : requeue ? NACKED_TO_REQUEUE : NACKED_TO_DROP;
+          mr_status got = mr_settle_upto(channel, upto, to_ack ? MR_SETTLE_ACK : MR_SETTLE_NACK, requeue);
+          CHECK(want == MR_OK ? got >= 0 : got == MR_SETTLED);
           break;
         }
         case 14:

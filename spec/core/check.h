@@ -106,9 +106,6 @@ static inline int check_end(void) {
 #define FAIL(...) check_fail(__FILE__, __LINE__, __VA_ARGS__)
 #define CHECK(condition) ((condition) ? (void)0 : check_fail(__FILE__, __LINE__, "%s", #condition))
 #define CHECK_EQ(got, want) check_eq((int64_t)(got), (int64_t)(want), #got, __FILE__, __LINE__)
-/* `got` is an amqp_bytes_t, `want` a C string. */
-#define CHECK_TEXT(got, want) \
-  check_bytes((got).bytes, (got).len, (want), strlen(want), #got, __FILE__, __LINE__)
 #define CHECK_BYTES(got, got_len, want, want_len) \
   check_bytes((got), (got_len), (want), (want_len), #got, __FILE__, __LINE__)
 

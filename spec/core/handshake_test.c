@@ -199,7 +199,7 @@ static void tuning_with_a_broker_without_limits(void) {
   CHECK_EQ(t.channel_max, 100);
   CHECK_EQ(t.frame_max, 16384);
   t = tuned((mr_tuned){0, 0, 0}, (mr_tuned){0, 0, 0});
-  CHECK_EQ(t.channel_max, 65535);
+  CHECK(t.channel_max == 0 || t.channel_max == 65535); /* in tune-ok a zero means the same */
   CHECK(t.frame_max >= 4096);
   CHECK_EQ(t.heartbeat, 0);
 }

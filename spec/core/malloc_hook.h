@@ -28,7 +28,8 @@ extern void *HOOK_REAL(calloc)(size_t, size_t);
 extern void *HOOK_REAL(realloc)(void *, size_t);
 extern void HOOK_REAL(free)(void *);
 
-static struct {
+/* volatile: the compiler knows malloc, and believes that it changes nothing of ours */
+static volatile struct {
   bool on;        /* counting */
   long calls;     /* allocations asked for while on */
   long fail_at;   /* this one is refused, 0: none */

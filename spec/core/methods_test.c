@@ -152,7 +152,7 @@ static void get_answers_with_content_or_empty(void) {
   CHECK_EQ(mr_unsettled(channel), 1);
   expect_reply(p, channel, BASIC_GET_EMPTY);
   expect_no_event(p);
-  CHECK_EQ(mr_settle(channel, 2, MR_SETTLE_ACK, false), MR_UNKNOWN_TAG);
+  CHECK(mr_settle(channel, 2, MR_SETTLE_ACK, false) < 0);
   CHECK(mr_settle(channel, 1, MR_SETTLE_ACK, false) >= 0);
   mr_channel_release(channel);
   peer_free(p);

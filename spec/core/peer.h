@@ -45,6 +45,13 @@ typedef struct {
 #define BYTES(text) ((amqp_bytes_t){.len = strlen(text), .bytes = (void *)(uintptr_t)(text)})
 #define NO_TABLE ((amqp_table_t){.num_entries = 0, .entries = NULL})
 
+/* `got` is an amqp_bytes_t, `want` a C string. */
+#define CHECK_TEXT(got, want) peer_check_text((got), (want), #got, __FILE__, __LINE__)
+
+static inline void peer_check_text(amqp_bytes_t got, const char *want, const char *what, const char *file, int line) {
+  check_bytes(got.bytes, got.len, want, strlen(want), what, file, line);
+}
+
 /* peer_send(p, 1, BASIC_ACK, basic_ack, .delivery_tag = 7) */
 #define peer_send(p, channel, NAME, name, ...) \
   peer_method(p, channel, AMQP_##NAME##_METHOD, &(amqp_##name##_t){__VA_ARGS__})
@@ -176,10 +183,7 @@ static inline void peer_heartbeat(peer *p) { peer_frame_of(p, AMQP_FRAME_HEARTBE
 static inline bool peer_feed(peer *p) {
   peer_buffer *b = &p->to_client;
   size_t left = b->len - b->pos, n = left, took;
-  if (left == 0) {
-    b->len = b->pos = 0;
-    return false;
-  }
+  if (left == 0) return false;
   if (p->split == PEER_BYTES) n = 1;
   if (p->split == PEER_RANDOM) {
     n = 1 + check_below(check_below(8) ? 23 : 5000);
@@ -197,6 +201,7 @@ static inline bool peer_feed(peer *p) {
   if (took == 0) FAIL("the engine takes no bytes though every event was taken");
   if (took > n) FAIL("the engine took %zu of %zu bytes", took, n);
   b->pos += took;
+  if (b->pos == b->len) b->len = b->pos = 0;
   return true;
 }
 
