@@ -112,7 +112,7 @@ typedef struct {
   bool busy;         /* pump is looking at an event */
   uint32_t next_ref;
   int out_first, out_last; /* the outbox holds [first, last] */
-  struct mrl_queue *full;  /* reading waits for it; kept alive by slot MR_ENGINE_FULL */
+  struct mrl_queue *full;  /* input waits for it; kept alive by slot MR_ENGINE_FULL */
 } mrl_engine;
 
 typedef struct {
@@ -131,7 +131,8 @@ typedef struct mrl_queue {
   size_t bytes;                   /* of the bodies in the ring */
   bool announced;                 /* stands in the outbox for a "deliver" */
   bool no_ack;
-  bool full;
+  bool full;       /* the engine takes no input until it is half empty */
+  bool ending;     /* being cancelled: never full, or the answer could not be read */
   bool discarding;
 } mrl_queue;
 
@@ -254,6 +255,8 @@ static inline mrl_channel *mrl_check_channel(lua_State *L, int i) {
 /* Forgets what a channel that ended needs no more; absolute indices of its anchor and of the
  * engine's queues. */
 void mrl_forget_channel(lua_State *L, int anchor, int queues);
+/* The queue of a consumer tag is about to be cancelled. The channel is at index 1. */
+void mrl_end_queue(lua_State *L, amqp_bytes_t consumer_tag);
 /* Takes the queue of a consumer tag out of the channel and the engine, and pushes it (or nil). */
 void mrl_take_queue(lua_State *L, int anchor, int queues, amqp_bytes_t consumer_tag);
 
@@ -270,7 +273,7 @@ static inline void mrl_queue_put(lua_State *L, mrl_queue *q, int ring, size_t bo
   q->count++;
   q->bytes += body_len;
 }
-/* Whether so much waits that reading must stop. */
+/* Whether so much waits that input must stop. */
 bool mrl_queue_is_over(const mrl_queue *q);
 
 /* ---- message.c ---- */

@@ -56,10 +56,27 @@ static int channel_gc(lua_State *L) {
   return 0;
 }
 
+static void end_queue(mrl_queue *q) {
+  q->ending = true;
+  q->full = false;
+}
+
+void mrl_end_queue(lua_State *L, amqp_bytes_t consumer_tag) {
+  int top = lua_gettop(L);
+  mr_get_uservalue(L, 1);
+  lua_rawgeti(L, -1, MR_ANCHOR_TAGS);
+  mrl_push_bytes(L, consumer_tag);
+  lua_rawget(L, -2);
+  mrl_queue *q = lua_touserdata(L, -1);
+  if (q) end_queue(q);
+  lua_settop(L, top);
+}
+
 void mrl_forget_channel(lua_State *L, int anchor, int queues) {
   lua_rawgeti(L, anchor, MR_ANCHOR_TAGS);
   for (lua_pushnil(L); lua_next(L, -2); lua_pop(L, 1)) {
-    const mrl_queue *q = lua_touserdata(L, -1);
+    mrl_queue *q = lua_touserdata(L, -1);
+    end_queue(q);
     lua_pushnil(L);
     lua_rawseti(L, queues, (int)q->ref);
   }
@@ -75,8 +92,9 @@ void mrl_take_queue(lua_State *L, int anchor, int queues, amqp_bytes_t consumer_
   mrl_push_bytes(L, consumer_tag);
   lua_pushvalue(L, -1);
   lua_rawget(L, -3); /* tags, tag, queue */
-  const mrl_queue *q = lua_touserdata(L, -1);
+  mrl_queue *q = lua_touserdata(L, -1);
   if (q) {
+    end_queue(q);
     lua_pushnil(L);
     lua_rawseti(L, queues, (int)q->ref);
     lua_insert(L, -3); /* queue, tags, tag */

@@ -3,10 +3,13 @@
 
 /* ---- the port: how moonrabbit.net moves bytes ---- */
 
+/* No input while an event is looked at, which lies in the buffer, and while a queue is full. */
+static bool is_held(const mrl_engine *e) { return e->busy || (e->full && e->full->full); }
+
 static uint8_t *port_rx_reserve(void *ctx, size_t *space) {
   mrl_engine *e = ctx;
   *space = 0;
-  return e->busy ? NULL : mr_engine_rx_reserve(e->handle, space);
+  return is_held(e) ? NULL : mr_engine_rx_reserve(e->handle, space);
 }
 
 static void port_rx_commit(void *ctx, size_t n, double now) {
@@ -143,7 +146,7 @@ static int engine_feed(lua_State *L) {
   mrl_engine *e = mrl_check_engine(L, 1);
   amqp_bytes_t bytes = mrl_check_string(L, 2);
   double now = luaL_checknumber(L, 3);
-  size_t taken = e->busy ? 0 : mr_engine_feed(e->handle, bytes.bytes, bytes.len, now);
+  size_t taken = is_held(e) ? 0 : mr_engine_feed(e->handle, bytes.bytes, bytes.len, now);
   lua_pushinteger(L, (lua_Integer)taken);
   return 1;
 }
@@ -183,6 +186,13 @@ static int engine_drain(lua_State *L) {
 static int engine_pending(lua_State *L) {
   lua_pushinteger(L, (lua_Integer)mr_engine_tx_pending(mrl_check_engine(L, 1)->handle));
   return 1;
+}
+
+/* Lifts the hold of a full queue for one more buffer, until its next delivery. */
+static int engine_admit(lua_State *L) {
+  mrl_engine *e = mrl_check_engine(L, 1);
+  if (e->full) e->full->full = false;
+  return 0;
 }
 
 static int engine_eof(lua_State *L) {
@@ -262,6 +272,7 @@ const luaL_Reg mrl_engine_functions[] = {{"start", engine_start},
                                          {"feed", engine_feed},
                                          {"drain", engine_drain},
                                          {"pending", engine_pending},
+                                         {"admit", engine_admit},
                                          {"eof", engine_eof},
                                          {"deadline", engine_deadline},
                                          {"tick", engine_tick},

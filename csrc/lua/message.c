@@ -73,12 +73,9 @@ mrl_message *mrl_message_new(lua_State *L, const mr_event *event, mrl_channel *c
 
 /* ---- settling ---- */
 
+/* Results: whether to flush, and the owner, which the caller needs at once. The message is at 1. */
 static int settle(lua_State *L, mrl_message *m, mr_settle_kind kind, bool requeue) {
-  if (MR_UNLIKELY(m->no_ack)) {
-    lua_pushnil(L);
-    lua_pushliteral(L, "no_ack");
-    return 2;
-  }
+  if (MR_UNLIKELY(m->no_ack)) return mrl_push_refusal(L, MR_UNKNOWN_TAG);
   if (MR_UNLIKELY(m->settled)) return mrl_push_refusal(L, MR_SETTLED);
   if (MR_UNLIKELY(!m->channel->handle)) return mrl_push_refusal(L, MR_CLOSED);
   mr_status status = mr_settle(m->channel->handle, m->tag, kind, requeue);
@@ -88,7 +85,10 @@ static int settle(lua_State *L, mrl_message *m, mr_settle_kind kind, bool requeu
   }
   m->settled = true;
   lua_pushboolean(L, status == MR_FLUSH);
-  return 1;
+  mr_get_uservalue(L, 1);
+  lua_rawgeti(L, -1, MR_ANCHOR_OWNER);
+  lua_replace(L, -2);
+  return 2;
 }
 
 int mrl_ack(lua_State *L) { return settle(L, check_message(L), MR_SETTLE_ACK, false); }

@@ -138,6 +138,7 @@ typedef union {
   amqp_queue_declare_t queue_declare;
   amqp_queue_bind_t queue_bind;
   amqp_basic_consume_t basic_consume;
+  amqp_basic_cancel_t basic_cancel;
   amqp_access_request_t access_request;
 } any_method;
 
@@ -220,6 +221,7 @@ int mrl_call(lua_State *L) {
   memset(&decoded, 0, sizeof decoded);
   read_fields(L, 3, m, &decoded);
   if (!channel->handle) return mrl_push_refusal(L, MR_CLOSED);
+  if (m->id == AMQP_BASIC_CANCEL_METHOD) mrl_end_queue(L, decoded.basic_cancel.consumer_tag);
   return mrl_push_done(L, mr_call(channel->handle, m->id, &decoded));
 }
 

@@ -178,19 +178,15 @@ static void return_delivery(const mr_event *event) {
 
 static void push_queue_userdata(pump *p) { lua_rawgeti(p->L, AT_QUEUES, (int)p->queue->ref); }
 
-static void stop_at_full(pump *p) {
+/* Input waits from now on; what has been received already is still taken. */
+static void hold_input(pump *p) {
   lua_State *L = p->L;
-  mrl_engine *e = p->engine;
   p->queue->full = true;
-  e->full = p->queue;
   mr_get_uservalue(L, AT_ENGINE);
   push_queue_userdata(p);
   lua_rawseti(L, -2, MR_ENGINE_FULL);
   lua_pop(L, 1);
-  lua_pushliteral(L, "full");
-  lua_rawgeti(L, AT_ANCHOR, MR_ANCHOR_OWNER);
-  push_queue_userdata(p);
-  outbox_put_event(p, 3);
+  p->engine->full = p->queue;
 }
 
 static void deliver(pump *p, const mr_event *event) {
@@ -213,7 +209,7 @@ static void deliver(pump *p, const mr_event *event) {
     push_queue_userdata(p);
     outbox_put(p);
   }
-  if (MR_UNLIKELY(mrl_queue_is_over(q))) stop_at_full(p);
+  if (MR_UNLIKELY(mrl_queue_is_over(q)) && !q->full) hold_input(p);
 }
 
 static void confirm_acked(pump *p, const mr_event *event) {
@@ -370,10 +366,10 @@ static int on_event(pump *p, const mr_event *event) {
 
 /* ---- the loop ---- */
 
-/* Takes events until one must go to Lua (its results are pushed), a queue is full, or none is left. */
+/* Takes events until one must go to Lua (its results are pushed) or none is left. */
 static int take_events(pump *p) {
   mr_event event;
-  while (!p->engine->full) {
+  for (;;) {
     switch (mr_engine_next(p->engine->handle, &event)) {
       case MR_EV_NONE: return 0;
       case MR_EV_DELIVER: deliver(p, &event); break;
@@ -381,18 +377,11 @@ static int take_events(pump *p) {
       default: return on_event(p, &event);
     }
   }
-  return 0;
-}
-
-/* Whether reading still waits for a queue. */
-static bool is_held(mrl_engine *e) {
-  if (e->full && !e->full->full) e->full = NULL;
-  return e->full != NULL;
 }
 
 static int pump_once(pump *p) {
   int n = emit_next(p);
-  if (n || is_held(p->engine)) return n;
+  if (n) return n;
   n = take_events(p);
   if (n == 0) return emit_next(p);
   if (p->engine->out_first > p->engine->out_last) return n;
@@ -438,15 +427,12 @@ static void set_number(lua_State *L, const char *name, unsigned n) {
 }
 
 void mrl_push_error(lua_State *L, const mr_error *err) {
-  lua_createtable(L, 0, 6);
+  lua_createtable(L, 0, 5);
   lua_pushstring(L, kind_name(err->kind));
   lua_setfield(L, -2, "kind");
   lua_pushstring(L, err->text);
   lua_setfield(L, -2, "text");
   set_number(L, "code", err->code);
-  set_number(L, "class_id", err->class_id);
-  set_number(L, "method_id", err->method_id);
-  if (!err->class_id) return;
-  mrl_push_method_name(L, (amqp_method_number_t)err->class_id << 16 | err->method_id);
-  lua_setfield(L, -2, "method");
+  set_number(L, "class", err->class_id);
+  set_number(L, "method", err->method_id);
 }

@@ -41,7 +41,7 @@ void mrl_queue_grow(lua_State *L, mrl_queue *q, int queue, int ring) {
 }
 
 bool mrl_queue_is_over(const mrl_queue *q) {
-  return q->no_ack && (q->count >= MOST_MESSAGES || q->bytes >= MOST_BYTES);
+  return q->no_ack && !q->ending && (q->count >= MOST_MESSAGES || q->bytes >= MOST_BYTES);
 }
 
 static bool has_room(const mrl_queue *q) {
@@ -64,8 +64,7 @@ static int queue_pop(lua_State *L) {
   q->bytes -= ((const mrl_message *)lua_touserdata(L, -1))->body_len;
   if (MR_LIKELY(!q->full) || !has_room(q)) return 1;
   q->full = false;
-  lua_pushboolean(L, 1);
-  return 2;
+  return 1;
 }
 
 static int queue_count(lua_State *L) {
@@ -77,7 +76,6 @@ static int queue_count(lua_State *L) {
  * settled at all), and so will what still comes. */
 static int queue_discard(lua_State *L) {
   mrl_queue *q = check_queue(L);
-  bool resume = q->full;
   lua_settop(L, 1);
   mr_get_uservalue(L, 1);
   for (; q->count > 0; q->count--) {
@@ -91,8 +89,7 @@ static int queue_discard(lua_State *L) {
   q->bytes = 0;
   q->full = false;
   q->discarding = true;
-  lua_pushboolean(L, resume);
-  return 1;
+  return 0;
 }
 
 const luaL_Reg mrl_queue_functions[] = {{"pop", queue_pop},

@@ -8,10 +8,18 @@
 
 ---@class moonrabbit.core
 ---@field null userdata                 AMQP's void; `moonrabbit.null`
----@field types table<string, function> timestamp bytes decimal boolean? int8 uint8 int16 uint16 int32 uint32 int64 uint64 float double -> a Typed userdata (`.type`, `.value`, tostring, ==)
+---@field types table<string, function> timestamp bytes decimal boolean int8 uint8 int16 uint16 int32 uint32 int64 uint64 float double -> a Typed
 ---@field message_methods table         methods of every Message: Lua fills it in
 ---@field confirmation_methods table    methods of every Confirmation: Lua fills it in
 local core = {}
+
+--- A value with an exact wire type; equal (==) to one of the same type and value. Integers take a number
+--- or a string of digits (exact in every Lua); `types.decimal(unscaled, scale)`: decimal(1234, 2) is 12.34,
+--- with `.scale` and `.unscaled`. uint64 is sent as a signed 64-bit integer, as RabbitMQ knows no other.
+--- Decimals come back as Typed, and integers this Lua cannot hold exactly (`tostring` gives their digits).
+---@class moonrabbit.core.Typed : userdata
+---@field type string
+---@field value any
 
 ---@class moonrabbit.core.Config
 ---@field vhost string
@@ -36,7 +44,9 @@ local Engine = {}
 ---@param now number
 function Engine:start(now) end
 --- Copies received bytes in. Returns how many were taken: fewer than given means that `pump` must
---- be called before the rest is fed.
+--- be called before the rest is fed. None are taken while the DeliveryQueue of a no-ack consumer holds
+--- 4096 messages or 16 MiB of bodies, until it is popped to half of that, discarded or cancelled (the
+--- prefetch bounds the others). What has been received already still comes out of `pump`.
 ---@return integer taken
 function Engine:feed(bytes, now) end
 --- Everything that is to be written now, as one string (maybe ""), counted as written.
@@ -44,6 +54,9 @@ function Engine:feed(bytes, now) end
 function Engine:drain(now) end
 ---@return integer bytes waiting to be written
 function Engine:pending() end
+--- Takes input again although a queue is full, until its next delivery: for a task that waits for an
+--- answer which only reading can bring.
+function Engine:admit() end
 --- When `tick` wants to be called, or nil for never.
 ---@return number?
 function Engine:deadline(now) end
@@ -78,9 +91,12 @@ function Engine:update_secret(secret, reason) end
 ---   "deliver", owner, queue                      a DeliveryQueue that was empty no longer is
 ---   "cancel", owner, consumer_tag, queue         the broker cancelled a consumer
 ---   "flow", owner, active
----   "channel_closed", owner, err                 err = { kind, code, text, class, method } (plain table)
+---   "channel_closed", owner, err                 err = { kind, code, text, class, method } (plain table; numbers that
+                                                are 0 are left out; kind may be "memory")
 ---   "blocked", reason         "unblocked"
 ---   "closed", err                                the last one
+--- Deliveries that came before another event are in their queue when it is returned. A delivery for a queue
+--- that is gone or discarded goes back to the broker.
 ---@return string? event, any a, any b, any c, any d
 function Engine:pump() end
 
@@ -99,6 +115,7 @@ function Channel:id() end
 function Channel:is_open() end
 --- Any method without content, by its AMQP name and with its AMQP field names (dashes as
 --- underscores, "nowait" and "if_unused" as rabbitmq-c names them): call("queue.declare", { queue = "q", durable = true, arguments = {…} }).
+--- Not connection.*, channel.open and close, basic.consume, get, ack, nack, reject: they have functions of their own.
 ---@return true|nil, string? status
 function Channel:call(method, fields) end
 --- basic.consume; fields as in `call`, consumer_tag must be set. A "reply" follows.
@@ -113,6 +130,7 @@ function Channel:close(code, text) end
 --- property (content_type content_encoding headers delivery_mode priority correlation_id reply_to
 --- expiration message_id timestamp type user_id app_id cluster_id). mandatory and persistent
 --- default to true on a confirm channel, to false elsewhere; delivery_mode wins over persistent.
+--- expiration may be a number of milliseconds. `timeout` is allowed, and left to the layer above.
 ---@param body string
 ---@param opts table?
 ---@return moonrabbit.core.Confirmation|true|nil confirmation true where the channel has no confirms
@@ -155,6 +173,8 @@ function core.route(opts, confirm) end
 local DeliveryQueue = {}
 ---@return moonrabbit.core.Message?
 function DeliveryQueue:pop() end
+--- Gives everything in it, and what still comes, back to the broker (no-ack deliveries are dropped).
+function DeliveryQueue:discard() end
 ---@return integer
 function DeliveryQueue:count() end
 
@@ -165,13 +185,14 @@ function DeliveryQueue:count() end
 
 ---@class moonrabbit.core.Confirmation : userdata
 
---- The hot path of `msg:ack()`: settles; true when the bytes should leave now, false when not.
---- nil, status: "closed" "settled".
----@return boolean|nil, string? status
+--- The hot path of `msg:ack()`: settles; true when the bytes should leave now, false when not, and the
+--- owner. nil, status: "closed" "settled" "unknown_tag" (nothing to settle: no_ack, a returned message, or
+--- its delivery was given back by recover).
+---@return boolean|nil, table|string owner_or_status
 function core.ack(message) end
 ---@param kind "nack"|"reject"
 ---@param requeue boolean
----@return boolean|nil, string? status
+---@return boolean|nil, table|string owner_or_status
 function core.settle(message, kind, requeue) end
 --- "pending" "acked" "nacked" "unroutable" "lost"
 ---@param confirmation moonrabbit.core.Confirmation
