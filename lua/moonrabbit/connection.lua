@@ -12,6 +12,7 @@ local options = require "moonrabbit.options"
 local runtimes = require "moonrabbit.runtime"
 local uri = require "moonrabbit.uri"
 local Session = require "moonrabbit.session"
+local pcall = require("moonrabbit.runtime.pcall").pcall
 
 require "moonrabbit.message"
 require "moonrabbit.confirmation"
@@ -251,30 +252,20 @@ end
 
 local unpack = table.unpack or unpack -- luacheck: ignore 143 113
 
--- Runs queued functions in their order, in one task that ends when there are none. When one throws,
--- the runtime reports it, and the next event starts a new task.
+-- Runs queued functions in their order, in one task that ends when there are none.
 local function deliver_events(self)
   while true do
     local item = table.remove(self._events, 1)
     if not item then break end
-    self._delivering = self._delivering_token
     item[1](unpack(item, 2, item.n))
   end
-  self._delivering = nil
 end
 
 local function dispatcher(self)
-  local token = {}
-  self._delivering_token = token
   self._runtime.spawn(function()
-    local protect = self._protect
-    if not protect then
-      -- What throws must not keep the later events from being delivered.
-      protect = (_VERSION == "Lua 5.1" and not rawget(_G, "jit") and self._runtime.pcall) or pcall
-      self._protect = protect
-    end
+    -- What throws must not keep the later events from being delivered.
     repeat
-      local ok, err = protect(deliver_events, self)
+      local ok, err = pcall(deliver_events, self)
       if not ok then
         if err == self._runtime.cancelled and err ~= nil then break end
         self._log("error", "an event listener threw: " .. tostring(err))

@@ -16,6 +16,7 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
+local yielding_pcall = require("moonrabbit.runtime.pcall").pcall
 
 local huge = math.huge
 
@@ -151,9 +152,8 @@ function Consumer:_abandon()
   local channel = self.channel
   if channel._closed then return end
   if channel._core:call("basic.cancel", { consumer_tag = self.tag }) then
-    local function undo() self:_requeue_buffered() end
-    local call = self._session:expect(channel._calls, "basic.cancel", undo)
-    call.abandoned = true
+    self:_discard()
+    self._session:expect(channel._calls, "basic.cancel").abandoned = true
   end
 end
 
@@ -169,13 +169,43 @@ function Consumer:_delivered()
   self:_wake_worker()
 end
 
-local function receive(self, timeout)
+-- The next message that has arrived. `resume`: the engine had stopped reading for this queue, which
+-- bounds consumers without acks, and may go on.
+local function take(self)
+  local spill = self._spill
+  if spill then
+    local message = spill[spill.first]
+    spill[spill.first] = nil
+    spill.first = spill.first + 1
+    if spill.first > spill.last then self._spill = nil end
+    return message
+  end
+  local message, resume = self._pop(self._deliveries)
+  if resume then self._session:resume() end
+  return message
+end
+
+-- Reading must go on although this queue is full, for somebody waits for another answer on this
+-- connection: its messages are kept here.
+---@package
+function Consumer:_make_room()
   local pop, queue = self._pop, self._deliveries
+  local spill = self._spill or { first = 1, last = 0 }
   local message = pop(queue)
+  while message do
+    spill.last = spill.last + 1
+    spill[spill.last] = message
+    message = pop(queue)
+  end
+  if spill.last >= spill.first then self._spill = spill end
+end
+
+local function receive(self, timeout)
+  local queue = self._deliveries
+  local message = take(self)
   if message then return message end
   if self._ended then return nil, self._ended end
   local session = self._session
-  session:need()
   local now = self._runtime.now
   local deadline = timeout < huge and now() + timeout
   local ready = self._ready
@@ -187,12 +217,12 @@ local function receive(self, timeout)
       if left <= 0 and timeout > 0 then break end
     end
     ready:wait(left and math.max(0, left))
-    message = pop(queue)
+    message = take(self)
     if message or timeout == 0 then break end
   until self._ended
   self._receiving = self._receiving - 1
   if message then
-    if self._receiving > 0 and queue:count() > 0 then ready:signal() end
+    if self._receiving > 0 and (self._spill or queue:count() > 0) then ready:signal() end
     return message
   end
   if self._ended then return nil, self._ended end
@@ -223,7 +253,9 @@ function Consumer:messages()
   local now = runtime.now
   local turned, step, countdown = now(), 16, 16
   return function()
-    local message = pop(queue)
+    local message, resume
+    if self._spill then message = take(self) else message, resume = pop(queue) end
+    if resume then self._session:resume() end
     if message then
       countdown = countdown - 1
       if countdown == 0 then
@@ -271,14 +303,14 @@ end
 
 -- Handles messages until the queue is empty. state.message is the one being handled.
 local function work(self, state)
-  local pop, queue, handler = self._pop, self._deliveries, self._handler
-  local message = pop(queue)
+  local queue, handler = self._deliveries, self._handler
+  local message = take(self)
   while message do
     if not self._waking and queue:count() > 0 then self:_wake_worker() end
     state.message = message
     handler(message)
     state.message = nil
-    message = pop(queue)
+    message = take(self)
   end
 end
 
@@ -304,11 +336,10 @@ local function worker(self, protect)
         return
       end
       if message then report(self, message, trace) else self.connection:_report("error", trace) end
-    elseif self._ended and self._deliveries:count() == 0 then
+    elseif self._ended and self:buffered() == 0 then
       break
     else
       self._idle = self._idle + 1
-      self._session:need()
       self._ready:wait()
       self._idle = self._idle - 1
       self._waking = false
@@ -318,18 +349,17 @@ local function worker(self, protect)
   if self._workers == 0 and self._drained then self._drained:broadcast() end
 end
 
--- xpcall of (f, a, b) that keeps a traceback and lets f yield. PUC Lua 5.1 has no such thing; there
--- the runtime's own pcall does it, without the traceback's lower half.
+-- xpcall of (f, a, b) that keeps a traceback and lets f yield. PUC Lua 5.1 has no such thing: there
+-- the traceback is missing its inner half.
 local function protector(runtime)
   local cancelled = runtime.cancelled
   local function handle(err)
     if cancelled ~= nil and err == cancelled then return err end
     return traceback(err)
   end
-  if _VERSION == "Lua 5.1" and not rawget(_G, "jit") then
-    local protect = runtime.pcall or pcall
+  if yielding_pcall ~= pcall then
     return function(f, a, b)
-      local ok, err = protect(f, a, b)
+      local ok, err = yielding_pcall(f, a, b)
       if ok then return true end
       if err == cancelled then return false, err end
       return false, type(err) == "string" and err or traceback(err)
@@ -354,16 +384,11 @@ end
 
 -- ---- The end ----------------------------------------------------------------------------------------
 
--- What came and was not taken goes back. The queue is popped empty either way.
-function Consumer:_requeue_buffered()
-  local pop, queue = self._pop, self._deliveries
-  local message = pop(queue)
-  local any = false
-  while message do
-    if core.settle(message, "nack", true) ~= nil then any = true end
-    message = pop(queue)
-  end
-  if any then self._session:touch() end
+-- What came and was not taken goes back, and so does what still comes.
+function Consumer:_discard()
+  self._spill = nil
+  if self._deliveries:discard() then self._session:resume() end
+  self._session:touch()
 end
 
 --- Ends it. `keep`: what has arrived may still be taken.
@@ -373,8 +398,7 @@ function Consumer:_finish(err, keep)
   self._ended = err
   if not keep and not self.no_ack then
     -- Of a channel that is gone: the broker delivers them again, and nobody could settle these.
-    local pop, queue = self._pop, self._deliveries
-    while pop(queue) do end -- luacheck: ignore 542
+    self:_discard()
   end
   self._ready:broadcast()
 end
@@ -399,10 +423,9 @@ function Consumer:cancel(opts)
     return nil, session:refusal(status, "Consumer:cancel")
   end
   local call = session:expect(channel._calls, "basic.cancel")
-  self._cancelling = true
   local result, err = session:await(call, timeout)
   if not self._ended then
-    if not opts.drain and not self.no_ack then self:_requeue_buffered() end
+    if not opts.drain and not self.no_ack then self:_discard() end
     self:_finish(session:error("cancelled", "cancelled by consumer:cancel()", { temporary = false }), true)
   end
   if channel._consumers[self.tag] == self then channel._consumers[self.tag] = nil end
@@ -426,7 +449,8 @@ end
 --- How many messages have arrived and were not taken yet.
 ---@return integer
 function Consumer:buffered()
-  return self._deliveries:count()
+  local spill = self._spill
+  return self._deliveries:count() + (spill and spill.last - spill.first + 1 or 0)
 end
 
 function Consumer:__tostring()

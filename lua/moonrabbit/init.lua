@@ -64,9 +64,7 @@ end
 
 --- pcall that what it calls may yield through, on PUC Lua 5.1 too.
 function moonrabbit.pcall(fn, ...)
-  local runtime = native()
-  if runtime.pcall then return runtime.pcall(fn, ...) end
-  return pcall(fn, ...)
+  return require("moonrabbit.runtime.pcall").pcall(fn, ...)
 end
 
 local lazy = {

@@ -10,6 +10,7 @@ local errors = require "moonrabbit.errors"
 local options = require "moonrabbit.options"
 local runtimes = require "moonrabbit.runtime"
 local Connection = require "moonrabbit.connection"
+local pcall = require("moonrabbit.runtime.pcall").pcall
 
 local huge = math.huge
 
@@ -183,13 +184,12 @@ function Pool:with(fn, ...)
   options.argument("Pool:with", "fn", fn, options.callback)
   local channel, err = self:acquire()
   if not channel then return nil, err end
-  local protect = (_VERSION == "Lua 5.1" and not rawget(_G, "jit") and self._runtime.pcall) or pcall
   local function finish(ok, ...)
     self:release(channel)
     if not ok then error((...), 0) end
     return ...
   end
-  return finish(protect(fn, channel, ...))
+  return finish(pcall(fn, channel, ...))
 end
 
 --- How many connections and channels there are, and how many channels are out.

@@ -96,15 +96,18 @@ end
 function Session:await(call, timeout)
   local now = self.runtime.now
   local deadline = now() + timeout
+  self.awaiting = self.awaiting + 1
   while not call.done do
     local left = deadline - now()
     if left <= 0 or not call.condition:wait(left < huge and left or nil) then
       if not call.done and deadline <= now() then
         call.abandoned = true
+        self.awaiting = self.awaiting - 1
         return nil, self:error("timeout", ("no answer to %s within %g s"):format(call.what, timeout))
       end
     end
   end
+  self.awaiting = self.awaiting - 1
   if call.ok then return call.result, call.extra end
   return nil, call.result
 end
@@ -169,6 +172,10 @@ local function write_loop(self)
   while self.state ~= "closed" do
     self.dirty = false
     self.corked = false
+    if self.pump_soon then
+      self.pump_soon = false
+      self:pump()
+    end
     if not self.write_error then
       self.flushing = true
       local ok, kind, text = transport:flush(engine)
@@ -205,7 +212,7 @@ local function write_loop(self)
       end
       if self.state ~= "closed" then
         engine:tick(now())
-        if not self.dirty then self:pump() end
+        self.pump_soon = true
       end
     end
   end
@@ -254,9 +261,21 @@ local function read_loop(self)
   end
 end
 
---- Somebody waits for something that only reading can bring, or has made room for it.
-function Session:need()
+--- There is room for deliveries again: what has been received already is looked at, and reading goes on.
+function Session:resume()
+  self.held = nil
+  self.pump_soon = true
+  self:touch()
   if self.paused then self.drained:signal() end
+end
+
+--- Somebody waits for something that only reading can bring.
+function Session:need()
+  local held = self.held
+  if held then
+    held:_make_room()
+    self:resume()
+  end
 end
 
 -- ---- Events -----------------------------------------------------------------------------------------
@@ -285,6 +304,18 @@ end
 function handlers.deliver(_, owner, queue)
   local receiver = owner._receivers[queue]
   if receiver then receiver:_delivered() end
+end
+
+-- The queue of a consumer without acks is full: no more events until it is taken from.
+function handlers.full(self, owner, queue)
+  local receiver = owner._receivers[queue]
+  if not receiver then
+    queue:discard()
+  elseif self.awaiting > 0 then
+    receiver:_make_room()
+  else
+    self.held = receiver -- the engine stops at the first
+  end
 end
 
 function handlers.confirm(_, owner)
@@ -353,6 +384,7 @@ function Session:pump()
     handlers[event](self, a, b, c, d)
     event, a, b, c, d = engine:pump()
   end
+  if not self.dirty and engine:pending() > 0 then self:touch() end -- its answers
   return n
 end
 
@@ -411,7 +443,7 @@ function Session.open(config)
     engine = engine, transport = transport, runtime = runtime, state = "connecting",
     endpoint = config.label, secret = config.secret, log = config.log, emit = config.emit,
     channels = {}, calls = Calls.new(),
-    dirty = false, corked = false, flushing = false, paused = false, heartbeat = 0,
+    dirty = false, corked = false, flushing = false, paused = false, awaiting = 0, heartbeat = 0,
     wake = condition(),    -- the writer
     drained = condition(), -- the reader, while it is paused
     room = condition(),    -- publishers that wait for buffer space or for the broker to unblock
