@@ -204,7 +204,9 @@ rock: ## build and load the LuaRocks module under every Lua, in build/rocks
 
 docs: ## the API manual, into build/docs
 	@$(call check_deps,build test)
-	ldoc -c config.ld -d $(BUILD)/docs .
+	@rm -rf $(BUILD)/docs $(BUILD)/docs-source
+	@scripts/ldoc-prepare lua $(BUILD)/docs-source
+	ldoc -c config.ld -d $(BUILD)/docs $(BUILD)/docs-source
 
 install: all ## into DESTDIR and PREFIX, for one Lua: make install LUA=lua5.3 PREFIX=/usr
 	@set -e; v=$(lua_version); root='$(DESTDIR)$(PREFIX)'; \
