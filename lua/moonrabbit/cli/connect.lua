@@ -31,8 +31,8 @@ function connect.open(args, extra)
     return nil, exit.usage
   end
   options.name = "moonrabbit " .. args.command
-  options.timeout = options.timeout or 10
-  options.connect_timeout = options.connect_timeout or 10
+  local patience = args.command ~= "consume" and args.timeout or 10
+  options.timeout, options.connect_timeout = patience, patience
   for name, value in pairs(extra or {}) do options[name] = value end
   local moonrabbit = require "moonrabbit"
   local conn, err = moonrabbit.connect(options)
@@ -51,7 +51,7 @@ function connect.with_channel(args, channel_options, fn)
     return connect.fail(err)
   end
   local result, problem = fn(ch, conn)
-  conn:close(args.timeout or 10)
+  conn:close(conn.timeout)
   if result == nil then return connect.fail(problem) end
   return result
 end

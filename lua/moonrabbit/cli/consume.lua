@@ -97,6 +97,7 @@ local function finish(args, state, seen, err)
 end
 
 function consume.run(args)
+  -- --timeout is how long to wait for a message here, and may be short.
   return connect.with_channel(args, { prefetch = args.prefetch }, function(ch)
     local consumer, err = ch:consume(args.queue, {
       no_ack = args.ack_mode == "none", exclusive = args.exclusive or false, arguments = values.table(args.argument),

@@ -54,7 +54,7 @@ function credentials.resolve(args)
   local parsed, problem = uri.parse(text)
   if not parsed then return nil, ("%s (from %s)"):format(problem, source) end
 
-  local options = { uri = text, user = args.user, vhost = args.vhost, reconnect = false }
+  local options = { uri = text, user = args.user, vhost = args.vhost }
   if args.password_file then
     local password, err = first_line(args.password_file, "password file")
     if not password then return nil, err end
@@ -72,9 +72,6 @@ function credentials.resolve(args)
   if problem then return nil, problem end
   options.tls = tls
   parsed.tls = tls or parsed.tls
-
-  options.connect_timeout = args.timeout
-  options.timeout = args.timeout
   return options, parsed, source
 end
 

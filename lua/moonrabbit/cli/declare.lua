@@ -54,7 +54,8 @@ local function declare_exchange(args, ch)
   local kind = args.type or "direct"
   local ok, err = ch:exchange_declare(args.name, {
     type = kind, durable = not args.transient, auto_delete = args.auto_delete or false,
-    internal = args.internal or false, passive = args.passive or false, arguments = next(arguments) ~= nil and arguments or nil,
+    internal = args.internal or false, passive = args.passive or false,
+    arguments = next(arguments) ~= nil and arguments or nil,
   })
   if not ok then return nil, err end
   output.result({ exchange = args.name, type = kind }, ("exchange %s"):format(args.name))

@@ -313,12 +313,10 @@ function steps.permissions(report, patient)
 end
 
 function steps.versions(report, patient)
-  local server = patient.conn:server() or {}
-  local properties = server.properties or server
+  local server = patient.conn:server()
   local versions = {
-    broker = properties.version and tostring(properties.product or "RabbitMQ") .. " " .. tostring(properties.version),
-    erlang = properties.platform and tostring(properties.platform),
-    cluster = properties.cluster_name and tostring(properties.cluster_name),
+    broker = server.version and (server.product or "RabbitMQ") .. " " .. server.version, erlang = server.platform,
+    cluster = server.cluster_name,
     codec = "rabbitmq-c " .. require "moonrabbit.core".codec_version(),
     lua = rawget(_G, "jit") and rawget(_G, "jit").version or _VERSION,
   }
@@ -330,9 +328,8 @@ function steps.versions(report, patient)
 end
 
 function steps.tuned(report, patient)
-  local server = patient.conn:server() or {}
+  local server = patient.conn:server()
   local frame_max, channel_max, heartbeat = server.frame_max, server.channel_max, server.heartbeat
-  if not frame_max then return true end
   return report:pass("tuned", ("frames up to %d bytes, %s channels, heartbeat every %d s"):format(frame_max,
     channel_max == 0 and "any number of" or tostring(channel_max), heartbeat),
     { frame_max = frame_max, channel_max = channel_max, heartbeat = heartbeat })

@@ -26,7 +26,7 @@ local function build(argparse)
   parser:require_command(true):command_target "command"
   parser:flag "--version" :description "Print versions and exit." :action(function()
     local jit = rawget(_G, "jit")
-    io.stdout:write("moonrabbit ", require "moonrabbit".VERSION or "scm", ", ", jit and jit.version or _VERSION,
+    io.stdout:write("moonrabbit ", (require "moonrabbit"._VERSION:gsub("^moonrabbit ", "")), ", ", jit and jit.version or _VERSION,
       ", rabbitmq-c ", require "moonrabbit.core".codec_version(), "\n")
     os.exit(exit.ok)
   end)
