@@ -429,11 +429,10 @@ local function publish_slow(self, again, x, y, status, timeout, level)
       if timeout > 0 then err.message = err.message .. (" (for %g s)"):format(timeout) end
       return nil, err
     end
-    session:need()
     -- The window belongs to the channel; room in the buffer and connection.blocked to the session;
     -- a channel.flow arrives like the latter.
     local condition = status == "window" and self._room or session.room
-    condition:wait(left < huge and left or nil)
+    session:block(condition, left)
     confirmation, flush = again(self, x, y)
     if confirmation then
       if flush then session:try_flush() else session:touch() end
@@ -671,12 +670,11 @@ function Channel:_wait(confirmation, timeout, own)
     local waiter = add_waiter(self, confirmation, own)
     local session = self._session
     session:touch()
-    session:need()
     local condition = waiter.condition
     repeat
       local left = deadline - now()
       if left <= 0 then break end
-      condition:wait(left < huge and left or nil)
+      session:block(condition, left)
       acked = core_acked(confirmation)
     until acked ~= false
     waiter.count = waiter.count - 1
@@ -710,8 +708,7 @@ function Channel:wait_for_confirms(timeout)
     local left = deadline - now()
     if left <= 0 then break end
     self._pending = pending
-    session:need()
-    self._settled:wait(left < huge and left or nil)
+    session:block(self._settled, left)
     pending = self._core:unconfirmed()
   end
   self._pending = nil

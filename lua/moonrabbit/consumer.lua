@@ -169,43 +169,13 @@ function Consumer:_delivered()
   self:_wake_worker()
 end
 
--- The next message that has arrived. `resume`: the engine had stopped reading for this queue, which
--- bounds consumers without acks, and may go on.
-local function take(self)
-  local spill = self._spill
-  if spill then
-    local message = spill[spill.first]
-    spill[spill.first] = nil
-    spill.first = spill.first + 1
-    if spill.first > spill.last then self._spill = nil end
-    return message
-  end
-  local message, resume = self._pop(self._deliveries)
-  if resume then self._session:resume() end
-  return message
-end
-
--- Reading must go on although this queue is full, for somebody waits for another answer on this
--- connection: its messages are kept here.
----@package
-function Consumer:_make_room()
-  local pop, queue = self._pop, self._deliveries
-  local spill = self._spill or { first = 1, last = 0 }
-  local message = pop(queue)
-  while message do
-    spill.last = spill.last + 1
-    spill[spill.last] = message
-    message = pop(queue)
-  end
-  if spill.last >= spill.first then self._spill = spill end
-end
-
 local function receive(self, timeout)
-  local queue = self._deliveries
-  local message = take(self)
+  local pop, queue = self._pop, self._deliveries
+  local message = pop(queue)
   if message then return message end
   if self._ended then return nil, self._ended end
   local session = self._session
+  session:drain()
   local now = self._runtime.now
   local deadline = timeout < huge and now() + timeout
   local ready = self._ready
@@ -217,12 +187,12 @@ local function receive(self, timeout)
       if left <= 0 and timeout > 0 then break end
     end
     ready:wait(left and math.max(0, left))
-    message = take(self)
+    message = pop(queue)
     if message or timeout == 0 then break end
   until self._ended
   self._receiving = self._receiving - 1
   if message then
-    if self._receiving > 0 and (self._spill or queue:count() > 0) then ready:signal() end
+    if self._receiving > 0 and queue:count() > 0 then ready:signal() end
     return message
   end
   if self._ended then return nil, self._ended end
@@ -253,9 +223,7 @@ function Consumer:messages()
   local now = runtime.now
   local turned, step, countdown = now(), 16, 16
   return function()
-    local message, resume
-    if self._spill then message = take(self) else message, resume = pop(queue) end
-    if resume then self._session:resume() end
+    local message = pop(queue)
     if message then
       countdown = countdown - 1
       if countdown == 0 then
@@ -303,14 +271,14 @@ end
 
 -- Handles messages until the queue is empty. state.message is the one being handled.
 local function work(self, state)
-  local queue, handler = self._deliveries, self._handler
-  local message = take(self)
+  local pop, queue, handler = self._pop, self._deliveries, self._handler
+  local message = pop(queue)
   while message do
     if not self._waking and queue:count() > 0 then self:_wake_worker() end
     state.message = message
     handler(message)
     state.message = nil
-    message = take(self)
+    message = pop(queue)
   end
 end
 
@@ -340,6 +308,7 @@ local function worker(self, protect)
       break
     else
       self._idle = self._idle + 1
+      self._session:drain()
       self._ready:wait()
       self._idle = self._idle - 1
       self._waking = false
@@ -386,8 +355,8 @@ end
 
 -- What came and was not taken goes back, and so does what still comes.
 function Consumer:_discard()
-  self._spill = nil
-  if self._deliveries:discard() then self._session:resume() end
+  self._deliveries:discard()
+  self._session:drain()
   self._session:touch()
 end
 
@@ -449,8 +418,7 @@ end
 --- How many messages have arrived and were not taken yet.
 ---@return integer
 function Consumer:buffered()
-  local spill = self._spill
-  return self._deliveries:count() + (spill and spill.last - spill.first + 1 or 0)
+  return self._deliveries:count()
 end
 
 function Consumer:__tostring()

@@ -103,14 +103,14 @@ function errors.new(fields)
   return setmetatable(fields, Error)
 end
 
---- Makes an error from what the engine reports: { kind, code, text, class_id, method_id }.
+--- Makes an error from what the engine reports: { kind, code, text, class, method }.
 ---@param report table
 ---@param endpoint string?
 ---@return moonrabbit.Error
 function errors.from_engine(report, endpoint)
   local kind = report.kind
   if kind == "memory" then kind = "overflow" end
-  local code, class, method = report.code, report.class_id, report.method_id
+  local code, class, method = report.code, report.class, report.method
   local message = report.text
   if message == nil or message == "" then message = kind end
   local name = errors.method_name(class, method)

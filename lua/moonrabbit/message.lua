@@ -45,25 +45,25 @@ end
 --- basic.ack, https://www.rabbitmq.com/docs/confirms#acknowledgement-modes
 ---@return true|nil, moonrabbit.Error?
 function methods:ack()
-  local flush, status = core_ack(self)
+  local flush, owner = core_ack(self)
   if flush == false then
-    local session = core_owner(self)._session
+    local session = owner._session
     if not session.dirty then session:touch() end
     return true
   end
   if flush then
-    core_owner(self)._session:try_flush()
+    owner._session:try_flush()
     return true
   end
-  return not_settled(self, status, "Message:ack")
+  return not_settled(self, owner, "Message:ack")
 end
 
 local settle_options = { requeue = boolean }
 
 local function settle(message, kind, requeue, what)
-  local flush, status = core_settle(message, kind, requeue)
-  if flush == nil then return not_settled(message, status, what) end
-  local session = core_owner(message)._session
+  local flush, owner = core_settle(message, kind, requeue)
+  if flush == nil then return not_settled(message, owner, what) end
+  local session = owner._session
   if flush then session:try_flush() else session:touch() end
   return true
 end

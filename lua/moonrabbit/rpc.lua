@@ -127,13 +127,12 @@ function Rpc:call(body, opts)
   local _, seq = core.outcome(confirmation)
   replies.by_seq[seq] = call
   local session = channel._session
-  session:need()
   while not call.reply and not call.err do
     local left = deadline - now()
     if left <= 0 then
       call.err = session:error("timeout", ("no reply within %g s"):format(timeout))
     else
-      call.condition:wait(left < huge and left or nil)
+      session:block(call.condition, left)
     end
   end
   replies.by_id[id], replies.by_seq[seq] = nil, nil

@@ -82,13 +82,23 @@ end
 
 -- ---- Waiting ----------------------------------------------------------------------------------------
 
+--- Waits on a condition for something that only reading can bring.
+function Session:block(condition, left)
+  self.awaiting = self.awaiting + 1
+  if self.paused then
+    self.engine:admit()
+    self.drained:signal()
+  end
+  condition:wait(left < huge and left or nil)
+  self.awaiting = self.awaiting - 1
+end
+
 --- Queues a call whose method was just handed to the engine. `late(result)` is called when the
 --- answer comes after the caller has given up.
 function Session:expect(calls, what, late)
   local call = { what = what, condition = self.runtime.condition(), late = late, done = false }
   calls:push(call)
   self:touch()
-  self:need()
   return call
 end
 
@@ -96,18 +106,14 @@ end
 function Session:await(call, timeout)
   local now = self.runtime.now
   local deadline = now() + timeout
-  self.awaiting = self.awaiting + 1
   while not call.done do
     local left = deadline - now()
-    if left <= 0 or not call.condition:wait(left < huge and left or nil) then
-      if not call.done and deadline <= now() then
-        call.abandoned = true
-        self.awaiting = self.awaiting - 1
-        return nil, self:error("timeout", ("no answer to %s within %g s"):format(call.what, timeout))
-      end
+    if left <= 0 then
+      call.abandoned = true
+      return nil, self:error("timeout", ("no answer to %s within %g s"):format(call.what, timeout))
     end
+    self:block(call.condition, left)
   end
-  self.awaiting = self.awaiting - 1
   if call.ok then return call.result, call.extra end
   return nil, call.result
 end
@@ -172,10 +178,6 @@ local function write_loop(self)
   while self.state ~= "closed" do
     self.dirty = false
     self.corked = false
-    if self.pump_soon then
-      self.pump_soon = false
-      self:pump()
-    end
     if not self.write_error then
       self.flushing = true
       local ok, kind, text = transport:flush(engine)
@@ -212,7 +214,7 @@ local function write_loop(self)
       end
       if self.state ~= "closed" then
         engine:tick(now())
-        self.pump_soon = true
+        self:pump()
       end
     end
   end
@@ -241,8 +243,23 @@ end
 
 -- ---- Reading ----------------------------------------------------------------------------------------
 
+-- A consumer without acks has been given more than it takes: reading waits for it, unless somebody
+-- waits for an answer that only reading can bring.
+local function hold(self)
+  local engine, now = self.engine, self.runtime.now
+  if self.awaiting > 0 then
+    engine:admit()
+    return
+  end
+  engine:pause(true, now())
+  self.paused = true
+  self.drained:wait(1)
+  self.paused = false
+  if self.state ~= "closed" then engine:pause(false, now()) end
+end
+
 local function read_loop(self)
-  local engine, transport, runtime = self.engine, self.transport, self.runtime
+  local engine, transport = self.engine, self.transport
   while self.state ~= "closed" do
     local n, kind, text = transport:fill(engine)
     if not n and kind ~= "full" then
@@ -250,32 +267,13 @@ local function read_loop(self)
       n = 0
     end
     local events = self:pump()
-    if not n and events == 0 and self.state ~= "closed" then
-      -- A consumer without a bound has been given more than it takes: reading waits for it.
-      engine:pause(true, runtime.now())
-      self.paused = true
-      self.drained:wait(1)
-      self.paused = false
-      if self.state ~= "closed" then engine:pause(false, runtime.now()) end
-    end
+    if not n and events == 0 and self.state ~= "closed" then hold(self) end
   end
 end
 
---- There is room for deliveries again: what has been received already is looked at, and reading goes on.
-function Session:resume()
-  self.held = nil
-  self.pump_soon = true
-  self:touch()
+--- A consumer has taken all that came: reading may go on.
+function Session:drain()
   if self.paused then self.drained:signal() end
-end
-
---- Somebody waits for something that only reading can bring.
-function Session:need()
-  local held = self.held
-  if held then
-    held:_make_room()
-    self:resume()
-  end
 end
 
 -- ---- Events -----------------------------------------------------------------------------------------
@@ -304,18 +302,6 @@ end
 function handlers.deliver(_, owner, queue)
   local receiver = owner._receivers[queue]
   if receiver then receiver:_delivered() end
-end
-
--- The queue of a consumer without acks is full: no more events until it is taken from.
-function handlers.full(self, owner, queue)
-  local receiver = owner._receivers[queue]
-  if not receiver then
-    queue:discard()
-  elseif self.awaiting > 0 then
-    receiver:_make_room()
-  else
-    self.held = receiver -- the engine stops at the first
-  end
 end
 
 function handlers.confirm(_, owner)
@@ -506,7 +492,7 @@ function Session:close(timeout)
       self:finish(err)
       return nil, err
     end
-    self.changed:wait(left < huge and left or nil)
+    self:block(self.changed, left)
   end
   return true
 end
@@ -519,7 +505,6 @@ function Session:start_close()
   self.engine:close(200, "Goodbye")
   self.dirty = false
   self:touch()
-  self:need()
 end
 
 Session.Calls = Calls
