@@ -23,7 +23,7 @@ else
 endif
 
 warnings := -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wold-style-definition \
-            -Wpointer-arith -Wwrite-strings -Wundef -Wvla -Wformat=2 $(WERROR)
+            -Wpointer-arith -Wwrite-strings -Wundef -Wvla -Wformat=2 -Wno-format-nonliteral $(WERROR)
 flags    := -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -Icsrc $(warnings) $(sanitize)
 depflags  = -MMD -MP
 
