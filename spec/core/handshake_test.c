@@ -489,6 +489,30 @@ static void the_password_is_wiped_once_sent(void) {
   }
 }
 
+/* Neither a write that takes a part nor output that is added behind it leaves a copy. */
+static void a_secret_leaves_no_copy_in_a_busy_buffer(void) {
+  static char secret[] = "renewed-token-0123456789";
+  peer *p = peer_open();
+  mr_channel *channel = peer_channel(p);
+  static char body[5000];
+#ifdef HEAP_IS_POISONED
+  check_skip("the heap cannot be read under AddressSanitizer");
+#endif
+  for (int i = 0; i < 60; i++) {
+    size_t n = 0;
+    CHECK(peer_publish(channel, false, "before", NULL) >= 0);
+    CHECK(mr_engine_update_secret(p->engine, BYTES(secret), BYTES("renewed")) >= 0);
+    CHECK(mr_engine_tx_peek(p->engine, &n));
+    mr_engine_tx_consume(p->engine, 1 + check_below((uint32_t)n - 1), p->now);
+    for (int k = 0; k < i; k++)
+      CHECK(mr_publish(channel, &(mr_publish_args){.body = {.len = sizeof body, .bytes = body}}, NULL) >= 0);
+    while (mr_engine_tx_peek(p->engine, &n)) mr_engine_tx_consume(p->engine, 1 + check_below((uint32_t)n), p->now);
+    CHECK_EQ(copies(secret + 8, sizeof secret - 9, NULL), 0);
+  }
+  mr_channel_release(channel);
+  peer_free(p);
+}
+
 static void the_password_is_wiped_when_never_sent(void) {
   static char password[] = "never-sent-password";
   mr_config config = peer_config();
@@ -533,6 +557,7 @@ int main(int argc, char **argv) {
   RUN(a_close_during_the_handshake_ends_it);
   RUN(the_servers_properties_are_kept);
   RUN(the_password_is_wiped_once_sent);
+  RUN(a_secret_leaves_no_copy_in_a_busy_buffer);
   RUN(the_password_is_wiped_when_never_sent);
   return check_end();
 }

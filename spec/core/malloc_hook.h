@@ -6,6 +6,7 @@
 #ifndef MOONRABBIT_MALLOC_HOOK_H
 #define MOONRABBIT_MALLOC_HOOK_H
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -35,14 +36,21 @@ static volatile struct {
   long fail_at;   /* this one is refused, 0: none */
   bool fail_rest; /* and every later one */
   long failed;
+  long failed_below; /* of them, those that librabbitmq asked for */
   long live; /* blocks allocated less blocks freed, while on */
 } hook;
 
-static bool hook_refuses(void) {
+static bool hook_is_below(const void *caller) {
+  Dl_info info;
+  return dladdr(caller, &info) && info.dli_fname && strstr(info.dli_fname, "librabbitmq");
+}
+
+static bool hook_refuses(const void *caller) {
   if (!hook.on) return false;
   hook.calls++;
   if (hook.fail_at == 0 || hook.calls < hook.fail_at || (hook.calls > hook.fail_at && !hook.fail_rest)) return false;
   hook.failed++;
+  if (hook_is_below(caller)) hook.failed_below++;
   errno = ENOMEM;
   return true;
 }
@@ -53,16 +61,16 @@ static void *hook_counted(void *block) {
 }
 
 __attribute__((visibility("default"))) void *malloc(size_t n) {
-  return hook_refuses() ? NULL : hook_counted(HOOK_REAL(malloc)(n));
+  return hook_refuses(__builtin_return_address(0)) ? NULL : hook_counted(HOOK_REAL(malloc)(n));
 }
 
 __attribute__((visibility("default"))) void *calloc(size_t n, size_t size) {
-  return hook_refuses() ? NULL : hook_counted(HOOK_REAL(calloc)(n, size));
+  return hook_refuses(__builtin_return_address(0)) ? NULL : hook_counted(HOOK_REAL(calloc)(n, size));
 }
 
 __attribute__((visibility("default"))) void *realloc(void *old, size_t n) {
   void *block;
-  if (hook_refuses()) return NULL;
+  if (hook_refuses(__builtin_return_address(0))) return NULL;
   block = HOOK_REAL(realloc)(old, n);
   return old ? block : hook_counted(block);
 }

@@ -210,6 +210,23 @@ static void a_route_is_a_plain_publish_byte_for_byte(void) {
   }
 }
 
+static void malformed_properties_are_refused(void) {
+  static uint8_t bad[][6] = {{0x20, 0, 0, 0, 9, 9}, {0, 1}, {0x80, 0, 200}, {0}};
+  static const size_t sizes[] = {6, 2, 3, 1};
+  peer *p = peer_open();
+  mr_channel *channel = peer_confirm_channel(p);
+  for (size_t i = 0; i < 4; i++) {
+    mr_publish_args args = {.mandatory = true, .props = {.len = sizes[i], .bytes = bad[i]}, .body = BYTES("b")};
+    mr_route *route = NULL;
+    CHECK_EQ(mr_route_new(&args, &route), MR_BAD_ARGUMENT);
+    CHECK_EQ(mr_publish(channel, &args, NULL), MR_BAD_ARGUMENT);
+    CHECK_EQ(mr_confirm_next(channel), 1);
+  }
+  expect_nothing(p);
+  mr_channel_release(channel);
+  peer_free(p);
+}
+
 /* ---- the header of mandatory publishes ---- */
 
 /* Decodes the properties of the frame just taken. */
@@ -797,6 +814,7 @@ int main(int argc, char **argv) {
   RUN(a_body_over_max_message_size_is_refused);
   RUN(a_header_frame_over_frame_max_is_refused);
   RUN(a_route_is_a_plain_publish_byte_for_byte);
+  RUN(malformed_properties_are_refused);
   RUN(mandatory_publishes_carry_their_number);
   RUN(single_and_multiple_confirms);
   RUN(a_multiple_nack_is_reported_one_by_one);

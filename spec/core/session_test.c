@@ -658,9 +658,11 @@ static void a_tag_is_free_after_a_cancel(void) {
     peer_consume(p, a, "c", i, false);
     peer_deliver(p, 1, "c", i, "b");
     CHECK_EQ(expect_event(p, MR_EV_DELIVER)->content.consumer_ref, i);
-    if (i % 2) {
+    if (i % 2) { /* the engine may ask for an answer all the same, but tells nobody */
+      amqp_basic_cancel_t *sent;
       CHECK(call(a, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("c"), .nowait = 1) >= 0);
-      peer_discard(p);
+      sent = expect(p, 1, BASIC_CANCEL, basic_cancel);
+      if (!sent->nowait) peer_send(p, 1, BASIC_CANCEL_OK, basic_cancel_ok, .consumer_tag = BYTES("c"));
     } else {
       CHECK(call(a, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("c")) >= 0);
       peer_discard(p);
