@@ -1,5 +1,6 @@
 #include <openssl/err.h>
 #include <openssl/ssl.h>
+#include <openssl/x509err.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -32,6 +33,11 @@ static mrn_status load_authorities(SSL_CTX *ctx, const char *ca, mrn_error *err)
   return done == 1 ? MRN_OK : file_failed(err, "tls.ca", ca);
 }
 
+static bool is_mismatch(unsigned long code) {
+  return ERR_GET_LIB(code) == ERR_LIB_X509 && ERR_GET_REASON(code) == X509_R_KEY_VALUES_MISMATCH;
+}
+
+/* OpenSSL compares it with the certificate, which is loaded before. */
 static mrn_status load_key(SSL_CTX *ctx, const char *path, mrn_error *err) {
   bool asked = false;
   SSL_CTX_set_default_passwd_cb(ctx, no_passphrase);
@@ -40,6 +46,9 @@ static mrn_status load_key(SSL_CTX *ctx, const char *path, mrn_error *err) {
   SSL_CTX_set_default_passwd_cb_userdata(ctx, NULL);
   SSL_CTX_set_default_passwd_cb(ctx, NULL);
   if (done == 1) return MRN_OK;
+  if (is_mismatch(ERR_peek_last_error())) {
+    return mrn_tls_fail(err, "tls.cert and tls.key do not belong together");
+  }
   if (!asked) return file_failed(err, "tls.key", path);
   ERR_clear_error();
   return mrn_fail(err, MRN_TLS, "tls.key %s: the key is encrypted, which is not supported", path);
@@ -54,10 +63,7 @@ static mrn_status load_identity(SSL_CTX *ctx, const mrn_tls_options *options, mr
   if (SSL_CTX_use_certificate_chain_file(ctx, options->cert) != 1) {
     return file_failed(err, "tls.cert", options->cert);
   }
-  mrn_status status = load_key(ctx, key, err);
-  if (status != MRN_OK) return status;
-  if (SSL_CTX_check_private_key(ctx) == 1) return MRN_OK;
-  return mrn_tls_fail(err, "tls.cert and tls.key do not belong together");
+  return load_key(ctx, key, err);
 }
 
 static void set_behaviour(SSL_CTX *ctx) {

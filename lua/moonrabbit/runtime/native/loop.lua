@@ -131,16 +131,20 @@ local function keep(task, ...)
   if task.kept then task.results = { n = select("#", ...), ... } end
 end
 
---- The life of a coroutine: one task after another. The first yield holds the arguments until the
---- next round; both are tail calls, so nothing piles up.
+--- The first yield holds the arguments until the next round.
 local function work(task, fn, ...)
   yield(PARKED)
   keep(task, fn(...))
-  return work(yield(IDLE))
+end
+
+--- The life of a coroutine: one task after another.
+local function live(...)
+  work(...)
+  while true do work(yield(IDLE)) end
 end
 
 local function coroutine_for_task()
-  if spares == 0 then return create(work) end
+  if spares == 0 then return create(live) end
   local co = spare[spares]
   spare[spares] = nil
   spares = spares - 1

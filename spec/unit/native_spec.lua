@@ -1,0 +1,652 @@
+local rt = require "moonrabbit.runtime.native"
+local timers = require "moonrabbit.runtime.native.timers"
+local yieldable = require "moonrabbit.runtime.pcall"
+local tls_support = require "support.tls"
+
+--- Yields until the condition holds.
+local function eventually(fn)
+  local deadline = rt.now() + 20
+  while not fn() do
+    assert(rt.now() < deadline, "it never happens")
+    rt.sleep(0.001)
+  end
+end
+
+describe("the native runtime", function()
+  local errors
+
+  before_each(function()
+    errors = {}
+    rt.on_error = function(text) errors[#errors + 1] = text end
+  end)
+
+  after_each(function()
+    rt.long_turn, rt.on_long_turn = nil, nil
+    assert.same({}, errors)
+  end)
+
+  describe("tasks", function()
+    it("start at the next turn, in order, with their arguments", function()
+      local seen = {}
+      rt.run(function()
+        rt.spawn(function(...) seen[#seen + 1] = { n = select("#", ...), ... } end, 1, nil, 3, nil)
+        rt.spawn(function() seen[#seen + 1] = "second" end)
+        seen[#seen + 1] = "spawned"
+        rt.sleep(0)
+      end)
+      assert.same({ "spawned", { n = 4, 1, nil, 3, nil }, "second" }, seen)
+    end)
+
+    it("return what run returns, nils too", function()
+      local function count(...) return select("#", ...), ... end
+      assert.same({ 3, nil, 2, nil }, { count(rt.run(function(...) return ... end, nil, 2, nil)) })
+    end)
+
+    it("know themselves", function()
+      assert.is_nil(rt.current())
+      rt.run(function()
+        local me = rt.current()
+        local other
+        other = rt.spawn(function()
+          assert.equal(other, rt.current())
+          rt.sleep(0.001)
+          assert.equal(other, rt.current())
+        end)
+        assert.are_not.equal(me, other)
+        rt.sleep(0.01)
+        assert.equal(me, rt.current())
+      end)
+      assert.is_nil(rt.current())
+    end)
+
+    it("that fail are reported with a traceback, and the others go on", function()
+      local done = false
+      rt.run(function()
+        rt.spawn(function() error("first failure") end)
+        rt.spawn(function() error(setmetatable({}, { __tostring = function() return "an object" end })) end)
+        rt.spawn(function()
+          rt.sleep(0.001)
+          done = true
+        end)
+        eventually(function() return done end)
+      end)
+      assert.equal(2, #errors)
+      assert.matches("native_spec%.lua:%d+: first failure\nstack traceback:", errors[1])
+      assert.matches("^an object\nstack traceback:", errors[2])
+      errors = {}
+    end)
+
+    it("that fail in run throw there: with a traceback, or the object itself", function()
+      local ok, text = pcall(rt.run, function()
+        rt.sleep(0)
+        error("mine")
+      end)
+      assert.is_false(ok)
+      assert.matches("native_spec%.lua:%d+: mine\nstack traceback:", text)
+      local object = {}
+      assert.equal(object, select(2, pcall(rt.run, function() error(object) end)))
+    end)
+
+    it("survive an on_error that fails", function()
+      local stderr, written = io.stderr, {}
+      io.stderr = { write = function(_, ...) written[#written + 1] = table.concat { ... } end } -- luacheck: ignore
+      rt.on_error = function() error("worse") end
+      rt.run(function()
+        rt.spawn(function() error("bad") end)
+        rt.sleep(0.001)
+      end)
+      io.stderr = stderr -- luacheck: ignore
+      assert.matches("on_error failed: .*worse\nfor: .*bad", table.concat(written))
+    end)
+
+    it("that yield to nobody are told so", function()
+      rt.run(function()
+        rt.spawn(function() coroutine.yield(1) end)
+        rt.sleep(0.001)
+      end)
+      assert.equal(1, #errors)
+      assert.matches("coroutine%.yield", errors[1])
+      errors = {}
+    end)
+
+    it("come by the hundred thousand without piling up", function()
+      local count = 0
+      rt.run(function()
+        for i = 1, 100000 do
+          rt.spawn(function() count = count + 1 end)
+          if i % 100 == 0 then rt.sleep(0) end
+        end
+        eventually(function() return count == 100000 end)
+      end)
+      assert.is_true(timers.count() < 5)
+    end)
+
+    it("cannot be made of something else", function()
+      assert.has_error(function() rt.spawn(nil) end)
+    end)
+  end)
+
+  describe("cancel", function()
+    it("ends a task in its wait, quietly", function()
+      local condition, reached = rt.condition(), false
+      rt.run(function()
+        local task = rt.spawn(function()
+          condition:wait()
+          reached = true
+        end)
+        rt.sleep(0)
+        rt.cancel(task)
+        rt.sleep(0)
+        condition:signal()
+        rt.sleep(0.001)
+      end)
+      assert.is_false(reached)
+    end)
+
+    it("can be caught; the waits after it work", function()
+      local caught, slept
+      rt.run(function()
+        local task = rt.spawn(function()
+          local _, err = yieldable.pcall(rt.sleep, 1000)
+          caught = err
+          rt.sleep(0.001)
+          slept = true
+        end)
+        rt.sleep(0)
+        rt.cancel(task)
+        rt.cancel(task)
+        eventually(function() return slept end)
+      end)
+      assert.equal(rt.cancelled, caught)
+    end)
+
+    it("reaches the next wait of a task that runs or has not begun", function()
+      local trace = {}
+      rt.run(function()
+        local task = rt.spawn(function()
+          trace[#trace + 1] = "begun"
+          rt.sleep(0.001)
+          trace[#trace + 1] = "not reached"
+        end)
+        rt.cancel(task)
+        rt.spawn(function()
+          rt.cancel(rt.current())
+          trace[#trace + 1] = "still here"
+          rt.condition():wait(1000)
+          trace[#trace + 1] = "not reached"
+        end)
+        rt.sleep(0.01)
+        rt.cancel(task) -- ended: nothing happens
+      end)
+      assert.same({ "begun", "still here" }, trace)
+    end)
+  end)
+
+  describe("conditions", function()
+    it("wake one at a time in order, or all", function()
+      local condition, woken = rt.condition(), {}
+      rt.run(function()
+        for i = 1, 4 do
+          rt.spawn(function()
+            assert(condition:wait())
+            woken[#woken + 1] = i
+          end)
+        end
+        rt.sleep(0)
+        condition:signal()
+        rt.sleep(0)
+        assert.same({ 1 }, woken)
+        condition:signal()
+        condition:signal()
+        rt.sleep(0)
+        assert.same({ 1, 2, 3 }, woken)
+        condition:broadcast()
+        condition:broadcast()
+        rt.sleep(0)
+        assert.same({ 1, 2, 3, 4 }, woken)
+      end)
+    end)
+
+    it("keep no signal, and time out", function()
+      local condition = rt.condition()
+      rt.run(function()
+        condition:signal()
+        assert.is_false(condition:wait(0.001))
+        assert.is_false(condition:wait(0))
+      end)
+      assert.is_false(condition:wait(0.001))
+    end)
+
+    it("forget who timed out", function()
+      local condition, woken = rt.condition(), {}
+      rt.run(function()
+        rt.spawn(function() condition:wait(0.001) end)
+        rt.spawn(function() woken[1] = condition:wait(20) end)
+        rt.sleep(0.02)
+        condition:signal()
+        rt.sleep(0)
+        assert.same({ true }, woken)
+      end)
+    end)
+
+    it("leave no garbage, in the heap of timers neither", function()
+      local ping, pong = rt.condition(), rt.condition()
+      rt.run(function()
+        local task = rt.spawn(function()
+          while true do
+            ping:wait(100)
+            pong:signal()
+          end
+        end)
+        rt.sleep(0)
+        ping:signal()
+        pong:wait(100)
+        collectgarbage()
+        collectgarbage()
+        collectgarbage("stop")
+        local before = collectgarbage("count")
+        for _ = 1, 10000 do
+          ping:signal()
+          pong:wait(100)
+        end
+        local grown = collectgarbage("count") - before
+        collectgarbage("restart")
+        assert.is_true(timers.count() <= 2)
+        assert.is_true(grown < 64, grown .. " KiB")
+        rt.cancel(task)
+        rt.sleep(0)
+      end)
+      assert.equal(0, timers.count())
+    end)
+  end)
+
+  describe("timers", function()
+    it("come in the order of their time", function()
+      local order = {}
+      rt.run(function()
+        for _, i in ipairs { 5, 1, 4, 2, 3, 6 } do
+          rt.spawn(function()
+            rt.sleep(i * 0.005)
+            order[#order + 1] = i
+          end)
+        end
+        eventually(function() return #order == 6 end)
+      end)
+      assert.same({ 1, 2, 3, 4, 5, 6 }, order)
+    end)
+
+    it("are never early, however they are moved", function()
+      rt.run(function()
+        local condition = rt.condition()
+        local done = 0
+        for i = 1, 50 do
+          rt.spawn(function()
+            for j = 1, 5 do
+              local seconds = ((i * 7 + j * 3) % 11) / 1000
+              local started = rt.now()
+              if not condition:wait(seconds) then assert(rt.now() - started >= seconds) end
+            end
+            done = done + 1
+          end)
+        end
+        while done < 50 do
+          condition:signal()
+          rt.sleep(0.001)
+        end
+      end)
+      assert.equal(0, timers.count())
+    end)
+  end)
+
+  describe("outside its tasks", function()
+    it("runs the loop until the call is done", function()
+      local ran = false
+      rt.spawn(function() ran = true end)
+      rt.sleep(0.001)
+      assert.is_true(ran)
+      local condition = rt.condition()
+      rt.spawn(function()
+        rt.sleep(0.001)
+        condition:signal()
+      end)
+      assert.is_true(condition:wait(20))
+    end)
+
+    it("does the same in a coroutine of the user's own, if no loop is below", function()
+      local co = coroutine.wrap(function()
+        rt.sleep(0.001)
+        return "slept"
+      end)
+      assert.equal("slept", co())
+    end)
+
+    it("throws in such a coroutine inside the loop, and names moonrabbit.spawn", function()
+      rt.run(function()
+        local co = coroutine.create(function() rt.sleep(0) end)
+        local ok, text = coroutine.resume(co)
+        assert.is_false(ok)
+        assert.matches("native_spec%.lua:%d+: .*moonrabbit%.spawn", text)
+        assert.is_false((pcall(rt.run, function() end)))
+        rt.sleep(0)
+      end)
+    end)
+
+    it("throws in a callback of the loop", function()
+      local text
+      rt.on_error = function() text = select(2, pcall(rt.sleep, 0)) end
+      rt.run(function()
+        rt.spawn(function() error("x") end)
+        rt.sleep(0.001)
+      end)
+      assert.matches("callback", text)
+    end)
+
+    it("sees that nothing can ever wake it", function()
+      local ok, text = pcall(function() rt.condition():wait() end)
+      assert.is_false(ok)
+      assert.matches("^deadlock", text)
+      ok, text = pcall(rt.run, function() rt.condition():wait() end)
+      assert.is_false(ok)
+      assert.matches("^deadlock", text)
+      rt.sleep(0.001)
+    end)
+
+    it("lets the descriptors have their turn between calls that never block", function()
+      local server = assert(rt.listen("127.0.0.1", 0))
+      local accepted
+      rt.spawn(function() accepted = server:accept() end)
+      local client
+      rt.spawn(function() client = assert(rt.open({ host = "127.0.0.1", port = server:port() }, nil, 20)) end)
+      local deadline = rt.now() + 20
+      while not (accepted and client) do
+        rt.sleep(0)
+        assert(rt.now() < deadline)
+      end
+      accepted:close()
+      client:close()
+      server:close()
+    end)
+  end)
+
+  describe("moonrabbit.runtime.pcall", function()
+    it("passes yields on, results and errors back, and current stays right", function()
+      rt.run(function()
+        local me = rt.current()
+        local function f(...)
+          assert.equal(me, rt.current())
+          rt.sleep(0.001)
+          assert.equal(me, rt.current())
+          return ...
+        end
+        local function count(...) return select("#", ...), ... end
+        assert.same({ 4, true, 1, nil, 3 }, { count(yieldable.pcall(f, 1, nil, 3)) })
+        local object = {}
+        assert.same({ false, object }, { yieldable.pcall(function()
+          assert(yieldable.pcall(f))
+          rt.sleep(0)
+          error(object)
+        end) })
+        assert.is_false((yieldable.pcall(nil)))
+        assert.same({ true, "3" }, { yieldable.pcall(tostring, 3) })
+      end)
+      assert.same({ false, "x" }, { yieldable.pcall(error, "x") })
+    end)
+  end)
+
+  describe("long turns", function()
+    it("are reported with their line", function()
+      local reports = {}
+      rt.long_turn = 0.02
+      rt.on_long_turn = function(seconds, source) reports[#reports + 1] = { seconds, source } end
+      rt.run(function()
+        rt.sleep(0)
+        local deadline = rt.now() + 0.03
+        while rt.now() < deadline do end -- luacheck: ignore
+        rt.sleep(0)
+      end)
+      assert.is_true(#reports >= 1)
+      assert.is_true(reports[1][1] >= 0.03)
+      local line = debug.getinfo(1, "l").currentline - 4
+      assert.matches("native_spec%.lua:" .. line .. "$", reports[1][2])
+      assert.equal(reports[#reports][2], rt.turn_source())
+    end)
+
+    it("of a task that has ended are its function's", function()
+      local source
+      rt.long_turn = 0.02
+      rt.on_long_turn = function(_, where) source = where end
+      rt.run(function()
+        rt.spawn(function()
+          local deadline = rt.now() + 0.03
+          while rt.now() < deadline do end -- luacheck: ignore
+        end)
+        rt.sleep(0.001)
+      end)
+      assert.matches("native_spec%.lua:%d+$", source)
+    end)
+  end)
+
+  describe("signals", function()
+    it("run their function in a task, and wake a loop that waits for nothing else", function()
+      local condition, got = rt.condition(), nil
+      assert(rt.signal("USR1", function(name)
+        assert(rt.current())
+        rt.sleep(0)
+        got = name
+        condition:signal()
+      end))
+      rt.spawn(function() os.execute "kill -USR1 $PPID" end)
+      assert.is_true(condition:wait(20))
+      assert.equal("USR1", got)
+      assert(rt.signal("USR1", nil))
+      assert.is_false((pcall(function() rt.condition():wait() end)))
+    end)
+  end)
+
+  describe("transports", function()
+    local function pair()
+      local server = assert(rt.listen("127.0.0.1", 0))
+      local client = assert(rt.open({ host = "localhost", port = server:port() }, nil, 20))
+      local peer = assert(server:accept())
+      server:close()
+      return client, peer
+    end
+
+    it("read and write, from the main chunk and from tasks", function()
+      local client, peer = pair()
+      assert(client:write "hello")
+      assert.equal("hello", peer:read())
+      rt.run(function()
+        rt.spawn(function()
+          rt.sleep(0.001)
+          assert(peer:write "later")
+        end)
+        assert.equal("la", client:read(2))
+        assert.equal("ter", client:read(20))
+      end)
+      peer:close()
+      assert.same({ nil, "closed", "" }, { client:read() })
+      client:close()
+      client:close()
+      assert.same({ nil, "closed", "closed" }, { client:read() })
+      assert.same({ nil, "closed", "closed" }, { client:write "x" })
+    end)
+
+    it("hold back both ways, and lose nothing", function()
+      local client, peer = pair()
+      local size = 8 * 1024 * 1024
+      local bytes = ("0123456789abcdef"):rep(size / 16)
+      local function receive(from)
+        local parts, got = {}, 0
+        while got < size do
+          local part = assert(from:read())
+          parts[#parts + 1] = part
+          got = got + #part
+        end
+        return table.concat(parts)
+      end
+      rt.run(function()
+        local left = 2
+        for _, transport in ipairs { client, peer } do
+          rt.spawn(function()
+            assert(transport:write(bytes))
+            left = left - 1
+          end)
+        end
+        rt.sleep(0.05) -- both are stuck by now
+        assert.equal(2, left)
+        local one, two
+        rt.spawn(function() one = receive(client) end)
+        rt.spawn(function() two = receive(peer) end)
+        eventually(function() return one and two end)
+        assert.is_true(one == bytes and two == bytes)
+        eventually(function() return left == 0 end)
+      end)
+      client:close()
+      peer:close()
+    end)
+
+    it("wake who waits when they are closed", function()
+      local client, peer = pair()
+      local outcome
+      rt.run(function()
+        rt.spawn(function() outcome = { client:read() } end)
+        rt.sleep(0.001)
+        client:close()
+        rt.sleep(0)
+      end)
+      assert.same({ nil, "closed", "closed" }, outcome)
+      peer:close()
+    end)
+
+    it("time out where that is asked for", function()
+      local client, peer = pair()
+      assert.equal("timeout", (select(2, client:read(1, 0.001))))
+      assert.equal("timeout", (select(2, client:write(("x"):rep(64 * 1024 * 1024), 0.01))))
+      client:close()
+      peer:close()
+    end)
+
+    it("do not spin while nobody reads what has come", function()
+      local client, peer = pair()
+      rt.run(function()
+        local reader = rt.spawn(function() client:read() end)
+        rt.sleep(0.001)
+        rt.cancel(reader)
+        peer:write "x"
+        rt.sleep(0.01)
+        local started = os.clock()
+        rt.sleep(0.2)
+        assert.is_true(os.clock() - started < 0.1)
+        assert.equal("x", client:read())
+      end)
+      client:close()
+      peer:close()
+    end)
+
+    it("speak over unix sockets", function()
+      local path = os.tmpname()
+      os.remove(path)
+      local server = assert(rt.listen(path))
+      local client = assert(rt.open({ path = path }, nil, 20))
+      local peer = assert(server:accept())
+      assert(client:write "x")
+      assert.equal("x", peer:read())
+      client:close()
+      peer:close()
+      server:close()
+      os.remove(path)
+      local none, kind, text, temporary = rt.open({ path = path }, nil, 20)
+      assert.same({ nil, "refused", "cannot connect to unix:" .. path .. ": no such file or directory", true },
+        { none, kind, text, temporary })
+    end)
+
+    it("end a pending accept when the server is closed", function()
+      local server = assert(rt.listen("127.0.0.1", 0))
+      local outcome
+      rt.run(function()
+        rt.spawn(function() outcome = { server:accept() } end)
+        rt.sleep(0.001)
+        server:close()
+        rt.sleep(0)
+      end)
+      assert.same({ nil, "closed", "closed" }, outcome)
+    end)
+  end)
+
+  describe("open", function()
+    local function closed_port()
+      local server = assert(rt.listen("127.0.0.1", 0))
+      local port = server:port()
+      server:close()
+      return port
+    end
+
+    it("tells why each address failed", function()
+      local port = closed_port()
+      local none, kind, text, temporary = rt.open({ host = "localhost", port = port }, nil, 20)
+      assert.is_nil(none)
+      assert.equal("refused", kind)
+      assert.is_true(temporary)
+      assert.matches("^cannot connect to localhost:" .. port .. ": %[::1%]:" .. port .. ": .*; 127%.0%.0%.1:" .. port
+        .. ": connection refused$", text)
+      text = select(3, rt.open({ host = "127.0.0.1", port = port }, nil, 20))
+      assert.equal("cannot connect to 127.0.0.1:" .. port .. ": connection refused", text)
+    end)
+
+    it("tells that a name is unknown", function()
+      local none, kind, text = rt.open({ host = "does-not-exist.invalid", port = 1 }, nil, 60)
+      assert.is_nil(none)
+      assert.equal("dns", kind)
+      assert.matches("^cannot connect to does%-not%-exist%.invalid:1: ", text)
+    end)
+
+    it("gives up a TLS server that says nothing, in time", function()
+      local server = assert(rt.listen("127.0.0.1", 0))
+      local none, kind, text, temporary =
+        rt.open({ host = "127.0.0.1", port = server:port() }, { verify = false }, 0.05)
+      assert.is_nil(none)
+      assert.equal("timeout", kind)
+      assert.matches("no answer in time", text)
+      assert.is_true(temporary)
+      server:close()
+    end)
+
+    it("can be cancelled while it waits", function()
+      local server = assert(rt.listen("127.0.0.1", 0))
+      rt.run(function()
+        local task = rt.spawn(function() rt.open({ host = "127.0.0.1", port = server:port() }, { verify = false }) end)
+        local peer = server:accept()
+        rt.cancel(task)
+        assert(peer:read(65536)) -- what the handshake began with
+        assert.equal("closed", (select(2, peer:read())))
+      end)
+      server:close()
+    end)
+
+    it("makes TLS connections, and says what is wrong with a certificate", function()
+      local folder = tls_support.certificates()
+      local server = tls_support.server(folder, "server")
+      local endpoint = { host = "localhost", port = server.port }
+      local transport = assert(rt.open(endpoint, { ca = folder .. "/ca.pem" }, 20))
+      assert(transport:write "hello\n")
+      local answer = ""
+      while #answer < 6 do answer = answer .. assert(transport:read()) end
+      assert.equal("olleh\n", answer)
+      assert.matches("^TLSv1", transport:tls_info())
+      transport:close()
+      local _, kind, text, temporary = rt.open(endpoint, nil, 20)
+      if _ then _:close() end -- plain TCP connects
+      _, kind, text, temporary = rt.open(endpoint, { ca = folder .. "/ca.pem", server_name = "elsewhere" }, 20)
+      assert.is_nil(_)
+      assert.equal("tls", kind) -- though ::1 refused
+      assert.matches("host name mismatch: certificate is for localhost, 127%.0%.0%.1$", text)
+      assert.is_false(temporary)
+      _, kind, text, temporary = rt.open(endpoint, { ca = folder .. "/missing" }, 20)
+      assert.same({ nil, "tls", false }, { _, kind, temporary })
+      assert.matches("tls%.ca", text)
+      server.stop()
+      tls_support.remove(folder)
+    end)
+  end)
+end)
