@@ -26,10 +26,6 @@ typedef struct {
 #define F(s, f, type) {#f, offsetof(amqp_##s##_t, f), type}
 
 static const field no_fields[] = {END};
-FIELDS(access_request) = {F(access_request, realm, F_SHORT), F(access_request, exclusive, F_BIT),
-                          F(access_request, passive, F_BIT), F(access_request, active, F_BIT),
-                          F(access_request, write, F_BIT), F(access_request, read, F_BIT), END};
-FIELDS(access_request_ok) = {F(access_request_ok, ticket, F_U16), END};
 FIELDS(channel_open_ok) = {F(channel_open_ok, channel_id, F_LONG), END};
 FIELDS(channel_flow) = {F(channel_flow, active, F_BIT), END};
 FIELDS(channel_flow_ok) = {F(channel_flow_ok, active, F_BIT), END};
@@ -77,7 +73,6 @@ FIELDS(basic_recover_async) = {F(basic_recover_async, requeue, F_BIT), END};
 FIELDS(confirm_select) = {F(confirm_select, nowait, F_BIT), END};
 
 static const method METHODS[] = {
-    {"access.request", AMQP_ACCESS_REQUEST_METHOD, access_request_fields, true},
     {"channel.flow", AMQP_CHANNEL_FLOW_METHOD, channel_flow_fields, true},
     {"exchange.declare", AMQP_EXCHANGE_DECLARE_METHOD, exchange_declare_fields, true},
     {"exchange.delete", AMQP_EXCHANGE_DELETE_METHOD, exchange_delete_fields, true},
@@ -97,7 +92,6 @@ static const method METHODS[] = {
     {"tx.commit", AMQP_TX_COMMIT_METHOD, no_fields, true},
     {"tx.rollback", AMQP_TX_ROLLBACK_METHOD, no_fields, true},
     {"connection.update-secret-ok", MR_CONNECTION_UPDATE_SECRET_OK, no_fields, false},
-    {"access.request-ok", AMQP_ACCESS_REQUEST_OK_METHOD, access_request_ok_fields, false},
     {"channel.open-ok", AMQP_CHANNEL_OPEN_OK_METHOD, channel_open_ok_fields, false},
     {"channel.flow-ok", AMQP_CHANNEL_FLOW_OK_METHOD, channel_flow_ok_fields, false},
     {"channel.close-ok", AMQP_CHANNEL_CLOSE_OK_METHOD, no_fields, false},
@@ -139,7 +133,6 @@ typedef union {
   amqp_queue_bind_t queue_bind;
   amqp_basic_consume_t basic_consume;
   amqp_basic_cancel_t basic_cancel;
-  amqp_access_request_t access_request;
 } any_method;
 
 static const method *method_by_id(amqp_method_number_t id) {
