@@ -301,10 +301,7 @@ static bool closed_by_broker(mr_channel *ch, amqp_bytes_t args, mr_event *event)
   error->class_id = mr_read16(&r);
   error->method_id = mr_read16(&r);
   amqp_channel_close_ok_t ok = {0};
-  if (mr_send_method(e, ch->id, AMQP_CHANNEL_CLOSE_OK_METHOD, &ok) != MR_OK) {
-    mr_end(e, MR_KIND_MEMORY, 0, "out of memory for channel.close-ok");
-    return false;
-  }
+  if (!mr_answer(e, ch->id, AMQP_CHANNEL_CLOSE_OK_METHOD, &ok)) return false;
   bool crossed = ch->state == MR_CH_CLOSING;
   bool tell = !ch->released;
   event->type = MR_EV_CHANNEL_CLOSED;
@@ -325,10 +322,7 @@ static bool cancelled_by_broker(mr_channel *ch, amqp_bytes_t args, mr_event *eve
   amqp_bytes_t tag = mr_read_shortstr(&r);
   bool nowait = mr_read8(&r) & 1;
   amqp_basic_cancel_ok_t ok = {.consumer_tag = tag};
-  if (!nowait && mr_send_method(ch->engine, ch->id, AMQP_BASIC_CANCEL_OK_METHOD, &ok) != MR_OK) {
-    mr_end(ch->engine, MR_KIND_MEMORY, 0, "out of memory for basic.cancel-ok");
-    return false;
-  }
+  if (!nowait && !mr_answer(ch->engine, ch->id, AMQP_BASIC_CANCEL_OK_METHOD, &ok)) return false;
   const mr_consumer *consumer = mr_consumers_find(ch, tag);
   if (!consumer) return false; /* it crossed a cancel of ours */
   event->type = MR_EV_CONSUMER_CANCEL;
@@ -341,10 +335,7 @@ static bool cancelled_by_broker(mr_channel *ch, amqp_bytes_t args, mr_event *eve
 
 static bool flow_by_broker(mr_channel *ch, amqp_bytes_t args, mr_event *event) {
   amqp_channel_flow_ok_t ok = {.active = *(const uint8_t *)args.bytes & 1};
-  if (mr_send_method(ch->engine, ch->id, AMQP_CHANNEL_FLOW_OK_METHOD, &ok) != MR_OK) {
-    mr_end(ch->engine, MR_KIND_MEMORY, 0, "out of memory for channel.flow-ok");
-    return false;
-  }
+  if (!mr_answer(ch->engine, ch->id, AMQP_CHANNEL_FLOW_OK_METHOD, &ok)) return false;
   ch->flow_off = !ok.active;
   event->type = MR_EV_FLOW;
   event->channel = ch;

@@ -45,7 +45,7 @@ void mr_consumers_cancel(mr_channel *ch, amqp_bytes_t tag) {
 }
 
 static mr_status make_room(mr_channel *ch) {
-  if (ch->n_consumers < ch->cap_consumers) return MR_OK;
+  if (ch->consumers && ch->n_consumers < ch->cap_consumers) return MR_OK;
   size_t cap = ch->cap_consumers ? ch->cap_consumers * 2 : FIRST_CAP;
   mr_consumer *consumers = realloc(ch->consumers, cap * sizeof *consumers);
   if (!consumers) return MR_NO_MEMORY;

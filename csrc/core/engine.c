@@ -10,7 +10,8 @@ enum {
   RX_LARGEST = 131072, /* a busy one should read much at once */
   TX_KEEP = 262144,    /* a larger output buffer is given back once it is empty */
   METHOD_ROOM = 512,   /* most methods fit; a larger one is encoded a second time */
-  IDLE_AFTER = 1       /* seconds without a byte after which a large receive buffer is given back */
+  MOST_ANSWERS = 1 << 20,
+  IDLE_AFTER = 1 /* seconds without a byte after which a large receive buffer is given back */
 };
 
 /* ---- errors and ends ---- */
@@ -99,6 +100,18 @@ mr_status mr_send_method(mr_engine *e, uint16_t channel, amqp_method_number_t me
   return MR_OK;
 }
 
+bool mr_answer(mr_engine *e, uint16_t channel, amqp_method_number_t method, void *decoded) {
+  size_t before = mr_buffer_size(&e->tx);
+  if (mr_send_method(e, channel, method, decoded) != MR_OK) {
+    mr_end(e, MR_KIND_MEMORY, 0, "out of memory for an answer");
+    return false;
+  }
+  e->answers += mr_buffer_size(&e->tx) - before;
+  if (e->answers <= MOST_ANSWERS) return true;
+  mr_end(e, MR_KIND_PROTOCOL, 0, "the broker reads no answers to what it asks");
+  return false;
+}
+
 void *mr_decode_method(mr_engine *e, amqp_pool_t *pool, amqp_method_number_t method,
                        amqp_bytes_t args) {
   void *decoded = NULL;
@@ -182,6 +195,7 @@ void mr_engine_tx_consume(mr_engine *e, size_t n, double now) {
   mr_buffer_consume(&e->tx, n);
   e->next_heartbeat = now + e->tuned.heartbeat / 2.0;
   if (mr_buffer_size(&e->tx)) return;
+  e->answers = 0;
   if (e->tx.cap > TX_KEEP) mr_buffer_free(&e->tx);
 }
 

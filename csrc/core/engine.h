@@ -107,6 +107,7 @@ struct mr_engine {
   size_t rx_target; /* how much it may hold; grows while reads fill it */
   size_t rx_space;  /* what the last rx_reserve offered */
   mr_buffer tx;
+  size_t answers; /* bytes of answers queued since the output was empty */
 
   double last_rx;
   double last_tick;
@@ -144,6 +145,9 @@ void mr_detach_channels(mr_engine *e);
 /* Encodes a method frame with rabbitmq-c. */
 mr_status mr_send_method(mr_engine *e, uint16_t channel, amqp_method_number_t method,
                          void *decoded);
+/* Sends what a broker's method asks for. A broker that asks and asks without reading the answers ends
+ * the connection before they fill the memory. False: the connection has ended. */
+bool mr_answer(mr_engine *e, uint16_t channel, amqp_method_number_t method, void *decoded);
 /* Decodes checked arguments with memory of `pool`; NULL: out of memory, and the connection ended. */
 void *mr_decode_method(mr_engine *e, amqp_pool_t *pool, amqp_method_number_t method,
                        amqp_bytes_t args);
