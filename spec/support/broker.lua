@@ -1,0 +1,93 @@
+-- What the specs against a real broker share. The broker is the one of AMQP_URL (scripts/with-broker);
+-- what needs rabbitmqctl or TLS is pending where that broker is not ours.
+local moonrabbit = require "moonrabbit"
+
+local broker = {
+  url = os.getenv "AMQP_URL",
+  tls_url = os.getenv "AMQPS_URL",
+  tls_dir = os.getenv "MOONRABBIT_TLS_DIR",
+  name = os.getenv "MOONRABBIT_BROKER",
+}
+
+--- The value, or the error thrown as a string.
+function broker.ok(value, err)
+  if value == nil or value == false and err ~= nil then error(tostring(err or "nil"), 2) end
+  return value, err
+end
+
+local serial = 0
+
+--- A name that nothing else uses.
+function broker.unique(prefix)
+  serial = serial + 1
+  return ("spec-%s-%d-%s"):format(prefix or "x", serial, tostring({}):match "0x(%w+)" or tostring(os.time()))
+end
+
+local open = {}
+
+--- Connects; closed by broker.close_all.
+function broker.connect(opts)
+  local all = {}
+  for key, value in pairs(opts or {}) do all[key] = value end
+  if not all.uri and not all.endpoints then all.uri = broker.url end
+  all.timeout = all.timeout or 15
+  all.log = all.log or function(level, text)
+    if level == "error" then io.stderr:write("log: ", text, "\n") end
+  end
+  local conn = broker.ok(moonrabbit.connect(all))
+  open[#open + 1] = conn
+  return conn
+end
+
+--- Closes every connection that connect made.
+function broker.close_all()
+  for i = #open, 1, -1 do
+    open[i]:close(5)
+    open[i] = nil
+  end
+end
+
+--- Waits, with the event loop running, until fn returns something true; throws after `seconds`.
+function broker.eventually(fn, seconds, what)
+  local native = require "moonrabbit.runtime.native"
+  local deadline = native.now() + (seconds or 10)
+  while true do
+    local result = fn()
+    if result then return result end
+    if native.now() > deadline then error("did not happen in time: " .. (what or "?"), 2) end
+    moonrabbit.sleep(0.01)
+  end
+end
+
+local function quote(text) return "'" .. tostring(text):gsub("'", "'\\''") .. "'" end
+
+--- Runs rabbitmqctl against our broker; its output. Throws when it fails.
+function broker.ctl(...)
+  local words = {}
+  for i, word in ipairs { ... } do words[i] = quote(word) end
+  local pipe = io.popen("scripts/broker ctl --name " .. broker.name .. " " .. table.concat(words, " ")
+    .. " 2>&1; echo rc=$?")
+  local output = pipe:read "*a"
+  pipe:close()
+  local code = output:match "rc=(%d+)%s*$"
+  if code ~= "0" then error("rabbitmqctl " .. table.concat({ ... }, " ") .. ": " .. output, 2) end
+  return (output:gsub("rc=%d+%s*$", ""))
+end
+
+--- The port of AMQP_URL.
+function broker.parsed()
+  return assert(moonrabbit.uri.parse(broker.url))
+end
+
+--- A URI of the same broker with other parts: { user, password, vhost, query }.
+function broker.uri(parts)
+  local p = broker.parsed()
+  local function encode(text)
+    return (text:gsub("[^%w]", function(c) return ("%%%02X"):format(c:byte()) end))
+  end
+  return ("amqp://%s:%s@%s:%d/%s%s"):format(encode(parts.user or p.user), encode(parts.password or p.password),
+    parts.host or p.host, parts.port or p.port, encode(parts.vhost or p.vhost),
+    parts.query and "?" .. parts.query or "")
+end
+
+return broker

@@ -1,0 +1,65 @@
+-- A TCP proxy in this process, between a client and a broker: it can fall silent or cut the line.
+local native = require "moonrabbit.runtime.native"
+
+local proxy = {}
+
+local Proxy = {}
+Proxy.__index = Proxy
+
+local function copy(self, from, to)
+  while true do
+    local bytes = from:read(65536)
+    if not bytes then break end
+    if not self.silent and not to:write(bytes) then break end
+  end
+  from:close()
+  to:close()
+end
+
+--- Starts one; proxy.port is where it listens. `mode.silent = true` swallows everything.
+function proxy.start(host, port)
+  local server = assert(native.listen("127.0.0.1", 0))
+  local self = setmetatable({ server = server, port = server:port(), silent = false, lines = {} }, Proxy)
+  native.spawn(function()
+    while true do
+      local client = server:accept()
+      if not client then break end
+      local upstream = native.open({ host = host, port = port }, nil, 5)
+      if upstream then
+        self.lines[#self.lines + 1] = client
+        self.lines[#self.lines + 1] = upstream
+        native.spawn(copy, self, client, upstream)
+        native.spawn(copy, self, upstream, client)
+      else
+        client:close()
+      end
+    end
+  end)
+  return self
+end
+
+--- Cuts every connection.
+function Proxy:cut()
+  for _, line in ipairs(self.lines) do line:close() end
+  self.lines = {}
+end
+
+function Proxy:stop()
+  self:cut()
+  self.server:close()
+end
+
+--- A server that calls fn(transport) for each connection.
+function proxy.serve(fn)
+  local server = assert(native.listen("127.0.0.1", 0))
+  native.spawn(function()
+    while true do
+      local client = server:accept()
+      if not client then break end
+      native.spawn(fn, client)
+    end
+  end)
+  return server:port(), function() server:close() end
+end
+
+return proxy
