@@ -1,0 +1,214 @@
+-- What is at the other end is no broker, or goes away.
+local moonrabbit = require "moonrabbit"
+local broker = require "support.broker"
+local proxy = require "support.proxy"
+local native = require "moonrabbit.runtime.native"
+local ok = broker.ok
+
+describe("network", function()
+  if not broker.url then pending "AMQP_URL is not set" return end
+
+  local through
+
+  before_each(function() through = proxy.start(broker.parsed().host, broker.parsed().port) end)
+  after_each(function()
+    broker.close_all()
+    through:stop()
+  end)
+
+  local function connect_through(opts)
+    opts = opts or {}
+    opts.uri = broker.uri { host = "127.0.0.1", port = through.port }
+    return broker.connect(opts)
+  end
+
+  it("a port that speaks HTTP is a protocol error", function()
+    local port, stop = proxy.serve(function(transport)
+      transport:read(100)
+      transport:write "HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
+      transport:read(100)
+    end)
+    local conn, err = moonrabbit.connect("amqp://127.0.0.1:" .. port .. "/")
+    stop()
+    assert.is_nil(conn)
+    assert.equal("protocol", err.kind)
+    assert.is_false(err.temporary)
+    assert.equal("127.0.0.1:" .. port, err.endpoint)
+  end)
+
+  it("a broker of another protocol version is a protocol error", function()
+    local port, stop = proxy.serve(function(transport)
+      transport:read(100)
+      transport:write "AMQP\0\1\0\0"
+      transport:close()
+    end)
+    local conn, err = moonrabbit.connect("amqp://127.0.0.1:" .. port .. "/")
+    stop()
+    assert.is_nil(conn)
+    assert.equal("protocol", err.kind)
+  end)
+
+  it("a port that says nothing times out in time", function()
+    local port, stop = proxy.serve(function(transport) while transport:read(100) do end end) -- luacheck: ignore 542
+    local started = native.now()
+    local conn, err = moonrabbit.connect { uri = "amqp://127.0.0.1:" .. port .. "/", connect_timeout = 0.5 }
+    stop()
+    assert.is_nil(conn)
+    assert.equal("timeout", err.kind)
+    assert.is_true(err.temporary)
+    assert.matches("0.5 s", err.message)
+    assert.truthy(native.now() - started < 2)
+  end)
+
+  it("a port that hangs up is closed", function()
+    local port, stop = proxy.serve(function(transport) transport:close() end)
+    local conn, err = moonrabbit.connect("amqp://127.0.0.1:" .. port .. "/")
+    stop()
+    assert.is_nil(conn)
+    assert.equal("closed", err.kind)
+    assert.is_true(err.temporary)
+  end)
+
+  it("random bytes are a protocol error or an end, never more", function()
+    local seed = 42
+    local function random(n)
+      seed = (seed * 16807) % 2147483647
+      return seed % n
+    end
+    local port, stop = proxy.serve(function(transport)
+      local bytes = {}
+      for i = 1, 500 do bytes[i] = string.char(random(256)) end
+      transport:write(table.concat(bytes))
+      transport:close()
+    end)
+    for _ = 1, 20 do
+      local conn, err = moonrabbit.connect { uri = "amqp://127.0.0.1:" .. port .. "/", connect_timeout = 2 }
+      assert.is_nil(conn)
+      assert.truthy(err.kind == "protocol" or err.kind == "closed", err.kind .. ": " .. err.message)
+    end
+    stop()
+  end)
+
+  it("a broker that falls silent is noticed by the heartbeat", function()
+    local conn = connect_through { heartbeat = 1 }
+    local ch = ok(conn:channel())
+    through.silent = true
+    local started = native.now()
+    local result, err = ch:queue_declare("", { exclusive = true, timeout = 20 })
+    assert.is_nil(result)
+    assert.equal("timeout", err.kind)
+    assert.matches("heartbeat", err.message)
+    assert.truthy(native.now() - started < 6)
+    assert.equal("closed", (conn:state()))
+  end)
+
+  it("a call that gets no answer times out, and a late answer is dropped", function()
+    local conn = connect_through { heartbeat = 0 }
+    local ch = ok(conn:channel())
+    through.silent = false
+    local queue = ok(ch:queue_declare("", { exclusive = true })).queue
+    -- An answer that comes after its caller gave up must not be taken for the next one's.
+    local first, err = ch:queue_declare(queue, { passive = true, timeout = 0 })
+    assert.is_nil(first)
+    assert.equal("timeout", err.kind)
+    assert.equal(0, ok(ch:queue_purge(queue)))
+    local _
+    _, err = ch:get(queue, { timeout = 0 })
+    assert.equal("timeout", err.kind)
+    assert.equal(queue, ok(ch:queue_declare(queue, { passive = true })).queue)
+  end)
+
+  it("a message that answers a get nobody waits for goes back", function()
+    local conn = connect_through()
+    local ch = ok(conn:channel { confirm = true })
+    local queue = ok(ch:queue_declare("", { exclusive = true })).queue
+    ok(ch:publish("x", { routing_key = queue }))
+    local message, err = ch:get(queue, { timeout = 0 })
+    assert.is_nil(message)
+    assert.equal("timeout", err.kind)
+    broker.eventually(function()
+      local again = ch:get(queue)
+      if again then again:ack() end
+      return again
+    end)
+  end)
+
+  it("a cut line ends everything that waits with closed", function()
+    local conn = connect_through()
+    local ch = ok(conn:channel { confirm = true })
+    local queue = ok(ch:queue_declare("", { exclusive = true })).queue
+    ok(ch:publish("one", { routing_key = queue }))
+    local consumer = ok(ch:consume(queue))
+    local message = ok(consumer:receive(5))
+    local results = {}
+    moonrabbit.run(function()
+      through.silent = true
+      local confirmation = ok(ch:publish_async("two", { routing_key = queue }))
+      local waiting = 0
+      local function start(name, fn)
+        waiting = waiting + 1
+        moonrabbit.spawn(function()
+          results[name] = { fn() }
+          waiting = waiting - 1
+        end)
+      end
+      start("publish", function() return ch:publish("three", { routing_key = queue }) end)
+      start("wait", function() return confirmation:wait() end)
+      start("all", function() return ch:wait_for_confirms() end)
+      start("receive", function() return consumer:receive() end)
+      start("declare", function() return ch:queue_declare("x") end)
+      start("channel", function() return conn:channel() end)
+      moonrabbit.sleep(0.05)
+      through:cut()
+      broker.eventually(function() return waiting == 0 end)
+    end)
+    for _, name in ipairs { "publish", "wait", "all", "receive", "declare", "channel" } do
+      assert.is_nil(results[name][1], name)
+      assert.equal("closed", results[name][2].kind, name)
+      assert.is_true(results[name][2].temporary, name)
+      assert.truthy(results[name][2].endpoint, name)
+    end
+    assert.equal(2, results.all[2].pending)
+    -- The message of the connection that is gone: harmless.
+    local acked, err = message:ack()
+    assert.is_nil(acked)
+    assert.equal("closed", err.kind)
+    acked, err = message:nack()
+    assert.is_nil(acked)
+    assert.equal("closed", err.kind)
+  end)
+
+  it("close does not wait for ever", function()
+    local conn = connect_through()
+    through.silent = true
+    local started = native.now()
+    local closed, err = conn:close(0.3)
+    assert.is_nil(closed)
+    assert.equal("timeout", err.kind)
+    assert.equal("closed", (conn:state()))
+    assert.truthy(native.now() - started < 2)
+  end)
+
+  it("a channel whose opening times out leaves nothing behind", function()
+    local conn = connect_through()
+    local ch, err = conn:channel { timeout = 0 }
+    assert.is_nil(ch)
+    assert.equal("timeout", err.kind)
+    for _ = 1, 5 do ok(ok(conn:channel { confirm = true, prefetch = 5 }):close()) end
+  end)
+
+  it("a consumer whose start times out does not keep messages", function()
+    local conn = connect_through()
+    local ch = ok(conn:channel { confirm = true })
+    local queue = ok(ch:queue_declare("", { exclusive = true })).queue
+    ok(ch:publish("x", { routing_key = queue }))
+    local consumer, err = ch:consume(queue, { timeout = 0 })
+    assert.is_nil(consumer)
+    assert.equal("timeout", err.kind)
+    broker.eventually(function()
+      local message = ok(ch:get(queue))
+      if message then message:ack() end
+      return message
+    end)
+  end)
+end)
