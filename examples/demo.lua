@@ -216,11 +216,13 @@ local function restart(round)
 end
 
 local function show(round)
-  local every = terminal and 0.1 or 2
+  local every, last = terminal and 0.1 or 2, nil
   while round.consumers > 0 do
     local text = ("  %s published, %s confirmed, %s delivered, %s acked"):format(thousands(round.published),
       thousands(round.confirmed), thousands(round.delivered), thousands(round.acked))
-    if terminal then io.stdout:write("\r\27[K", text) else say("%s", text) end
+    if terminal then io.stdout:write("\r\27[K", text)
+    elseif round.published > 0 and text ~= last then say("%s", text) end
+    last = text
     local until_when = now() + every
     while now() < until_when and round.consumers > 0 do moonrabbit.sleep(0.05) end
   end

@@ -100,7 +100,9 @@ describe("examples #smoke", function()
     process.run { "bin/moonrabbit", "delete", "queue", "rpc_queue" }
     local result = process.run(example("tutorial6_rpc_client", "1"))
     assert.equal(1, result.code)
-    assert.truthy(result.err:find("no queue", 1, true), result.err)
+    -- The assert of PUC Lua 5.1 and 5.2 cannot show an error that is a table.
+    local old = not rawget(_G, "jit") and (_VERSION == "Lua 5.1" or _VERSION == "Lua 5.2")
+    assert.truthy(result.err:find(old and "assert" or "no queue", 1, true), result.err)
   end)
 
   it("7 publisher confirms", function()

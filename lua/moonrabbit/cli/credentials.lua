@@ -76,29 +76,39 @@ function credentials.resolve(args)
 end
 
 --- Adds the options every command has to an argparse parser or command.
-function credentials.add_options(parser)
+-- They may stand before the command as well; argparse forgets those when the command declares its own,
+-- so `given` keeps what was typed.
+function credentials.add_options(parser, given)
+  local function keep(option)
+    return option:action(function(args, name, value)
+      if value == nil then value = true end
+      args[name], given[name] = value, value
+    end)
+  end
+  local function option(name) return keep(parser:option(name)) end
+  local function flag(name) return keep(parser:flag(name)) end
   parser:group("Connection",
-    parser:option "-u --url" :argname "<url>"
+    option "-u --url" :argname "<url>"
       :description("amqp[s]://user:password@host:port/vhost. Others on the machine can see what is typed here: "
         .. "with a password in it prefer a file or the environment."),
-    parser:option "--url-file" :argname "<file>" :description "A file whose first line is the URL.",
-    parser:option "--user" :argname "<name>" :description "User, instead of the URL's.",
-    parser:option "--password-file" :argname "<file>"
+    option "--url-file" :argname "<file>" :description "A file whose first line is the URL.",
+    option "--user" :argname "<name>" :description "User, instead of the URL's.",
+    option "--password-file" :argname "<file>"
       :description "A file whose first line is the password, instead of the URL's.",
-    parser:option "--vhost" :argname "<name>" :description "Virtual host, instead of the URL's.",
-    parser:option "--timeout" :argname "<seconds>" :convert(credentials.seconds)
+    option "--vhost" :argname "<name>" :description "Virtual host, instead of the URL's.",
+    option "--timeout" :argname "<seconds>" :convert(credentials.seconds)
       :description("How long connecting and each answer may take (10); "
         .. "consume: also how long to wait for a message (for ever)."))
   parser:group("TLS (with amqps://)",
-    parser:option "--ca" :argname "<file>" :description "Certificate authorities to trust, instead of the system's.",
-    parser:option "--cert" :argname "<file>" :description "Client certificate (PEM).",
-    parser:option "--key" :argname "<file>" :description "Its key (PEM).",
-    parser:option "--server-name" :argname "<name>" :description "The name to expect in the certificate.",
-    parser:option "--tls-min-version" :argname "<version>" :choices { "1.2", "1.3" } :description "1.2 or 1.3.",
-    parser:flag "--insecure" :description "Verify nothing.")
+    option "--ca" :argname "<file>" :description "Certificate authorities to trust, instead of the system's.",
+    option "--cert" :argname "<file>" :description "Client certificate (PEM).",
+    option "--key" :argname "<file>" :description "Its key (PEM).",
+    option "--server-name" :argname "<name>" :description "The name to expect in the certificate.",
+    option "--tls-min-version" :argname "<version>" :choices { "1.2", "1.3" } :description "1.2 or 1.3.",
+    flag "--insecure" :description "Verify nothing.")
   parser:group("Output",
-    parser:flag "--json" :description "Results as JSON, one object a line.",
-    parser:flag "-q --quiet" :description "No results, remarks and progress; errors only.")
+    flag "--json" :description "Results as JSON, one object a line.",
+    flag "-q --quiet" :description "No results, remarks and progress; errors only.")
 end
 
 --- argparse converter: a number of seconds above 0.

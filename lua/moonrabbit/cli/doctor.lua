@@ -92,7 +92,7 @@ function steps.dns(report, patient)
   local began = connect.now()
   local addresses, text = probe.resolve(parsed.host, parsed.port, patient.timeout)
   if not addresses then
-    return report:fail("DNS", exit.unreachable, text, ("is the host name '%s' right, and does this machine reach "
+    return report:fail("DNS", exit.unreachable, parsed.host .. ": " .. text, ("is the host name '%s' right, and does this machine reach "
       .. "its name server?"):format(parsed.host))
   end
   patient.addresses = addresses

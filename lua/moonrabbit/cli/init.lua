@@ -20,22 +20,23 @@ Exit codes:
 
 moonrabbit COMMAND --help tells what a command takes.]]
 
-local function build(argparse)
+local function build(argparse, given)
+  local function common(command) credentials.add_options(command, given) end
   local parser = argparse("moonrabbit", "RabbitMQ from the command line.", epilog)
   parser:usage_max_width(100):help_max_width(100):help_description_margin(30)
   parser:require_command(true):command_target "command"
   parser:flag "--version" :description "Print versions and exit." :action(function()
     local jit = rawget(_G, "jit")
-    io.stdout:write("moonrabbit ", (require "moonrabbit"._VERSION:gsub("^moonrabbit ", "")), ", ", jit and jit.version or _VERSION,
-      ", rabbitmq-c ", require "moonrabbit.core".codec_version(), "\n")
+    io.stdout:write(require "moonrabbit"._VERSION, ", ", jit and jit.version or _VERSION, ", rabbitmq-c ",
+      require "moonrabbit.core".codec_version(), "\n")
     os.exit(exit.ok)
   end)
-  credentials.add_options(parser)
+  common(parser)
   for _, name in ipairs(names) do
     local module = require("moonrabbit.cli." .. name)
     local command = parser:command(name) :summary(module.summary) :description(module.description or module.summary)
     if module.epilog then command:epilog(module.epilog) end
-    module.build(command, credentials.add_options)
+    module.build(command, common)
   end
   return parser
 end
@@ -66,9 +67,11 @@ function cli.main(argv)
     output.complain "the command line needs argparse (Debian: lua-argparse; else: luarocks install argparse)"
     return exit.usage
   end
-  local parser = build(argparse)
+  local given = {}
+  local parser = build(argparse, given)
   local parsed, args = parser:pparse(argv)
   if not parsed then return usage_error(args) end
+  for name, value in pairs(given) do args[name] = value end
   output.configure(args)
   local command = require("moonrabbit.cli." .. args.command)
   if command.check then
