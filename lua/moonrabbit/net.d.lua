@@ -10,21 +10,22 @@ local net = {}
 ---@return number
 function net.now() end
 
---- Starts looking a name up in a thread of its own. Literal addresses and "localhost" are answered at once.
----@return moonrabbit.net.Resolver|nil, string? err
+--- Starts looking a name up in one of a few threads. Literal addresses and "localhost" are answered at once.
+---@return moonrabbit.net.Resolver|nil, string? err, boolean? temporary
 function net.resolve(host, port) end
 ---@class moonrabbit.net.Resolver : userdata
 local Resolver = {}
----@return integer fd readable once the answer is there
+---@return integer fd readable once the answer is there; -1 when it was there at once
 function Resolver:fd() end
 --- A list of addresses (opaque userdata each, with tostring), or nil, "again", or nil, "dns", text, temporary(boolean).
 function Resolver:result() end
 function Resolver:close() end
---- The address of a unix socket.
+--- The address of a unix socket; or nil, "refused", text.
 function net.unix(path) end
 
 --- Starts connecting. tls: a context of net.tls or nil; server_name for SNI and the host name check.
----@return moonrabbit.net.Stream|nil, string? kind, string? text
+--- Errors of connect and handshake begin with the address.
+---@return moonrabbit.net.Stream|nil, string? kind, string? text, boolean? temporary
 function net.connect(address, tls, server_name) end
 
 ---@class moonrabbit.net.Stream : userdata
@@ -34,23 +35,37 @@ function Stream:fd() end
 --- What the last "again" waits for: "r" or "w".
 ---@return "r"|"w"
 function Stream:wants() end
---- Finishes TCP connect and TLS handshake: true; nil, "again"; nil, kind ("refused" "timeout" "tls" "closed"), text.
+--- Finishes TCP connect and TLS handshake: true; nil, "again"; nil, kind ("refused" "timeout" "tls" "closed"),
+--- text, temporary.
 function Stream:handshake() end
---- Reads into the engine's buffer: bytes; nil, "again"; nil, "full" (pump first); nil, "closed", text.
+--- Reads into the engine's buffer: bytes; nil, "again"; nil, "full" (pump first); nil, "closed", text ("" at the
+--- peer's orderly end). Under TLS the kind may be "tls": the peer refused us after the handshake (TLS 1.3 tells only
+--- then that it wants another client certificate), or sent what is no TLS. After a short read the next fill or read
+--- answers "again" without a system call: wait for the descriptor before the one after it.
+---@param engine moonrabbit.core.Engine
+---@param now number? nil: the clock is read when bytes have come
 function Stream:fill(engine, now) end
---- Writes what the engine has: true when all is written; nil, "again"; nil, "closed", text.
+--- Writes what the engine has: true when all is written; nil, "again"; nil, "closed" or "tls", text.
 function Stream:flush(engine, now) end
 --- Plain bytes: a string; nil, "again"; nil, "closed", text ("" at the end).
 function Stream:read(max) end
---- bytes written (maybe fewer); nil, "again"; nil, "closed", text.
+--- bytes written (maybe fewer); nil, "again"; nil, "closed", text. Under TLS some of them may wait in the stream
+--- until the next write or `settle`.
 function Stream:write(bytes, from) end
+--- true when nothing that `write` took waits in the stream; nil, "again"; nil, "closed", text.
+function Stream:settle() end
+--- TLS version and cipher, for people; nil for a plain stream.
+---@return string?
+function Stream:tls_info() end
 --- Idempotent. TLS: sends close_notify if it can be sent at once.
 function Stream:close() end
 
---- opts: ca (file or folder; nil: the system's), cert, key (PEM files), verify (true), min_version ("1.2"|"1.3").
+--- opts: ca (file or folder; nil: the system's), cert, key (PEM files), verify (true), min_version ("1.2"|"1.3");
+--- server_name is known but belongs to net.connect. Unknown options throw.
 ---@return moonrabbit.net.TlsContext|nil, string? text
 function net.tls(opts) end
 
+--- On an address in figures, "localhost" or "*"; without a port on a unix socket. Port 0: any.
 ---@return moonrabbit.net.Server|nil, string? err
 function net.listen(host_or_path, port) end
 ---@class moonrabbit.net.Server : userdata
@@ -74,9 +89,13 @@ function Poller:wait(timeout) end
 function Poller:next() end
 function Poller:close() end
 
---- Watches a signal ("INT" "TERM" "HUP" "USR1" ...), or stops watching. The C handler only counts and writes to a pipe.
+--- Watches a signal ("INT" "TERM" "HUP" "USR1" ...), or stops watching and restores what was there before. The C
+--- handler only counts and writes to a pipe; with exit_on_second, the second of the signals that are watched like
+--- that ends the process from there with 128 + its number, even while Lua is busy.
+---@param name string
 ---@param on boolean
-function net.signal(name, on) end
+---@param exit_on_second boolean?
+function net.signal(name, on, exit_on_second) end
 --- The name of a signal that arrived since, or nil. Poller:wait returns when one arrives.
 ---@return string?
 function net.next_signal() end

@@ -436,7 +436,7 @@ describe("the native runtime", function()
         condition:signal()
       end))
       rt.spawn(function() os.execute "kill -USR1 $PPID" end)
-      assert.is_true(condition:wait(20))
+      assert.is_true(condition:wait())
       assert.equal("USR1", got)
       assert(rt.signal("USR1", nil))
       assert.is_false((pcall(function() rt.condition():wait() end)))
@@ -571,6 +571,87 @@ describe("the native runtime", function()
         rt.sleep(0)
       end)
       assert.same({ nil, "closed", "closed" }, outcome)
+    end)
+  end)
+
+  describe("transports of an engine", function()
+    local core = require "moonrabbit.core"
+
+    local function engine_pair(max_buffer)
+      local server = assert(rt.listen("127.0.0.1", 0))
+      local client = assert(rt.open({ host = "127.0.0.1", port = server:port() }, nil, 20))
+      local peer = assert(server:accept())
+      server:close()
+      local engine = core.engine { vhost = "/", user = "guest", password = "guest", max_buffer = max_buffer }
+      engine:start(rt.now())
+      return engine, client, peer
+    end
+
+    it("flush what the engine has, and fill it", function()
+      local engine, client, peer = engine_pair()
+      assert.is_true(engine:pending() > 0)
+      assert.is_true(client:try_flush(engine))
+      assert.equal(0, engine:pending())
+      assert.is_true(client:flush(engine))
+      assert.equal("AMQP\0\0\9\1", peer:read())
+      rt.run(function()
+        rt.spawn(function()
+          rt.sleep(0.001)
+          peer:write "AMQP\0\0\9\1"
+        end)
+        assert.equal(8, client:fill(engine))
+      end)
+      peer:close()
+      assert.same({ nil, "closed", "" }, { client:fill(engine) })
+      local event, err = engine:pump()
+      assert.equal("closed", event)
+      assert.is_table(err)
+      assert.same({ nil, "full" }, { client:fill(engine) }) -- it takes nothing any more
+      client:close()
+      assert.same({ nil, "closed", "closed" }, { client:fill(engine) })
+      assert.same({ nil, "closed", "closed" }, { client:flush(engine) })
+      assert.same({ nil, "closed", "closed" }, { client:try_flush(engine) })
+    end)
+
+    it("say when the engine is full, and leave the rest in the socket", function()
+      local engine, client, peer = engine_pair()
+      assert(client:flush(engine))
+      assert.is_string(peer:read())
+      local taken, kind = 0, nil
+      rt.run(function()
+        local writer = rt.spawn(function()
+          -- the beginning of a frame far larger than the engine reads ahead, as it seems
+          local chunk = ("\3\0\0\0\0\0\0\206"):rep(8192)
+          while peer:write(chunk) do end -- luacheck: ignore
+        end)
+        repeat
+          local n, why = client:fill(engine)
+          taken, kind = taken + (n or 0), why
+        until not n
+        rt.cancel(writer)
+      end)
+      assert.equal("full", kind)
+      assert.is_true(taken > 0)
+      client:close()
+      peer:close()
+    end)
+
+    it("wait for the peer to read, and are woken by close", function()
+      local engine, client, peer = engine_pair()
+      local outcome
+      rt.run(function()
+        while client.stream:write(("x"):rep(65536)) do end -- luacheck: ignore
+        local _, why = client:try_flush(engine)
+        assert.equal("again", why)
+        assert.is_true(engine:pending() > 0)
+        rt.spawn(function() outcome = { client:flush(engine) } end)
+        rt.sleep(0.001)
+        assert.is_nil(outcome)
+        client:close()
+        rt.sleep(0)
+      end)
+      assert.same({ nil, "closed", "closed" }, outcome)
+      peer:close()
     end)
   end)
 
