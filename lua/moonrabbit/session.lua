@@ -47,8 +47,11 @@ function Calls:push(call)
   self[self.last] = call
 end
 
-function Calls:pop()
+--- The oldest call, or the oldest of a method. The broker answers in order, but for basic.consume,
+--- whose answer comes from the queue and may be overtaken.
+function Calls:pop(what)
   local first = self.first
+  if what and self[first] and self[first].what ~= what then return self:extract(what) end
   local call = self[first]
   if call then
     self[first] = nil
@@ -59,6 +62,17 @@ function Calls:pop()
     end
   end
   return call
+end
+
+function Calls:extract(what)
+  for i = self.first + 1, self.last do
+    local call = self[i]
+    if call.what == what then
+      for j = i, self.last do self[j] = self[j + 1] end
+      self.last = self.last - 1
+      return call
+    end
+  end
 end
 
 -- Ends a call. One that nobody waits for any more may want to undo what it did.
@@ -285,17 +299,27 @@ function handlers.open(self)
     self.state = "open"
     self.channel_max, self.frame_max, self.heartbeat = self.engine:tuned()
     if self.heartbeat > 0 then self.runtime.spawn(watch_loop, self) end
+    self:touch() -- heartbeats are due from now on
     self.changed:broadcast()
   end
 end
 
+-- "queue.declare" of "queue.declare-ok"
+local asked = setmetatable({}, {
+  __index = function(self, reply)
+    local method = reply:gsub("%-ok$", ""):gsub("%-empty$", "")
+    self[reply] = method
+    return method
+  end,
+})
+
 function handlers.reply(self, owner, method, fields)
-  local call = (owner and owner._calls or self.calls):pop()
+  local call = (owner and owner._calls or self.calls):pop(asked[method])
   if call then resolve(call, true, fields or {}, method) end
 end
 
 function handlers.get(_, owner, message)
-  local call = owner._calls:pop()
+  local call = owner._calls:pop "basic.get"
   if call then resolve(call, true, message, "basic.get-ok") end
 end
 
