@@ -26,6 +26,7 @@
 
 typedef struct {
   jmp_buf escape;
+  bool running; /* a test: else a failure ends the program */
   const char *only;
   const char *skip_reason;
   int passed, failed, skipped;
@@ -50,6 +51,10 @@ __attribute__((noreturn, format(printf, 3, 4))) static inline void check_fail(co
   va_start(args, format);
   vsnprintf(check_the.why + n, sizeof check_the.why - (size_t)n, format, args);
   va_end(args);
+  if (!check_the.running) {
+    fprintf(stderr, "%s\n", check_the.why);
+    abort();
+  }
   longjmp(check_the.escape, 1);
 }
 
@@ -78,6 +83,7 @@ static inline void check_run(const char *identifier, void (*test)(void)) {
   for (i = 0; identifier[i] && i + 1 < sizeof name; i++) name[i] = identifier[i] == '_' ? ' ' : identifier[i];
   name[i] = 0;
   if (check_the.only && !strstr(name, check_the.only) && !strstr(identifier, check_the.only)) return;
+  check_the.running = true;
   switch (setjmp(check_the.escape)) {
     case 0:
       test();
@@ -92,6 +98,7 @@ static inline void check_run(const char *identifier, void (*test)(void)) {
       check_the.failed++;
       printf("not ok - %s: %s\n", name, check_the.why);
   }
+  check_the.running = false;
 }
 
 static inline int check_end(void) {

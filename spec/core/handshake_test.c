@@ -452,15 +452,18 @@ static int copies(const char *needle, size_t n, const char *own) {
   return found;
 }
 
+static void skip_where_the_heap_cannot_be_read(void) {
 #if defined(__SANITIZE_ADDRESS__)
-#define HEAP_IS_POISONED 1
+  check_skip("AddressSanitizer poisons the heap");
 #elif defined(__has_feature)
 #if __has_feature(address_sanitizer)
-#define HEAP_IS_POISONED 1
+  check_skip("AddressSanitizer poisons the heap");
 #endif
 #endif
+}
 
 static void the_password_is_wiped_once_sent(void) {
+  skip_where_the_heap_cannot_be_read();
   static char password[] = "hunter2-correct-horse";
   for (int kind = 0; kind < 2; kind++) {
     mr_config config = peer_config();
@@ -469,9 +472,6 @@ static void the_password_is_wiped_once_sent(void) {
     config.mechanism = kind ? "AMQPLAIN" : "PLAIN";
     p = started(&config, "PLAIN AMQPLAIN");
     expect_no_event(p);
-#ifdef HEAP_IS_POISONED
-    check_skip("the heap cannot be read under AddressSanitizer");
-#endif
     CHECK(copies(password, sizeof password - 1, NULL) > 0);
     peer_pull(p);
     memset(p->from_client.data, 0, p->from_client.capacity);
@@ -491,13 +491,11 @@ static void the_password_is_wiped_once_sent(void) {
 
 /* Neither a write that takes a part nor output that is added behind it leaves a copy. */
 static void a_secret_leaves_no_copy_in_a_busy_buffer(void) {
+  skip_where_the_heap_cannot_be_read();
   static char secret[] = "renewed-token-0123456789";
   peer *p = peer_open();
   mr_channel *channel = peer_channel(p);
   static char body[5000];
-#ifdef HEAP_IS_POISONED
-  check_skip("the heap cannot be read under AddressSanitizer");
-#endif
   for (int i = 0; i < 60; i++) {
     size_t n = 0;
     CHECK(peer_publish(channel, false, "before", NULL) >= 0);
@@ -514,14 +512,12 @@ static void a_secret_leaves_no_copy_in_a_busy_buffer(void) {
 }
 
 static void the_password_is_wiped_when_never_sent(void) {
+  skip_where_the_heap_cannot_be_read();
   static char password[] = "never-sent-password";
   mr_config config = peer_config();
   peer *p;
   config.password = BYTES(password);
   p = peer_new(&config);
-#ifdef HEAP_IS_POISONED
-  check_skip("the heap cannot be read under AddressSanitizer");
-#endif
   CHECK_EQ(mr_engine_start(p->engine, p->now), MR_OK);
   CHECK(copies(password, sizeof password - 1, NULL) > 0);
   peer_free(p);

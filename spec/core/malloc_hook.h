@@ -24,6 +24,14 @@
 #define HOOK_REAL(name) __libc_##name
 #endif
 
+/* These run before a sanitizer's own start. */
+#if defined(__clang__)
+#define HOOK __attribute__((no_sanitize("address", "undefined")))
+#else
+#define HOOK __attribute__((no_sanitize_address, no_sanitize_undefined))
+#endif
+#define HOOK_PUBLIC HOOK __attribute__((visibility("default")))
+
 extern void *HOOK_REAL(malloc)(size_t);
 extern void *HOOK_REAL(calloc)(size_t, size_t);
 extern void *HOOK_REAL(realloc)(void *, size_t);
@@ -40,12 +48,12 @@ static volatile struct {
   long live; /* blocks allocated less blocks freed, while on */
 } hook;
 
-static bool hook_is_below(const void *caller) {
+HOOK static bool hook_is_below(const void *caller) {
   Dl_info info;
   return dladdr(caller, &info) && info.dli_fname && strstr(info.dli_fname, "librabbitmq");
 }
 
-static bool hook_refuses(const void *caller) {
+HOOK static bool hook_refuses(const void *caller) {
   if (!hook.on) return false;
   hook.calls++;
   if (hook.fail_at == 0 || hook.calls < hook.fail_at || (hook.calls > hook.fail_at && !hook.fail_rest)) return false;
@@ -55,27 +63,27 @@ static bool hook_refuses(const void *caller) {
   return true;
 }
 
-static void *hook_counted(void *block) {
+HOOK static void *hook_counted(void *block) {
   if (hook.on && block) hook.live++;
   return block;
 }
 
-__attribute__((visibility("default"))) void *malloc(size_t n) {
+HOOK_PUBLIC void *malloc(size_t n) {
   return hook_refuses(__builtin_return_address(0)) ? NULL : hook_counted(HOOK_REAL(malloc)(n));
 }
 
-__attribute__((visibility("default"))) void *calloc(size_t n, size_t size) {
+HOOK_PUBLIC void *calloc(size_t n, size_t size) {
   return hook_refuses(__builtin_return_address(0)) ? NULL : hook_counted(HOOK_REAL(calloc)(n, size));
 }
 
-__attribute__((visibility("default"))) void *realloc(void *old, size_t n) {
+HOOK_PUBLIC void *realloc(void *old, size_t n) {
   void *block;
   if (hook_refuses(__builtin_return_address(0))) return NULL;
   block = HOOK_REAL(realloc)(old, n);
   return old ? block : hook_counted(block);
 }
 
-__attribute__((visibility("default"))) void free(void *block) {
+HOOK_PUBLIC void free(void *block) {
   if (hook.on && block) hook.live--;
   HOOK_REAL(free)(block);
 }
