@@ -1,0 +1,77 @@
+-- Every block of Lua in the README and the guides runs. One that has no `require "moonrabbit"` of its
+-- own is a fragment: it is given a connection and a channel.
+local process = require "support.process"
+
+local url = os.getenv "AMQP_URL" or "amqp://guest:guest@localhost/"
+
+local fragment = [[
+local moonrabbit = require "moonrabbit"
+local conn = assert(moonrabbit.connect(os.getenv "AMQP_URL"))
+local ch = assert(conn:channel { confirm = true, prefetch = 100 })
+assert(ch:queue_declare("orders", { durable = true }))
+]]
+
+local pages = {
+  "README.md", "docs/getting-started.md", "docs/errors.md", "docs/cli.md", "docs/decisions.md", "docs/internals.md",
+  "examples/README.md",
+}
+
+local function blocks(text)
+  local list, line, start, body = {}, 0, nil, nil
+  for each in (text .. "\n"):gmatch "(.-)\n" do
+    line = line + 1
+    if body and each == "```" then
+      list[#list + 1] = { line = start, code = table.concat(body, "\n") .. "\n" }
+      body = nil
+    elseif body then
+      body[#body + 1] = each
+    elseif each == "```lua" then
+      start, body = line, {}
+    end
+  end
+  return list
+end
+
+describe("the documentation #smoke", function()
+  local total = 0
+
+  -- The blocks share queues.
+  local function clean()
+    for _, queue in ipairs { "hello", "orders", "double" } do
+      process.run({ "bin/moonrabbit", "delete", "queue", queue }, { env = { AMQP_URL = url } })
+    end
+  end
+  setup(clean)
+  teardown(clean)
+
+  for _, page in ipairs(pages) do
+    for _, block in ipairs(blocks(process.slurp(page) or "")) do
+      total = total + 1
+      it(("runs: %s, line %d"):format(page, block.line), function()
+        local code = block.code
+        if not code:find('require "moonrabbit"', 1, true) then code = fragment .. code end
+        local path = process.file(code)
+        local result = process.run({ path }, { env = { AMQP_URL = url }, timeout = 20 })
+        os.remove(path)
+        assert.equal("", result.err)
+        assert.equal(0, result.code)
+      end)
+    end
+  end
+
+  it("has blocks to run", function() assert.truthy(total >= 10, total) end)
+
+  it("has no link to a file that is not there", function()
+    for _, page in ipairs(pages) do
+      local folder = page:match "^(.*/)" or ""
+      for target in (process.slurp(page) or ""):gmatch "%]%(([^)%s]+)%)" do
+        local path = target:gsub("#.*$", "")
+        if path ~= "" and not path:find "^https?://" then
+          local file = io.open(folder .. path)
+          assert.truthy(file, page .. " links to " .. path)
+          file:close()
+        end
+      end
+    end
+  end)
+end)
