@@ -298,6 +298,8 @@ static bool closed_by_broker(mr_channel *ch, amqp_bytes_t args, mr_event *event)
   mr_error *error = &event->error;
   *error = (mr_error){.kind = MR_KIND_CHANNEL, .code = mr_read16(&r)};
   mr_error_text(error, mr_read_shortstr(&r));
+  if (!error->text[0])
+    mr_error_text(error, amqp_cstring_bytes("the broker closed the channel without a reason"));
   error->class_id = mr_read16(&r);
   error->method_id = mr_read16(&r);
   amqp_channel_close_ok_t ok = {0};

@@ -9,9 +9,10 @@ static const char LOCALE[] = "en_US";
 /* ---- the first bytes ---- */
 
 bool mr_greeting_ok(mr_engine *e) {
-  const uint8_t *p = e->rx.data + e->rx.head;
   size_t n = mr_buffer_size(&e->rx);
-  if (n == 0 || p[0] == AMQP_FRAME_METHOD) return true;
+  if (n == 0) return true;
+  const uint8_t *p = e->rx.data + e->rx.head;
+  if (p[0] == AMQP_FRAME_METHOD) return true;
   if (n >= 8 && memcmp(p, "AMQP", 4) == 0)
     mr_end(e, MR_KIND_PROTOCOL, 0,
            "the broker speaks another protocol: it answered AMQP %u-%u-%u-%u", p[4], p[5], p[6],
@@ -194,7 +195,10 @@ static void on_close(mr_engine *e, amqp_bytes_t args) {
   mr_kind kind = kind_of_close(e, code);
   amqp_connection_close_ok_t ok = {0};
   mr_send_method(e, 0, AMQP_CONNECTION_CLOSE_OK_METHOD, &ok); /* without it the broker times out */
-  mr_end(e, kind, code, "%s", said.text);
+  if (said.text[0])
+    mr_end(e, kind, code, "%s", said.text);
+  else
+    mr_end(e, kind, code, "the broker closed the connection with code %u", code);
   e->error.class_id = mr_read16(&r);
   e->error.method_id = mr_read16(&r);
 }

@@ -20,8 +20,8 @@ static void skip_property(mr_reader *r, char kind) {
 }
 
 const char *mr_props_scan(amqp_bytes_t props, mr_props_layout *layout) {
-  const uint8_t *base = props.bytes;
-  mr_reader r = {base, base + props.len, true};
+  mr_reader r = mr_reader_of(props, true);
+  const uint8_t *base = r.p;
   *layout = (mr_props_layout){.flags = mr_read16(&r), .headers = 2};
   if (!r.ok) return "properties without flags";
   if (layout->flags & ~KNOWN_FLAGS) return "properties with unknown flags";
@@ -45,8 +45,8 @@ const char *mr_props_check(amqp_bytes_t props) {
 }
 
 void mr_props_locate(amqp_bytes_t props, mr_props_layout *layout) {
-  const uint8_t *base = props.bytes;
-  mr_reader r = {base, base + props.len, true};
+  mr_reader r = mr_reader_of(props, true);
+  const uint8_t *base = r.p;
   layout->flags = mr_read16(&r);
   if (layout->flags & AMQP_BASIC_CONTENT_TYPE_FLAG) mr_read_shortstr(&r);
   if (layout->flags & AMQP_BASIC_CONTENT_ENCODING_FLAG) mr_read_shortstr(&r);
