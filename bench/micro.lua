@@ -4,7 +4,8 @@
 --   make && lua5.4 bench/micro.lua [messages] && luajit bench/micro.lua
 
 package.path = "./lua/?.lua;./spec/?.lua;" .. package.path
-package.cpath = (os.getenv "MOONRABBIT_BUILD" or "./build") .. "/" .. _VERSION:match "%d%.%d" .. "/?.so;" .. package.cpath
+local build = (os.getenv "MOONRABBIT_BUILD" or "./build") .. "/" .. _VERSION:match "%d%.%d"
+package.cpath = build .. "/?.so;" .. package.cpath
 
 local core = require "moonrabbit.core"
 local fake = require "support.fake_broker"

@@ -32,8 +32,8 @@
 
 /* Every C function of the module has the same upvalues, so that any file can reach them. */
 enum {
-  MR_UP_STATE = 1,       /* mrl_state userdata */
-  MR_UP_ENGINE,          /* metatables */
+  MR_UP_STATE = 1, /* mrl_state userdata */
+  MR_UP_ENGINE,    /* metatables */
   MR_UP_CHANNEL,
   MR_UP_QUEUE,
   MR_UP_MESSAGE,
@@ -48,7 +48,13 @@ enum {
 };
 
 /* Slots of an anchor; the first three also hold for the table of a message with a large body. */
-enum { MR_ANCHOR_OWNER = 1, MR_ANCHOR_CHANNEL, MR_ANCHOR_PENDING, MR_ANCHOR_ENGINE, MR_ANCHOR_TAGS };
+enum {
+  MR_ANCHOR_OWNER = 1,
+  MR_ANCHOR_CHANNEL,
+  MR_ANCHOR_PENDING,
+  MR_ANCHOR_ENGINE,
+  MR_ANCHOR_TAGS
+};
 enum { MR_LARGE_BODY = 3 };
 
 /* Slots of the table kept by an engine userdata. */
@@ -78,9 +84,9 @@ typedef struct {
   const char *keys[MR_MAX_KEYS]; /* interned names, kept alive by the userdata's uservalue */
   const void *null;              /* core.null */
   mrl_arena arena;
-  amqp_pool_t pool;              /* for decoding */
+  amqp_pool_t pool; /* for decoding */
   bool pool_busy;
-  uint8_t *scratch;              /* encoded properties; grows, malloc'ed */
+  uint8_t *scratch; /* encoded properties; grows, malloc'ed */
   size_t scratch_size;
 } mrl_state;
 
@@ -107,7 +113,8 @@ int mrl_find_key(const mrl_state *st, const char *name, int from, const char *co
 /* ---- objects ---- */
 
 typedef struct {
-  mr_port port; /* must be first: moonrabbit.net relies on it. ctx is the mr_engine, NULL after gc */
+  mr_port
+      port; /* must be first: moonrabbit.net relies on it. ctx is the mr_engine, NULL after gc */
   mr_engine *handle; /* owned */
   bool busy;         /* pump is looking at an event */
   uint32_t next_ref;
@@ -131,8 +138,8 @@ typedef struct mrl_queue {
   size_t bytes;                   /* of the bodies in the ring */
   bool announced;                 /* stands in the outbox for a "deliver" */
   bool no_ack;
-  bool full;       /* the engine takes no input until it is half empty */
-  bool ending;     /* being cancelled: never full, or the answer could not be read */
+  bool full;   /* the engine takes no input until it is half empty */
+  bool ending; /* being cancelled: never full, or the answer could not be read */
   bool discarding;
 } mrl_queue;
 
@@ -222,20 +229,20 @@ extern const luaL_Reg mrl_confirmation_functions[]; /* confirmation.c: metametho
 extern const luaL_Reg mrl_route_functions[];        /* publish.c */
 extern const luaL_Reg mrl_typed_functions[];        /* typed.c: metamethods */
 
-int mrl_new_engine(lua_State *L);     /* core.engine(config) */
-int mrl_pump(lua_State *L);           /* Engine:pump */
-int mrl_open_channel(lua_State *L);   /* Engine:open_channel, in channel.c */
-int mrl_new_route(lua_State *L);      /* core.route */
-int mrl_publish(lua_State *L);        /* Channel:publish */
-int mrl_publish_route(lua_State *L);  /* Channel:publish_route */
-int mrl_forward(lua_State *L);        /* Channel:forward */
-int mrl_ack(lua_State *L);            /* core.ack */
-int mrl_settle(lua_State *L);         /* core.settle */
-int mrl_is_message(lua_State *L);     /* core.is_message */
-int mrl_outcome(lua_State *L);        /* core.outcome */
-int mrl_acked(lua_State *L);          /* core.acked */
-int mrl_encode_table(lua_State *L);   /* core.encode_table */
-int mrl_decode_table(lua_State *L);   /* core.decode_table */
+int mrl_new_engine(lua_State *L);    /* core.engine(config) */
+int mrl_pump(lua_State *L);          /* Engine:pump */
+int mrl_open_channel(lua_State *L);  /* Engine:open_channel, in channel.c */
+int mrl_new_route(lua_State *L);     /* core.route */
+int mrl_publish(lua_State *L);       /* Channel:publish */
+int mrl_publish_route(lua_State *L); /* Channel:publish_route */
+int mrl_forward(lua_State *L);       /* Channel:forward */
+int mrl_ack(lua_State *L);           /* core.ack */
+int mrl_settle(lua_State *L);        /* core.settle */
+int mrl_is_message(lua_State *L);    /* core.is_message */
+int mrl_outcome(lua_State *L);       /* core.outcome */
+int mrl_acked(lua_State *L);         /* core.acked */
+int mrl_encode_table(lua_State *L);  /* core.encode_table */
+int mrl_decode_table(lua_State *L);  /* core.decode_table */
 /* Pushes core.types; the upvalues are the MR_UP_COUNT values from `first_upvalue` on. */
 void mrl_push_types(lua_State *L, int first_upvalue);
 
@@ -301,10 +308,10 @@ typedef struct {
   uint8_t type;  /* index into the list of types */
   uint8_t scale; /* of a decimal */
   union {
-    int64_t i;   /* integers, timestamp, decimal, boolean */
-    uint64_t u;  /* uint64 */
-    double d;    /* float, double */
-    size_t len;  /* bytes */
+    int64_t i;  /* integers, timestamp, decimal, boolean */
+    uint64_t u; /* uint64 */
+    double d;   /* float, double */
+    size_t len; /* bytes */
   } v;
   char bytes[];
 } mrl_typed;
@@ -350,6 +357,6 @@ void mrl_read_consume(lua_State *L, int i, amqp_basic_consume_t *out);
 /* Pushes the name of a method, e.g. "queue.declare-ok"; nil when unknown. */
 void mrl_push_method_name(lua_State *L, amqp_method_number_t id);
 /* Pushes a table with the fields of a reply. */
-void mrl_push_method_fields(lua_State *L, const amqp_method_t *method);
+void mrl_push_method_fields(lua_State *L, const amqp_method_t *sent);
 
 #endif

@@ -135,7 +135,8 @@ static void register_queue(lua_State *L, mrl_engine *e, mrl_queue *q) {
   lua_getfield(L, 2, "consumer_tag");
   lua_pushvalue(L, -1);
   lua_rawget(L, 6);
-  if (!lua_isnil(L, -1)) luaL_error(L, "basic.consume: consumer_tag '%s' is in use", lua_tostring(L, -2));
+  if (!lua_isnil(L, -1))
+    luaL_error(L, "basic.consume: consumer_tag '%s' is in use", lua_tostring(L, -2));
   lua_pop(L, 1);
   lua_pushvalue(L, 5);
   lua_rawset(L, 6);
@@ -152,13 +153,15 @@ static int channel_consume(lua_State *L) {
   luaL_checktype(L, 2, LUA_TTABLE);
   lua_settop(L, 2);
   mrl_read_consume(L, 2, &consume);
-  if (!channel->handle || !mr_channel_is_open(channel->handle)) return mrl_push_refusal(L, MR_CLOSED);
+  if (!channel->handle || !mr_channel_is_open(channel->handle))
+    return mrl_push_refusal(L, MR_CLOSED);
   mr_get_uservalue(L, 1);
   push_queues(L, 3);
   mrl_queue *q = mrl_queue_new(L, 3);
   q->no_ack = consume.no_ack;
   register_queue(L, channel->engine, q);
-  mrl_read_consume(L, 2, &consume); /* again: what allocates may run finalizers, which use the arena */
+  mrl_read_consume(L, 2,
+                   &consume); /* again: what allocates may run finalizers, which use the arena */
   mr_status status = channel->handle ? mr_consume(channel->handle, &consume, q->ref) : MR_CLOSED;
   if (status >= 0) return 1;
   mrl_take_queue(L, 3, 4, consume.consumer_tag);
@@ -221,7 +224,8 @@ static int channel_is_open(lua_State *L) {
 
 static int channel_close(lua_State *L) {
   mrl_channel *channel = mrl_check_channel(L, 1);
-  uint16_t code = lua_isnoneornil(L, 2) ? AMQP_REPLY_SUCCESS : (uint16_t)mrl_check_uint(L, 2, UINT16_MAX);
+  uint16_t code =
+      lua_isnoneornil(L, 2) ? AMQP_REPLY_SUCCESS : (uint16_t)mrl_check_uint(L, 2, UINT16_MAX);
   const char *text = lua_isnoneornil(L, 3) ? "" : mrl_check_shortstr(L, 3).bytes;
   if (!channel->handle) return mrl_push_refusal(L, MR_CLOSED);
   return mrl_push_done(L, mr_channel_close(channel->handle, code, text));

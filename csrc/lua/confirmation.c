@@ -47,8 +47,8 @@ int mrl_outcome(lua_State *L) {
 
 static int confirmation_tostring(lua_State *L) {
   mrl_confirmation *c = check_confirmation(L);
-  lua_pushfstring(L, "moonrabbit.confirmation: channel %d, %f %s", (int)c->channel->id, (lua_Number)c->seq,
-                  outcome_name(outcome_of(c)));
+  lua_pushfstring(L, "moonrabbit.confirmation: channel %d, %f %s", (int)c->channel->id,
+                  (lua_Number)c->seq, outcome_name(outcome_of(c)));
   return 1;
 }
 

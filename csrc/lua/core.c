@@ -74,7 +74,8 @@ mr_settle_kind mrl_check_settle(lua_State *L, int i, bool with_ack) {
   if (with_ack && strcmp(kind, "ack") == 0) return MR_SETTLE_ACK;
   if (strcmp(kind, "nack") == 0) return MR_SETTLE_NACK;
   if (strcmp(kind, "reject") == 0) return MR_SETTLE_REJECT;
-  luaL_argerror(L, i, with_ack ? "'ack', 'nack' or 'reject' expected" : "'nack' or 'reject' expected");
+  luaL_argerror(L, i,
+                with_ack ? "'ack', 'nack' or 'reject' expected" : "'nack' or 'reject' expected");
   return MR_SETTLE_ACK;
 }
 

@@ -197,7 +197,8 @@ static int engine_admit(lua_State *L) {
 
 static int engine_eof(lua_State *L) {
   mrl_engine *e = mrl_check_engine(L, 1);
-  mr_engine_eof(e->handle, lua_isnoneornil(L, 2) ? NULL : (const char *)mrl_check_string(L, 2).bytes);
+  mr_engine_eof(e->handle,
+                lua_isnoneornil(L, 2) ? NULL : (const char *)mrl_check_string(L, 2).bytes);
   return 0;
 }
 
@@ -256,7 +257,8 @@ static int engine_server_properties(lua_State *L) {
 
 static int engine_close(lua_State *L) {
   mrl_engine *e = mrl_check_engine(L, 1);
-  uint16_t code = lua_isnoneornil(L, 2) ? AMQP_REPLY_SUCCESS : (uint16_t)mrl_check_uint(L, 2, UINT16_MAX);
+  uint16_t code =
+      lua_isnoneornil(L, 2) ? AMQP_REPLY_SUCCESS : (uint16_t)mrl_check_uint(L, 2, UINT16_MAX);
   const char *text = lua_isnoneornil(L, 3) ? "" : mrl_check_shortstr(L, 3).bytes;
   return mrl_push_done(L, mr_engine_close(e->handle, code, text));
 }

@@ -54,7 +54,8 @@ static void fill(mrl_message *m, const mr_event *event, mrl_channel *channel, bo
   if (!large) put(to, c->body);
 }
 
-mrl_message *mrl_message_new(lua_State *L, const mr_event *event, mrl_channel *channel, int anchor) {
+mrl_message *mrl_message_new(lua_State *L, const mr_event *event, mrl_channel *channel,
+                             int anchor) {
   const mr_content *c = &event->content;
   bool large = c->body.len > LARGE_BODY;
   size_t size = sizeof(mrl_message) + c->exchange.len + c->routing_key.len + c->consumer_tag.len +
@@ -107,14 +108,26 @@ void mrl_message_return(mrl_message *m) {
 /* ---- reading ---- */
 
 typedef enum {
-  KEY_ACK, KEY_BODY, KEY_DELIVERY_TAG, KEY_ROUTING_KEY, KEY_HEADERS, KEY_PROPERTIES, KEY_EXCHANGE,
-  KEY_REDELIVERED, KEY_CONSUMER_TAG, KEY_CHANNEL, KEY_MESSAGE_COUNT, KEY_REPLY_CODE, KEY_REPLY_TEXT,
+  KEY_ACK,
+  KEY_BODY,
+  KEY_DELIVERY_TAG,
+  KEY_ROUTING_KEY,
+  KEY_HEADERS,
+  KEY_PROPERTIES,
+  KEY_EXCHANGE,
+  KEY_REDELIVERED,
+  KEY_CONSUMER_TAG,
+  KEY_CHANNEL,
+  KEY_MESSAGE_COUNT,
+  KEY_REPLY_CODE,
+  KEY_REPLY_TEXT,
   KEY_COUNT
 } message_key;
 
 const char *const mrl_message_keys[] = {
-    "ack",          "body",    "delivery_tag",  "routing_key", "headers",    "properties", "exchange",
-    "redelivered", "consumer_tag", "channel", "message_count", "reply_code",  "reply_text", NULL};
+    "ack",        "body",        "delivery_tag", "routing_key", "headers",       "properties",
+    "exchange",   "redelivered", "consumer_tag", "channel",     "message_count", "reply_code",
+    "reply_text", NULL};
 
 amqp_bytes_t mrl_message_props(const mrl_message *m) {
   size_t at = (size_t)m->exchange_len + m->key_len + m->consumer_len + m->text_len;
@@ -206,7 +219,9 @@ static void push_field(lua_State *L, const mrl_message *m, message_key key) {
     case KEY_REDELIVERED: lua_pushboolean(L, m->redelivered); return;
     case KEY_CONSUMER_TAG: push_consumer_tag(L, m); return;
     case KEY_CHANNEL: push_channel_owner(L); return;
-    case KEY_MESSAGE_COUNT: push_optional(L, m->type == MR_EV_GET_OK, (lua_Integer)m->message_count); return;
+    case KEY_MESSAGE_COUNT:
+      push_optional(L, m->type == MR_EV_GET_OK, (lua_Integer)m->message_count);
+      return;
     case KEY_REPLY_CODE: push_optional(L, m->type == MR_EV_RETURN, m->reply_code); return;
     case KEY_REPLY_TEXT: push_reply_text(L, m); return;
     default: lua_pushnil(L);

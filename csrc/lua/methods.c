@@ -21,38 +21,48 @@ typedef struct {
   bool sent;           /* by Channel:call */
 } method;
 
-#define END {NULL, 0, F_BIT}
+#define END \
+  { NULL, 0, F_BIT }
 #define FIELDS(name) static const field name##_fields[]
-#define F(s, f, type) {#f, offsetof(amqp_##s##_t, f), type}
+#define F(s, f, type) \
+  { #f, offsetof(amqp_##s##_t, f), type }
 
 static const field no_fields[] = {END};
 FIELDS(channel_open_ok) = {F(channel_open_ok, channel_id, F_LONG), END};
 FIELDS(channel_flow) = {F(channel_flow, active, F_BIT), END};
 FIELDS(channel_flow_ok) = {F(channel_flow_ok, active, F_BIT), END};
-FIELDS(exchange_declare) = {
-    F(exchange_declare, exchange, F_SHORT), F(exchange_declare, type, F_SHORT),
-    F(exchange_declare, passive, F_BIT),    F(exchange_declare, durable, F_BIT),
-    F(exchange_declare, auto_delete, F_BIT), F(exchange_declare, internal, F_BIT),
-    F(exchange_declare, nowait, F_BIT),     F(exchange_declare, arguments, F_TABLE), END};
-FIELDS(exchange_delete) = {F(exchange_delete, exchange, F_SHORT), F(exchange_delete, if_unused, F_BIT),
-                           F(exchange_delete, nowait, F_BIT), END};
+FIELDS(exchange_declare) = {F(exchange_declare, exchange, F_SHORT),
+                            F(exchange_declare, type, F_SHORT),
+                            F(exchange_declare, passive, F_BIT),
+                            F(exchange_declare, durable, F_BIT),
+                            F(exchange_declare, auto_delete, F_BIT),
+                            F(exchange_declare, internal, F_BIT),
+                            F(exchange_declare, nowait, F_BIT),
+                            F(exchange_declare, arguments, F_TABLE),
+                            END};
+FIELDS(exchange_delete) = {F(exchange_delete, exchange, F_SHORT),
+                           F(exchange_delete, if_unused, F_BIT), F(exchange_delete, nowait, F_BIT),
+                           END};
 FIELDS(exchange_bind) = {F(exchange_bind, destination, F_SHORT), F(exchange_bind, source, F_SHORT),
                          F(exchange_bind, routing_key, F_SHORT), F(exchange_bind, nowait, F_BIT),
-                         F(exchange_bind, arguments, F_TABLE), END};
-FIELDS(exchange_unbind) = {F(exchange_unbind, destination, F_SHORT), F(exchange_unbind, source, F_SHORT),
-                           F(exchange_unbind, routing_key, F_SHORT), F(exchange_unbind, nowait, F_BIT),
-                           F(exchange_unbind, arguments, F_TABLE), END};
-FIELDS(queue_declare) = {F(queue_declare, queue, F_SHORT), F(queue_declare, passive, F_BIT),
-                         F(queue_declare, durable, F_BIT), F(queue_declare, exclusive, F_BIT),
+                         F(exchange_bind, arguments, F_TABLE),   END};
+FIELDS(exchange_unbind) = {
+    F(exchange_unbind, destination, F_SHORT), F(exchange_unbind, source, F_SHORT),
+    F(exchange_unbind, routing_key, F_SHORT), F(exchange_unbind, nowait, F_BIT),
+    F(exchange_unbind, arguments, F_TABLE),   END};
+FIELDS(queue_declare) = {F(queue_declare, queue, F_SHORT),     F(queue_declare, passive, F_BIT),
+                         F(queue_declare, durable, F_BIT),     F(queue_declare, exclusive, F_BIT),
                          F(queue_declare, auto_delete, F_BIT), F(queue_declare, nowait, F_BIT),
                          F(queue_declare, arguments, F_TABLE), END};
-FIELDS(queue_declare_ok) = {F(queue_declare_ok, queue, F_SHORT), F(queue_declare_ok, message_count, F_U32),
+FIELDS(queue_declare_ok) = {F(queue_declare_ok, queue, F_SHORT),
+                            F(queue_declare_ok, message_count, F_U32),
                             F(queue_declare_ok, consumer_count, F_U32), END};
-FIELDS(queue_bind) = {F(queue_bind, queue, F_SHORT), F(queue_bind, exchange, F_SHORT),
+FIELDS(queue_bind) = {F(queue_bind, queue, F_SHORT),       F(queue_bind, exchange, F_SHORT),
                       F(queue_bind, routing_key, F_SHORT), F(queue_bind, nowait, F_BIT),
-                      F(queue_bind, arguments, F_TABLE), END};
+                      F(queue_bind, arguments, F_TABLE),   END};
 FIELDS(queue_unbind) = {F(queue_unbind, queue, F_SHORT), F(queue_unbind, exchange, F_SHORT),
-                        F(queue_unbind, routing_key, F_SHORT), F(queue_unbind, arguments, F_TABLE), END};
+                        F(queue_unbind, routing_key, F_SHORT), F(queue_unbind, arguments, F_TABLE),
+                        END};
 FIELDS(queue_purge) = {F(queue_purge, queue, F_SHORT), F(queue_purge, nowait, F_BIT), END};
 FIELDS(queue_purge_ok) = {F(queue_purge_ok, message_count, F_U32), END};
 FIELDS(queue_delete) = {F(queue_delete, queue, F_SHORT), F(queue_delete, if_unused, F_BIT),
@@ -60,12 +70,14 @@ FIELDS(queue_delete) = {F(queue_delete, queue, F_SHORT), F(queue_delete, if_unus
 FIELDS(queue_delete_ok) = {F(queue_delete_ok, message_count, F_U32), END};
 FIELDS(basic_qos) = {F(basic_qos, prefetch_size, F_U32), F(basic_qos, prefetch_count, F_U16),
                      F(basic_qos, global, F_BIT), END};
-FIELDS(basic_consume) = {F(basic_consume, queue, F_SHORT), F(basic_consume, consumer_tag, F_SHORT),
-                         F(basic_consume, no_local, F_BIT), F(basic_consume, no_ack, F_BIT),
-                         F(basic_consume, exclusive, F_BIT), F(basic_consume, nowait, F_BIT),
-                         F(basic_consume, arguments, F_TABLE), END};
+FIELDS(basic_consume) = {
+    F(basic_consume, queue, F_SHORT),     F(basic_consume, consumer_tag, F_SHORT),
+    F(basic_consume, no_local, F_BIT),    F(basic_consume, no_ack, F_BIT),
+    F(basic_consume, exclusive, F_BIT),   F(basic_consume, nowait, F_BIT),
+    F(basic_consume, arguments, F_TABLE), END};
 FIELDS(basic_consume_ok) = {F(basic_consume_ok, consumer_tag, F_SHORT), END};
-FIELDS(basic_cancel) = {F(basic_cancel, consumer_tag, F_SHORT), F(basic_cancel, nowait, F_BIT), END};
+FIELDS(basic_cancel) = {F(basic_cancel, consumer_tag, F_SHORT), F(basic_cancel, nowait, F_BIT),
+                        END};
 FIELDS(basic_cancel_ok) = {F(basic_cancel_ok, consumer_tag, F_SHORT), END};
 FIELDS(basic_get_empty) = {F(basic_get_empty, cluster_id, F_SHORT), END};
 FIELDS(basic_recover) = {F(basic_recover, requeue, F_BIT), END};
@@ -156,7 +168,8 @@ static const field *find_field(const method *m, const char *name) {
 /* ---- from Lua; the value is on top of the stack ---- */
 
 static void wrong_type(lua_State *L, const method *m, const field *f, const char *wanted) {
-  luaL_error(L, "%s: field '%s': %s expected, got %s", m->name, f->name, wanted, luaL_typename(L, -1));
+  luaL_error(L, "%s: field '%s': %s expected, got %s", m->name, f->name, wanted,
+             luaL_typename(L, -1));
 }
 
 static amqp_bytes_t read_string(lua_State *L, const method *m, const field *f) {
@@ -190,6 +203,13 @@ static void read_field(lua_State *L, const method *m, const field *f, void *at) 
   }
 }
 
+/* The key is below the top of the stack. */
+static void unknown_field(lua_State *L, const method *m) {
+  if (lua_type(L, -2) == LUA_TSTRING)
+    luaL_error(L, "%s: unknown field '%s'", m->name, lua_tostring(L, -2));
+  luaL_error(L, "%s: the name of a field must be a string", m->name);
+}
+
 /* Fills the zeroed struct from the table (or nil) at `i`. */
 static void read_fields(lua_State *L, int i, const method *m, void *out) {
   mrl_arena_reset(&mrl_get_state(L)->arena);
@@ -197,9 +217,10 @@ static void read_fields(lua_State *L, int i, const method *m, void *out) {
   luaL_checktype(L, i, LUA_TTABLE);
   for (lua_pushnil(L); lua_next(L, i); lua_pop(L, 1)) {
     const field *f = lua_type(L, -2) == LUA_TSTRING ? find_field(m, lua_tostring(L, -2)) : NULL;
-    if (!f && lua_type(L, -2) == LUA_TSTRING)
-      luaL_error(L, "%s: unknown field '%s'", m->name, lua_tostring(L, -2));
-    if (!f) luaL_error(L, "%s: the name of a field must be a string", m->name);
+    if (!f) {
+      unknown_field(L, m);
+      return;
+    }
     read_field(L, m, f, (char *)out + f->offset);
   }
 }
@@ -210,7 +231,8 @@ int mrl_call(lua_State *L) {
   const method *m = method_by_name(name.bytes);
   any_method decoded;
   if (!m || !m->sent)
-    return luaL_argerror(L, 2, lua_pushfstring(L, "'%s' cannot be called", (const char *)name.bytes));
+    return luaL_argerror(L, 2,
+                         lua_pushfstring(L, "'%s' cannot be called", (const char *)name.bytes));
   memset(&decoded, 0, sizeof decoded);
   read_fields(L, 3, m, &decoded);
   if (!channel->handle) return mrl_push_refusal(L, MR_CLOSED);

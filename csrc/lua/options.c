@@ -10,8 +10,17 @@
 #include "lua/binding.h"
 
 typedef enum {
-  OPT_KEY, OPT_EXCHANGE, OPT_MANDATORY, OPT_PERSISTENT, OPT_TIMEOUT, /* not properties */
-  OPT_STRING, OPT_HEADERS, OPT_DELIVERY_MODE, OPT_PRIORITY, OPT_EXPIRATION, OPT_TIMESTAMP
+  OPT_KEY,
+  OPT_EXCHANGE,
+  OPT_MANDATORY,
+  OPT_PERSISTENT,
+  OPT_TIMEOUT, /* not properties */
+  OPT_STRING,
+  OPT_HEADERS,
+  OPT_DELIVERY_MODE,
+  OPT_PRIORITY,
+  OPT_EXPIRATION,
+  OPT_TIMESTAMP
 } option_kind;
 
 typedef struct {
@@ -20,13 +29,15 @@ typedef struct {
   size_t offset;     /* of an OPT_STRING in amqp_basic_properties_t */
 } option;
 
-#define PROPERTY(kind, flag, field) {kind, AMQP_BASIC_##flag##_FLAG, offsetof(amqp_basic_properties_t, field)}
+#define PROPERTY(kind, flag, field) \
+  { kind, AMQP_BASIC_##flag##_FLAG, offsetof(amqp_basic_properties_t, field) }
 
 /* The likely ones first. */
 static const char *const NAMES[] = {
-    "routing_key", "exchange", "headers", "mandatory", "persistent", "message_id", "content_type",
-    "correlation_id", "reply_to", "expiration", "priority", "timestamp", "type", "delivery_mode",
-    "content_encoding", "user_id", "app_id", "cluster_id", "timeout"};
+    "routing_key", "exchange",     "headers",        "mandatory",     "persistent",
+    "message_id",  "content_type", "correlation_id", "reply_to",      "expiration",
+    "priority",    "timestamp",    "type",           "delivery_mode", "content_encoding",
+    "user_id",     "app_id",       "cluster_id",     "timeout"};
 static const option OPTIONS[] = {
     {OPT_KEY, 0, 0},
     {OPT_EXCHANGE, 0, 0},
@@ -143,8 +154,12 @@ static int unknown_option(lua_State *L) {
 static void read_table(lua_State *L, mrl_state *st, int i, mrl_options *out) {
   for (lua_pushnil(L); lua_next(L, i); lua_pop(L, 1)) {
     int which = -1;
-    if (lua_type(L, -2) == LUA_TSTRING) which = mrl_find_key(st, lua_tostring(L, -2), 0, NAMES, N_OPTIONS);
-    if (which < 0) unknown_option(L);
+    if (lua_type(L, -2) == LUA_TSTRING)
+      which = mrl_find_key(st, lua_tostring(L, -2), 0, NAMES, N_OPTIONS);
+    if (which < 0) {
+      unknown_option(L);
+      return;
+    }
     read_option(L, which, out);
   }
 }
@@ -218,7 +233,8 @@ static void push_property(lua_State *L, const amqp_basic_properties_t *props, co
     case OPT_DELIVERY_MODE: lua_pushinteger(L, props->delivery_mode); return;
     case OPT_PRIORITY: lua_pushinteger(L, props->priority); return;
     case OPT_TIMESTAMP: mrl_push_uint64(L, props->timestamp); return;
-    default: mrl_push_bytes(L, *(const amqp_bytes_t *)(const void *)((const char *)props + opt->offset));
+    default:
+      mrl_push_bytes(L, *(const amqp_bytes_t *)(const void *)((const char *)props + opt->offset));
   }
 }
 

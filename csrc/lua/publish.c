@@ -37,18 +37,19 @@ static mrl_confirmation *push_confirmation(lua_State *L, mrl_channel *channel) {
   return c;
 }
 
-/* The results of a publish; the anchor and the confirmation, if any, are on top of the stack. */
-static int finish(lua_State *L, mrl_channel *channel, mrl_confirmation *c, mr_status status, uint64_t seq) {
+/* The results of a publish; the anchor and the confirmation, if any, stand behind index `top`. */
+static int finish(lua_State *L, int top, mrl_confirmation *c, mr_status status, uint64_t seq) {
   if (MR_UNLIKELY(status < 0)) return mrl_push_refusal(L, status);
   if (c) {
-    int top = lua_gettop(L);
+    mrl_channel *channel = c->channel;
     uint64_t capacity = mr_confirm_capacity(channel->handle);
     c->seq = seq;
-    if (MR_UNLIKELY(capacity != channel->pending_capacity)) grow_pending(L, channel, top - 1, capacity);
-    lua_rawgeti(L, top - 1, MR_ANCHOR_PENDING);
-    lua_pushvalue(L, top);
+    if (MR_UNLIKELY(capacity != channel->pending_capacity))
+      grow_pending(L, channel, top + 1, capacity);
+    lua_rawgeti(L, top + 1, MR_ANCHOR_PENDING);
+    lua_pushvalue(L, top + 2);
     lua_rawseti(L, -2, (int)(seq & (capacity - 1)) + 1);
-    lua_pushvalue(L, top);
+    lua_pushvalue(L, top + 2);
   } else {
     lua_pushboolean(L, 1);
   }
@@ -75,7 +76,7 @@ int mrl_publish(lua_State *L) {
   args.routing_key = options.routing_key;
   args.mandatory = options.mandatory;
   if (status == MR_OK) status = mr_publish(channel->handle, &args, &seq);
-  return finish(L, channel, c, status, seq);
+  return finish(L, 3, c, status, seq);
 }
 
 /* ---- routes ---- */
@@ -120,7 +121,8 @@ int mrl_publish_route(lua_State *L) {
   lua_settop(L, 3);
   mrl_confirmation *c = push_confirmation(L, channel);
   if (!channel->handle || !route->handle) return mrl_push_refusal(L, MR_CLOSED);
-  return finish(L, channel, c, mr_publish_route(channel->handle, route->handle, body, &seq), seq);
+  mr_status status = mr_publish_route(channel->handle, route->handle, body, &seq);
+  return finish(L, 3, c, status, seq);
 }
 
 const luaL_Reg mrl_route_functions[] = {{"__gc", route_gc}, {NULL, NULL}};
@@ -151,7 +153,9 @@ static amqp_flags_t read_flags(lua_State *L, mrl_state *st, int i) {
   amqp_bytes_t *names = read_names(L, st, i, &n);
   for (size_t k = 0; k < n; k++) {
     amqp_flags_t flag = mrl_property_flag(names[k].bytes);
-    if (!flag) luaL_argerror(L, i, lua_pushfstring(L, "unknown property '%s'", (const char *)names[k].bytes));
+    if (!flag)
+      luaL_argerror(L, i,
+                    lua_pushfstring(L, "unknown property '%s'", (const char *)names[k].bytes));
     flags |= flag;
   }
   return flags;
@@ -160,7 +164,7 @@ static amqp_flags_t read_flags(lua_State *L, mrl_state *st, int i) {
 typedef struct {
   amqp_bytes_t *remove; /* in the arena */
   size_t n_remove;
-  amqp_table_t set;     /* in the arena */
+  amqp_table_t set; /* in the arena */
   amqp_flags_t without;
 } edits;
 
@@ -175,8 +179,8 @@ static void read_edits(lua_State *L, mrl_state *st, edits *e) {
 }
 
 /* Edits the raw properties, sends, and frees: nothing of Lua is called in between. */
-static mr_status send_edited(mrl_state *st, mr_channel *handle, mr_publish_args *args, const edits *e,
-                             uint64_t *seq) {
+static mr_status send_edited(mrl_state *st, mr_channel *handle, mr_publish_args *args,
+                             const edits *e, uint64_t *seq) {
   uint8_t *edited;
   size_t len;
   if (e->without) {
@@ -208,5 +212,6 @@ int mrl_forward(lua_State *L) {
   args.body = mrl_message_body(L, 2, m);
   read_edits(L, st, &e);
   if (!channel->handle) return mrl_push_refusal(L, MR_CLOSED);
-  return finish(L, channel, c, send_edited(st, channel->handle, &args, &e, &seq), seq);
+  mr_status status = send_edited(st, channel->handle, &args, &e, &seq);
+  return finish(L, 8, c, status, seq);
 }

@@ -173,7 +173,8 @@ static void push_owner(pump *p, mr_channel *handle) {
 /* A delivery that nobody wants goes back to the broker. */
 static void return_delivery(const mr_event *event) {
   const mr_content *c = &event->content;
-  if (!c->no_ack && event->channel) mr_settle(event->channel, c->delivery_tag, MR_SETTLE_NACK, true);
+  if (!c->no_ack && event->channel)
+    mr_settle(event->channel, c->delivery_tag, MR_SETTLE_NACK, true);
 }
 
 static void push_queue_userdata(pump *p) { lua_rawgeti(p->L, AT_QUEUES, (int)p->queue->ref); }
@@ -392,7 +393,8 @@ static int pump_once(pump *p) {
 /* An error in a pump (out of memory) loses an event, so the engine stays `busy`: it is of no use. */
 int mrl_pump(lua_State *L) {
   pump p = {L, mrl_check_engine(L, 1), NULL, NULL};
-  if (p.engine->busy) return luaL_error(L, "pump: called from within itself, or after it has failed");
+  if (p.engine->busy)
+    return luaL_error(L, "pump: called from within itself, or after it has failed");
   lua_settop(L, 1);
   mr_get_uservalue(L, AT_ENGINE);
   for (int slot = MR_ENGINE_CHANNELS; slot <= MR_ENGINE_OUTBOX; slot++) lua_rawgeti(L, 2, slot);

@@ -92,7 +92,5 @@ static int queue_discard(lua_State *L) {
   return 0;
 }
 
-const luaL_Reg mrl_queue_functions[] = {{"pop", queue_pop},
-                                        {"count", queue_count},
-                                        {"discard", queue_discard},
-                                        {NULL, NULL}};
+const luaL_Reg mrl_queue_functions[] = {
+    {"pop", queue_pop}, {"count", queue_count}, {"discard", queue_discard}, {NULL, NULL}};

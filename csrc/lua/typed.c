@@ -14,8 +14,21 @@ typedef struct {
 } type_info;
 
 enum {
-  T_TIMESTAMP, T_BYTES, T_DECIMAL, T_BOOLEAN, T_INT8, T_UINT8, T_INT16, T_UINT16, T_INT32, T_UINT32,
-  T_INT64, T_UINT64, T_FLOAT, T_DOUBLE, T_COUNT
+  T_TIMESTAMP,
+  T_BYTES,
+  T_DECIMAL,
+  T_BOOLEAN,
+  T_INT8,
+  T_UINT8,
+  T_INT16,
+  T_UINT16,
+  T_INT32,
+  T_UINT32,
+  T_INT64,
+  T_UINT64,
+  T_FLOAT,
+  T_DOUBLE,
+  T_COUNT
 };
 
 /* RabbitMQ knows no unsigned 64-bit type: uint64 travels as a signed one, if it fits. */
@@ -215,9 +228,7 @@ static int typed_index(lua_State *L) {
   return 1;
 }
 
-static int typed_newindex(lua_State *L) {
-  return luaL_error(L, "a typed value cannot be changed");
-}
+static int typed_newindex(lua_State *L) { return luaL_error(L, "a typed value cannot be changed"); }
 
 /* 1234 with scale 2 is "12.34". */
 static void push_decimal_text(lua_State *L, const mrl_typed *typed) {

@@ -155,7 +155,8 @@ static void encode_userdata(encoder *e, int i, const path *at, amqp_field_value_
   }
   const mrl_typed *typed = mrl_test(e->L, i, MR_UP_TYPED);
   if (!typed) fail(e, at, "a userdata of another library cannot be sent");
-  if (!mrl_typed_to_value(typed, out)) fail(e, at, "out of range (a signed 64-bit integer is sent)");
+  if (!mrl_typed_to_value(typed, out))
+    fail(e, at, "out of range (a signed 64-bit integer is sent)");
 }
 
 static void encode_value(encoder *e, int i, const path *at, int depth, amqp_field_value_t *out) {
@@ -180,7 +181,8 @@ static void encode_value(encoder *e, int i, const path *at, int depth, amqp_fiel
 void mrl_to_table(lua_State *L, int i, const char *name, bool arguments, amqp_table_t *out) {
   encoder e = {L, mrl_get_state(L), arguments};
   path at = {NULL, name, 0};
-  if (lua_type(L, i) != LUA_TTABLE) luaL_error(L, "%s: table expected, got %s", name, luaL_typename(L, i));
+  if (lua_type(L, i) != LUA_TTABLE)
+    luaL_error(L, "%s: table expected, got %s", name, luaL_typename(L, i));
   luaL_checkstack(L, 12, NULL);
   i = lua_absindex(L, i);
   if (array_length(&e, i, &at)) fail(&e, &at, "its keys must be strings");
