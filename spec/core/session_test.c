@@ -818,6 +818,17 @@ static void texts_of_the_network_are_cut_and_clean(void) {
   peer_free(p);
 }
 
+static void closes_without_words_still_say_something(void) {
+  peer *p = peer_open();
+  mr_channel *a = peer_channel(p);
+  peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 404, .reply_text = BYTES(""));
+  CHECK(expect_event(p, MR_EV_CHANNEL_CLOSED)->error.text[0]);
+  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 0, .reply_text = BYTES(""));
+  CHECK(expect_event(p, MR_EV_CLOSED)->error.text[0]);
+  mr_channel_release(a);
+  peer_free(p);
+}
+
 /* ---- time ---- */
 
 static peer *beating(uint16_t heartbeat) {
@@ -1022,6 +1033,7 @@ int main(int argc, char **argv) {
   RUN(connection_closes_that_cross);
   RUN(events_before_the_end_are_still_told);
   RUN(texts_of_the_network_are_cut_and_clean);
+  RUN(closes_without_words_still_say_something);
   RUN(heartbeats_leave_at_half_the_interval);
   RUN(a_busy_connection_sends_no_heartbeats);
   RUN(silence_ends_the_connection_after_two_intervals);

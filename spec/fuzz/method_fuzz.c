@@ -40,8 +40,8 @@ static void ask(peer *p, mr_channel *channel, amqp_method_number_t answer) {
 }
 
 static void drain(peer *p) {
-  for (mr_event_type type; (type = peer_next(p)) != MR_EV_NONE;)
-    if (type == MR_EV_CLOSED) CHECK(p->event.error.text[0]);
+  while (peer_next(p) != MR_EV_NONE) {
+  }
   peer_pull(p);
 }
 
