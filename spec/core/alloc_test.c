@@ -89,7 +89,7 @@ static void pump(session *s) {
   mr_event ev;
   while (mr_engine_next(s->engine, &ev) != MR_EV_NONE) {
     s->events[ev.type]++;
-    s->bytes += ev.content.body.len * (ev.type == MR_EV_DELIVER || ev.type == MR_EV_GET_OK);
+    if (ev.type == MR_EV_DELIVER || ev.type == MR_EV_GET_OK) s->bytes += ev.content.body.len;
     if (ev.type == MR_EV_CONFIRM) s->confirmed += ev.confirm.last - ev.confirm.first + 1;
     if (ev.type == MR_EV_CONFIRM && ev.confirm.outcome == MR_UNROUTABLE) s->unroutable++;
     if (ev.type != MR_EV_CLOSED) continue;

@@ -432,21 +432,16 @@ static void the_servers_properties_are_kept(void) {
 
 /* ---- the password ---- */
 
-#include <unistd.h>
-
-/* Whether a mapping that can be written to holds `needle`, the caller's copy apart. */
-static int copies(const char *needle, size_t n, const char *own) {
+/* How often the heap holds `needle`. */
+static int copies(const char *needle, size_t n) {
   FILE *maps = fopen("/proc/self/maps", "r");
   char line[512];
   int found = 0;
-  if (!maps) check_skip("no /proc/self/maps");
+  if (!maps) return 0;
   while (fgets(line, sizeof line, maps)) {
     uintptr_t from, to;
-    char mode[8];
-    if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %7s", &from, &to, mode) != 3) continue;
-    if (!strstr(line, "[heap]")) continue;
-    for (const char *at = (const char *)from; (at = memmem(at, (size_t)((const char *)to - at), needle, n)); at++)
-      if (at != own) found++;
+    if (!strstr(line, "[heap]") || sscanf(line, "%" SCNxPTR "-%" SCNxPTR, &from, &to) != 2) continue;
+    for (const char *at = (const char *)from; (at = memmem(at, (size_t)((const char *)to - at), needle, n)); at++) found++;
   }
   fclose(maps);
   return found;
@@ -460,6 +455,16 @@ static void skip_where_the_heap_cannot_be_read(void) {
   check_skip("AddressSanitizer poisons the heap");
 #endif
 #endif
+  static const char needle[] = "a needle in the heap";
+  char *block = malloc(sizeof needle);
+  bool seen;
+  if (!block) abort();
+  memcpy(block, needle, sizeof needle);
+  __asm__ volatile("" : : "r"(block) : "memory"); /* the compiler must not forget the copy */
+  seen = copies(needle, sizeof needle) > 0;
+  memset(block, 0, sizeof needle);
+  free(block);
+  if (!seen) check_skip("the heap cannot be read here");
 }
 
 static void the_password_is_wiped_once_sent(void) {
@@ -472,10 +477,10 @@ static void the_password_is_wiped_once_sent(void) {
     config.mechanism = kind ? "AMQPLAIN" : "PLAIN";
     p = started(&config, "PLAIN AMQPLAIN");
     expect_no_event(p);
-    CHECK(copies(password, sizeof password - 1, NULL) > 0);
+    CHECK(copies(password, sizeof password - 1) > 0);
     peer_pull(p);
     memset(p->from_client.data, 0, p->from_client.capacity);
-    CHECK_EQ(copies(password, sizeof password - 1, NULL), 0);
+    CHECK_EQ(copies(password, sizeof password - 1), 0);
     p->from_client.len = 0;
     peer_tune(p, 0, 0, 0);
     peer_send(p, 0, CONNECTION_OPEN_OK, connection_open_ok, .known_hosts = BYTES(""));
@@ -483,9 +488,9 @@ static void the_password_is_wiped_once_sent(void) {
     CHECK_EQ(mr_engine_update_secret(p->engine, BYTES(password), BYTES("renewed")) < 0, 0);
     peer_pull(p);
     memset(p->from_client.data, 0, p->from_client.capacity);
-    CHECK_EQ(copies(password, sizeof password - 1, NULL), 0);
+    CHECK_EQ(copies(password, sizeof password - 1), 0);
     peer_free(p);
-    CHECK_EQ(copies(password, sizeof password - 1, NULL), 0);
+    CHECK_EQ(copies(password, sizeof password - 1), 0);
   }
 }
 
@@ -505,7 +510,7 @@ static void a_secret_leaves_no_copy_in_a_busy_buffer(void) {
     for (int k = 0; k < i; k++)
       CHECK(mr_publish(channel, &(mr_publish_args){.body = {.len = sizeof body, .bytes = body}}, NULL) >= 0);
     while (mr_engine_tx_peek(p->engine, &n)) mr_engine_tx_consume(p->engine, 1 + check_below((uint32_t)n), p->now);
-    CHECK_EQ(copies(secret + 8, sizeof secret - 9, NULL), 0);
+    CHECK_EQ(copies(secret + 8, sizeof secret - 9), 0);
   }
   mr_channel_release(channel);
   peer_free(p);
@@ -519,9 +524,9 @@ static void the_password_is_wiped_when_never_sent(void) {
   config.password = BYTES(password);
   p = peer_new(&config);
   CHECK_EQ(mr_engine_start(p->engine, p->now), MR_OK);
-  CHECK(copies(password, sizeof password - 1, NULL) > 0);
+  CHECK(copies(password, sizeof password - 1) > 0);
   peer_free(p);
-  CHECK_EQ(copies(password, sizeof password - 1, NULL), 0);
+  CHECK_EQ(copies(password, sizeof password - 1), 0);
 }
 
 int main(int argc, char **argv) {
