@@ -201,8 +201,9 @@ end
 ---@param opts { arguments: table?, no_wait: boolean?, timeout: number? }?
 ---@return true|nil, moonrabbit.Error?
 function Channel:exchange_bind(destination, source, routing_key, opts)
-  return exchange_binding(self, "Channel:exchange_bind", "exchange.bind", destination, source, routing_key, opts,
-    bind_options)
+  local ok, err = exchange_binding(self, "Channel:exchange_bind", "exchange.bind", destination, source, routing_key,
+    opts, bind_options)
+  return ok, err
 end
 
 ---@param destination string
@@ -211,8 +212,9 @@ end
 ---@param opts { arguments: table?, no_wait: boolean?, timeout: number? }?
 ---@return true|nil, moonrabbit.Error?
 function Channel:exchange_unbind(destination, source, routing_key, opts)
-  return exchange_binding(self, "Channel:exchange_unbind", "exchange.unbind", destination, source, routing_key, opts,
-    bind_options)
+  local ok, err = exchange_binding(self, "Channel:exchange_unbind", "exchange.unbind", destination, source, routing_key,
+    opts, bind_options)
+  return ok, err
 end
 
 -- ---- Queues -----------------------------------------------------------------------------------------
@@ -353,7 +355,7 @@ function Channel:tx_commit(opts)
 end
 
 --- tx.rollback: takes back publishes and acks since the last commit; the deliveries stay out, and
---- can be settled again.
+--- can be settled again by the channel's ack, nack and reject.
 ---@param opts { timeout: number? }?
 ---@return true|nil, moonrabbit.Error?
 function Channel:tx_rollback(opts)
@@ -470,7 +472,9 @@ function Channel:publish_async(body, opts)
     end
     return confirmation
   end
-  return publish_slow(self, publish_again, opts, body, flush, opts and opts.timeout, 2)
+  local err
+  confirmation, err = publish_slow(self, publish_again, opts, body, flush, opts and opts.timeout, 2)
+  return confirmation, err
 end
 
 --- Publishes and waits for the broker's confirm: true once a queue has the message (and, where it is
@@ -782,7 +786,8 @@ end
 ---@param handler fun(message: moonrabbit.Message)?
 ---@return moonrabbit.Consumer|nil, moonrabbit.Error?
 function Channel:consume(queue, opts, handler)
-  return require("moonrabbit.consumer").start(self, queue, opts, handler, 2)
+  local consumer, err = require("moonrabbit.consumer").start(self, queue, opts, handler, 2)
+  return consumer, err
 end
 
 --- Cancels a consumer, as consumer:cancel does.
@@ -824,7 +829,8 @@ end
 
 local function tag_of(what, value, level)
   if core.is_message(value) then return value.delivery_tag end
-  return argument(what, "delivery tag", value, integer(0, 9007199254740991), level + 1)
+  argument(what, "delivery tag", value, integer(0, 9007199254740991), level + 1)
+  return value
 end
 
 --- Acks a delivery (a message or its tag). With `multiple` also every earlier one that is outstanding;
@@ -840,10 +846,12 @@ function Channel:ack(tag, opts)
   if self._closed then return nil, self:_closed_error() end
   if opts.multiple then
     local ok, flush = self._core:settle_upto(tag, "ack", false)
-    return settled(self, ok, flush, "Channel:ack", tag, 2)
+    local result, err = settled(self, ok, flush, "Channel:ack", tag, 2)
+    return result, err
   end
   local ok, flush = self._core:settle(tag, "ack", false)
-  return settled(self, ok, flush, "Channel:ack", tag, 2)
+  local result, err = settled(self, ok, flush, "Channel:ack", tag, 2)
+  return result, err
 end
 
 --- Refuses a delivery; it goes back to its queue unless `requeue = false` (then it is dead-lettered
@@ -862,7 +870,8 @@ function Channel:nack(tag, opts)
   else
     ok, flush = self._core:settle(tag, "nack", requeue)
   end
-  return settled(self, ok, flush, "Channel:nack", tag, 2)
+  local result, err = settled(self, ok, flush, "Channel:nack", tag, 2)
+  return result, err
 end
 
 --- Rejects a delivery; it is dead-lettered or dropped unless `requeue = true`. basic.reject
@@ -874,7 +883,8 @@ function Channel:reject(tag, opts)
   opts = check("Channel:reject", opts, reject_options)
   if self._closed then return nil, self:_closed_error() end
   local ok, flush = self._core:settle(tag, "reject", opts.requeue or false)
-  return settled(self, ok, flush, "Channel:reject", tag, 2)
+  local result, err = settled(self, ok, flush, "Channel:reject", tag, 2)
+  return result, err
 end
 
 --- How many deliveries are not settled yet.

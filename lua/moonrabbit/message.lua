@@ -27,16 +27,17 @@ local boolean, shortstr, seconds = options.boolean, options.shortstr, options.se
 ---@field reply_text string?
 local methods = core.message_methods
 
-local function not_settled(message, status, what)
+-- `level`: of whoever called the method, for error().
+local function not_settled(message, status, what, level)
   local owner = core_owner(message)
   if status == "closed" then return nil, owner:_closed_error() end
   if status == "settled" then
-    error(("%s: delivery %s was settled before"):format(what, tostring(message.delivery_tag)), 3)
+    error(("%s: delivery %s was settled before"):format(what, tostring(message.delivery_tag)), level)
   elseif status == "unknown_tag" then
     error(("%s: delivery %s has nothing to settle (no_ack, or a returned message)"):format(what,
-      tostring(message.delivery_tag)), 3)
+      tostring(message.delivery_tag)), level)
   end
-  return nil, owner._session:refusal(status, what, 3)
+  return nil, owner._session:refusal(status, what, level)
 end
 
 --- Acks this delivery: the broker may forget the message. Acks leave gathered: with the next write,
@@ -55,14 +56,18 @@ function methods:ack()
     owner._session:try_flush()
     return true
   end
-  return not_settled(self, owner, "Message:ack")
+  local none, err = not_settled(self, owner, "Message:ack", 3)
+  return none, err
 end
 
 local settle_options = { requeue = boolean }
 
 local function settle(message, kind, requeue, what)
   local flush, owner = core_settle(message, kind, requeue)
-  if flush == nil then return not_settled(message, owner, what) end
+  if flush == nil then
+    local none, err = not_settled(message, owner, what, 4)
+    return none, err
+  end
   local session = owner._session
   if flush then session:try_flush() else session:touch() end
   return true

@@ -37,7 +37,7 @@ end
 function options.integer(min, max)
   return function(value)
     if type(value) ~= "number" or value ~= floor(value) or value < min or value > max or value == huge then
-      return "an integer from " .. min .. " to " .. max
+      return ("an integer from %.0f to %.0f"):format(min, max)
     end
   end
 end

@@ -196,14 +196,43 @@ describe("moonrabbit #smoke", function()
     end
   end)
 
+  it("loses nothing when the reader of its output is gone", function()
+    ok(moonrabbit("publish", "-k", queue, "-n", "1000", ("x"):rep(1000)))
+    local script = process.command { "bin/moonrabbit", "consume", queue } .. " | head -n 1"
+    run({ "sh", "-c", script }, { raw = true })
+    local left = cjson.decode(ok(moonrabbit("declare", "queue", queue, "--json"))).messages
+    assert.truthy(left >= 800, left)
+  end)
+
+  it("publishes a line when it comes, not when the next one does", function()
+    local script = "(echo first; sleep 3; echo second) | "
+      .. process.command { "bin/moonrabbit", "publish", "-k", queue }
+    local publisher = process.start({ "sh", "-c", script }, { raw = true })
+    assert.equal("first\n", ok(moonrabbit("consume", queue, "-n", "1", "--timeout", "2.5")))
+    assert.equal("", publisher:out())
+    assert.equal(0, publisher:wait(), publisher:err())
+    assert.equal("2 published, 2 confirmed\n", publisher:out())
+    publisher:stop()
+  end)
+
+  it("says so when the broker goes away", function()
+    local broker = os.getenv "MOONRABBIT_BROKER"
+    if not broker then pending "needs a private broker" return end
+    local consumer = process.start { "bin/moonrabbit", "consume", queue }
+    ok(moonrabbit("publish", "-k", queue, "up"))
+    assert.truthy(consumer:await "up\n")
+    run({ "sh", "-c", "scripts/broker ctl --name " .. broker .. " -q close_all_connections 'so that it is seen'" },
+      { raw = true })
+    assert.equal(1, consumer:wait(), consumer:err())
+    assert.truthy(consumer:err():find "^moonrabbit: [^\n]*so that it is seen[^\n]*\n$", consumer:err())
+    consumer:stop()
+  end)
+
   it("puts back what a full disk did not take", function()
     if not io.open "/dev/full" then pending "there is no /dev/full" return end
     ok(moonrabbit("publish", "-k", queue, "precious"))
-    local script = ("%s bin/moonrabbit consume %s -n 1 > /dev/full"):format("$MR", process.quote(queue))
-    local setup = ("%s -e %s"):format(process.lua,
-      process.quote(("package.path=%q package.cpath=%q"):format(package.path, package.cpath)))
-    local result = run({ "sh", "-c", (script:gsub("%$MR", function() return setup end)) }, { raw = true })
-    one_line(1, "stdout cannot be written", result)
+    local script = process.command { "bin/moonrabbit", "consume", queue, "-n", "1" } .. " > /dev/full"
+    one_line(1, "stdout cannot be written", run({ "sh", "-c", script }, { raw = true }))
     assert.equal("precious\n", ok(moonrabbit("consume", queue, "-n", "1")))
   end)
 end)
@@ -229,13 +258,14 @@ describe("moonrabbit's usage #smoke", function()
     one_line(2, "seconds", moonrabbit("consume", "q", "--timeout", "0"))
     one_line(2, "ack-mode", moonrabbit("consume", "q", "--ack-mode", "maybe"))
     one_line(2, "--raw and --json", moonrabbit("consume", "q", "--raw", "--json"))
+    one_line(2, "--routing-key", moonrabbit("publish", "x"))
     one_line(2, "a body and --file", moonrabbit("publish", "x", "--file", "y"))
-    one_line(2, "--count", moonrabbit("publish", "--count", "3"))
-    one_line(2, "name=value", moonrabbit("publish", "x", "-H", "nonsense"))
-    one_line(2, "no JSON", moonrabbit("publish", "x", "-H", "a:={"))
+    one_line(2, "--count", moonrabbit("publish", "-k", "q", "--count", "3"))
+    one_line(2, "name=value", moonrabbit("publish", "x", "-k", "q", "-H", "nonsense"))
+    one_line(2, "no JSON", moonrabbit("publish", "x", "-k", "q", "-H", "a:={"))
     one_line(2, "255", moonrabbit("publish", "x", "-k", ("k"):rep(256)))
-    one_line(2, "255", moonrabbit("publish", "x", "--priority", "256"))
-    one_line(2, "nothing-there", moonrabbit("publish", "--file", "/nothing-there"))
+    one_line(2, "255", moonrabbit("publish", "x", "-k", "q", "--priority", "256"))
+    one_line(2, "nothing-there", moonrabbit("publish", "-k", "q", "--file", "/nothing-there"))
     one_line(2, "amqps://", moonrabbit("purge", "q", "--url", "amqp://localhost/", "--ca", "x"))
     one_line(2, "amqp://", moonrabbit("purge", "q", "--url", "http://localhost/"))
     one_line(2, "empty", moonrabbit("purge", "q", "--url-file", "/dev/null"))
