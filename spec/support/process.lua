@@ -30,8 +30,9 @@ end
 -- The child finds the modules where this process does.
 local setup = ("package.path=%q package.cpath=%q"):format(package.path, package.cpath):gsub("\\\n", "\\n")
 
--- script and arguments as one command of the shell.
-local function command(words, options)
+--- Script and arguments as one command of the shell.
+function process.command(words, options)
+  options = options or {}
   local parts = { "env" }
   for _, name in ipairs(options.unset or {}) do parts[#parts + 1] = "-u " .. name end
   for name, value in pairs(options.env or {}) do parts[#parts + 1] = quote(name .. "=" .. value) end
@@ -56,7 +57,7 @@ function process.run(words, options)
   end
   -- By way of a file: the shell takes no command over 128 KiB.
   local script = assert(io.open(base .. ".sh", "wb"))
-  script:write(command(words, options), "\n")
+  script:write(process.command(words, options), "\n")
   script:close()
   os.execute(("sh %s.sh < %s > %s.out 2> %s.err; echo $? > %s.rc"):format(base, input, base, base, base))
   local result = {
@@ -76,7 +77,7 @@ function process.start(words, options)
   local base = os.tmpname()
   -- "&" in a shell without job control makes a child ignore SIGINT.
   os.execute(("{ env --default-signal=INT,TERM %s < /dev/null > %s.out 2> %s.err & echo $! > %s.pid; wait $!; "
-    .. "echo $? > %s.rc; } > /dev/null 2>&1 &"):format(command(words, options), base, base, base, base))
+    .. "echo $? > %s.rc; } > /dev/null 2>&1 &"):format(process.command(words, options), base, base, base, base))
   local self = setmetatable({ base = base }, Running)
   repeat
     self.pid = tonumber(slurp(base .. ".pid") or "")

@@ -92,8 +92,8 @@ function steps.dns(report, patient)
   local began = connect.now()
   local addresses, text = probe.resolve(parsed.host, parsed.port, patient.timeout)
   if not addresses then
-    return report:fail("DNS", exit.unreachable, parsed.host .. ": " .. text, ("is the host name '%s' right, and does this machine reach "
-      .. "its name server?"):format(parsed.host))
+    return report:fail("DNS", exit.unreachable, parsed.host .. ": " .. text,
+      "is the host name right, and does this machine reach its name server?")
   end
   patient.addresses = addresses
   local names = {}

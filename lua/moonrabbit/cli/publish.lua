@@ -50,6 +50,9 @@ end
 
 function publish.check(args)
   if args.body and args.file then return "a body and --file: give one of them" end
+  if args.exchange == "" and args.routing_key == "" then
+    return "where to? --routing-key names a queue, --exchange an exchange"
+  end
   if args.count and not args.body and not args.file then
     return "--count repeats a body or a --file; lines of stdin are published once each"
   end
