@@ -61,8 +61,10 @@ static int resolver_result(lua_State *L) {
   size_t count = 0;
   mrn_error err;
   mrn_status status;
-  if (r->lookup == NULL) status = mrn_fail(&err, MRN_DNS, "closed");
-  else status = mrn_lookup_result(r->lookup, &addresses, &count, &err);
+  if (r->lookup == NULL)
+    status = mrn_fail(&err, MRN_DNS, "closed");
+  else
+    status = mrn_lookup_result(r->lookup, &addresses, &count, &err);
   if (status != MRN_OK) return mrn_push_failure(L, status, &err);
   lua_createtable(L, (int)count, 0);
   for (size_t i = 0; i < count; i++) {
@@ -84,8 +86,7 @@ void mrn_bind_address(lua_State *L) {
   static const luaL_Reg resolver_methods[] = {
       {"fd", resolver_fd},      {"result", resolver_result}, {"close", resolver_close},
       {"__gc", resolver_close}, {"__close", resolver_close}, {NULL, NULL}};
-  static const luaL_Reg functions[] = {
-      {"resolve", resolve}, {"unix", unix_address}, {NULL, NULL}};
+  static const luaL_Reg functions[] = {{"resolve", resolve}, {"unix", unix_address}, {NULL, NULL}};
   mr_new_type(L, MRN_ADDRESS_TYPE, address_methods);
   mr_new_type(L, MRN_RESOLVER_TYPE, resolver_methods);
   luaL_setfuncs(L, functions, 0);

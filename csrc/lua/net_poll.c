@@ -29,9 +29,12 @@ static mrn_poller *check(lua_State *L) {
 static unsigned check_events(lua_State *L, int index) {
   unsigned events = 0;
   for (const char *c = luaL_checkstring(L, index); *c != '\0'; c++) {
-    if (*c == 'r') events |= MRN_READ;
-    else if (*c == 'w') events |= MRN_WRITE;
-    else luaL_argerror(L, index, "\"r\", \"w\", \"rw\" or \"\" expected");
+    if (*c == 'r')
+      events |= MRN_READ;
+    else if (*c == 'w')
+      events |= MRN_WRITE;
+    else
+      luaL_argerror(L, index, "\"r\", \"w\", \"rw\" or \"\" expected");
   }
   return events;
 }
@@ -100,14 +103,15 @@ static int next_signal(lua_State *L) {
 }
 
 void mrn_bind_poll(lua_State *L) {
-  static const luaL_Reg methods[] = {
-      {"set", poller_set},     {"wait", poller_wait},  {"next", poller_next},
-      {"close", poller_close}, {"__gc", poller_close}, {"__close", poller_close},
-      {NULL, NULL}};
-  static const luaL_Reg functions[] = {{"poller", new_poller},
-                                       {"signal", watch_signal},
-                                       {"next_signal", next_signal},
-                                       {NULL, NULL}};
+  static const luaL_Reg methods[] = {{"set", poller_set},
+                                     {"wait", poller_wait},
+                                     {"next", poller_next},
+                                     {"close", poller_close},
+                                     {"__gc", poller_close},
+                                     {"__close", poller_close},
+                                     {NULL, NULL}};
+  static const luaL_Reg functions[] = {
+      {"poller", new_poller}, {"signal", watch_signal}, {"next_signal", next_signal}, {NULL, NULL}};
   mr_new_type(L, MRN_POLLER_TYPE, methods);
   luaL_setfuncs(L, functions, 0);
 }

@@ -70,10 +70,13 @@ static int server_close(lua_State *L) {
 }
 
 void mrn_bind_server(lua_State *L) {
-  static const luaL_Reg methods[] = {
-      {"fd", server_fd},       {"port", server_port},  {"accept", server_accept},
-      {"close", server_close}, {"__gc", server_close}, {"__close", server_close},
-      {NULL, NULL}};
+  static const luaL_Reg methods[] = {{"fd", server_fd},
+                                     {"port", server_port},
+                                     {"accept", server_accept},
+                                     {"close", server_close},
+                                     {"__gc", server_close},
+                                     {"__close", server_close},
+                                     {NULL, NULL}};
   mr_new_type(L, MRN_SERVER_TYPE, methods);
   lua_pushcfunction(L, listen_on);
   lua_setfield(L, -2, "listen");

@@ -149,20 +149,19 @@ static int stream_collect(lua_State *L) {
 }
 
 void mrn_bind_stream(lua_State *L) {
-  static const luaL_Reg methods[] = {
-      {"fd", stream_fd},
-      {"wants", stream_wants},
-      {"handshake", stream_handshake},
-      {"fill", stream_fill},
-      {"flush", stream_flush},
-      {"read", stream_read},
-      {"write", stream_write},
-      {"settle", stream_settle},
-      {"tls_info", stream_describe},
-      {"close", stream_close},
-      {"__gc", stream_collect},
-      {"__close", stream_close},
-      {NULL, NULL}};
+  static const luaL_Reg methods[] = {{"fd", stream_fd},
+                                     {"wants", stream_wants},
+                                     {"handshake", stream_handshake},
+                                     {"fill", stream_fill},
+                                     {"flush", stream_flush},
+                                     {"read", stream_read},
+                                     {"write", stream_write},
+                                     {"settle", stream_settle},
+                                     {"tls_info", stream_describe},
+                                     {"close", stream_close},
+                                     {"__gc", stream_collect},
+                                     {"__close", stream_close},
+                                     {NULL, NULL}};
   mr_new_type(L, MRN_STREAM_TYPE, methods);
   lua_pushcfunction(L, connect_stream);
   lua_setfield(L, -2, "connect");

@@ -50,8 +50,10 @@ static bool looks_numeric(const char *host) {
   int dots = 0;
   if (strchr(host, ':') != NULL) return true;
   for (; *host != '\0'; host++) {
-    if (*host == '.') dots++;
-    else if (*host < '0' || *host > '9') return false;
+    if (*host == '.')
+      dots++;
+    else if (*host < '0' || *host > '9')
+      return false;
   }
   return dots == 3;
 }
@@ -72,8 +74,7 @@ size_t mrn_address_localhost(int port, mrn_address addresses[2]) {
   return count;
 }
 
-mrn_status mrn_address_unix(const char *path, size_t length, mrn_address *address,
-                            mrn_error *err) {
+mrn_status mrn_address_unix(const char *path, size_t length, mrn_address *address, mrn_error *err) {
   struct sockaddr_un *sun = (struct sockaddr_un *)&address->storage;
   memset(address, 0, sizeof *address);
   if (length == 0 || length >= sizeof sun->sun_path) {

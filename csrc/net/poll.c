@@ -199,8 +199,8 @@ bool mrn_poller_next(mrn_poller *poller, int *fd, unsigned *events) {
     int found = entry->revents;
     entry->revents = 0;
     if (entry->fd < 0 || found == 0) continue;
-    *events = (found & POLLIN ? (unsigned)MRN_READ : 0u) |
-              (found & POLLOUT ? (unsigned)MRN_WRITE : 0u);
+    *events =
+        (found & POLLIN ? (unsigned)MRN_READ : 0u) | (found & POLLOUT ? (unsigned)MRN_WRITE : 0u);
     if (found & (POLLERR | POLLHUP | POLLNVAL)) *events = MRN_READ | MRN_WRITE;
     *fd = entry->fd;
     return true;

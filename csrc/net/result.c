@@ -36,7 +36,7 @@ MRN_UNUSED static const char *gnu_words(const char *result, const char *buffer) 
 MRN_UNUSED static const char *posix_words(int result, const char *buffer) {
   return result == 0 ? buffer : "unknown error";
 }
-#define ERROR_WORDS(code, buffer)                                                    \
+#define ERROR_WORDS(code, buffer) \
   _Generic(strerror_r(0, buffer, 0), char *: gnu_words, int: posix_words)(           \
       strerror_r((code), buffer, sizeof(buffer)), buffer)
 

@@ -29,11 +29,11 @@ void mrn_stream_init(mrn_stream *stream) {
 }
 
 void mrn_stream_adopt(mrn_stream *stream, int fd) {
-  struct sockaddr_storage peer;
-  socklen_t length = sizeof peer;
+  struct sockaddr_storage own = {.ss_family = AF_UNIX};
+  socklen_t length = sizeof own;
   stream->fd = fd;
   stream->state = OPEN;
-  if (getsockname(fd, (struct sockaddr *)&peer, &length) == 0) mrn_no_delay(fd, peer.ss_family);
+  if (getsockname(fd, (struct sockaddr *)&own, &length) == 0) mrn_no_delay(fd, own.ss_family);
 }
 
 void mrn_stream_drop(mrn_stream *stream) {
@@ -60,9 +60,7 @@ static mrn_status again(mrn_stream *stream, char wants) {
   return MRN_AGAIN;
 }
 
-static mrn_status closed_by_us(mrn_error *err) {
-  return mrn_fail(err, MRN_CLOSED, "closed");
-}
+static mrn_status closed_by_us(mrn_error *err) { return mrn_fail(err, MRN_CLOSED, "closed"); }
 
 /* ---- connecting ---- */
 
@@ -168,8 +166,8 @@ static mrn_status decrypt(mrn_stream *stream, void *place, size_t space, size_t 
   size_t total = 0, part = 0;
   mrn_status status = MRN_OK;
   while (total < space && status == MRN_OK) {
-    status = mrn_tls_read(stream->tls, (char *)place + total, space - total, &part,
-                          &stream->wants, err);
+    status =
+        mrn_tls_read(stream->tls, (char *)place + total, space - total, &part, &stream->wants, err);
     if (status == MRN_OK) total += part;
   }
   *n = total;

@@ -19,10 +19,10 @@
 typedef struct mrn_stream {
   int fd; /* -1: closed */
   uint8_t state;
-  char wants;       /* 'r' or 'w': what the last MRN_AGAIN waits for */
-  bool drained;     /* the kernel had no more at the last read */
-  mrn_tls *tls;     /* NULL: plain */
-  char *name;       /* of the address, for errors, until the handshake is done */
+  char wants;   /* 'r' or 'w': what the last MRN_AGAIN waits for */
+  bool drained; /* the kernel had no more at the last read */
+  mrn_tls *tls; /* NULL: plain */
+  char *name;   /* of the address, for errors, until the handshake is done */
 } mrn_stream;
 
 /* A place for bytes that arrive or leave; see csrc/lua/port.h. */

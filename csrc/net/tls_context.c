@@ -10,7 +10,8 @@
 #define READ_BUFFER ((size_t)64 * 1024)
 
 /* Without this OpenSSL asks for the passphrase of a key on the terminal, and waits. */
-static int no_passphrase(char *buffer, int size, int writing, void *asked) {
+static int no_passphrase(char *buffer, /* NOLINT(readability-non-const-parameter): OpenSSL's type */
+                         int size, int writing, void *asked) {
   (void)buffer, (void)size, (void)writing;
   *(bool *)asked = true;
   return 0;

@@ -21,7 +21,7 @@ struct mrn_tls {
   bool ended;       /* recv said end of stream */
   uint8_t *out;     /* records that the kernel has not taken yet */
   size_t out_start, out_end, out_room;
-  char *why;        /* what the verification of the certificate found */
+  char *why; /* what the verification of the certificate found */
 };
 
 /* The transport of a session: its descriptor. NULL: out of memory. */

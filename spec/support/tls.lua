@@ -61,7 +61,7 @@ end
 ---@return { port: integer, stop: function }
 function M.server(folder, certificate, options)
   local port = free_port()
-  local pipe = assert(io.popen(("echo $$; cd %s && exec openssl s_server -accept 127.0.0.1:%d "
+  local pipe = assert(io.popen(("echo $$; cd %s && exec timeout -k 1 120 openssl s_server -accept 127.0.0.1:%d "
     .. "-cert %s.pem -key %s.key -rev %s 2>&1 </dev/null"):format(folder, port, certificate,
     certificate, options or "")))
   local pid = assert(tonumber(pipe:read("*l")))
@@ -71,7 +71,7 @@ function M.server(folder, certificate, options)
   local server = { port = port }
   function server.stop()
     if not pipe then return end
-    execute("kill -9 " .. pid)
+    execute("kill " .. pid)
     pipe:close()
     pipe = nil
   end

@@ -716,9 +716,8 @@ describe("the native runtime", function()
       assert.equal("olleh\n", answer)
       assert.matches("^TLSv1", transport:tls_info())
       transport:close()
-      local _, kind, text, temporary = rt.open(endpoint, nil, 20)
-      if _ then _:close() end -- plain TCP connects
-      _, kind, text, temporary = rt.open(endpoint, { ca = folder .. "/ca.pem", server_name = "elsewhere" }, 20)
+      local _, kind, text, temporary =
+        rt.open(endpoint, { ca = folder .. "/ca.pem", server_name = "elsewhere" }, 20)
       assert.is_nil(_)
       assert.equal("tls", kind) -- though ::1 refused
       assert.matches("host name mismatch: certificate is for localhost, 127%.0%.0%.1$", text)
