@@ -4,8 +4,8 @@
  * Who keeps whom alive (-> is a strong reference):
  *   engine userdata   -> { channels = id -> anchor, queues = ref -> queue userdata, outbox }
  *   anchor (a table)  -> owner, channel userdata, pending confirmations, engine userdata, tags
- *   channel userdata, confirmation, message -> anchor (a message with a large body: a table of its
- *                       own that leads to the owner and the channel userdata)
+ *   channel userdata, confirmation, message -> anchor (before 5.4, a message with a large body: a
+ *                       table of its own that leads to the owner and the channel userdata)
  *   queue userdata    -> ring (a table) -> anchor, messages
  * So a message or confirmation alone keeps its channel and engine readable, whatever the client does.
  * When Lua collects all of them at once, it may finalize them in any order: the core allows
@@ -160,7 +160,7 @@ typedef struct {
   uint8_t exchange_len, key_len, consumer_len, text_len;
   uint8_t type; /* mr_event_type: MR_EV_DELIVER, MR_EV_GET_OK or MR_EV_RETURN */
   bool redelivered, no_ack, settled;
-  bool large;  /* the body is a Lua string in the uservalue's slot MR_LARGE_BODY */
+  bool large;  /* the body is a Lua string kept with the userdata */
   char data[]; /* exchange, routing key, consumer tag, reply text, raw properties, body */
 } mrl_message;
 
