@@ -12,7 +12,7 @@ local options = require "moonrabbit.options"
 local runtimes = require "moonrabbit.runtime"
 local uri = require "moonrabbit.uri"
 local Session = require "moonrabbit.session"
-local pcall = require("moonrabbit.runtime.pcall").pcall
+local pcall = require "moonrabbit.protect"
 
 require "moonrabbit.message"
 require "moonrabbit.confirmation"

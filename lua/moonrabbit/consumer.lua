@@ -16,7 +16,7 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
-local yielding_pcall = require("moonrabbit.runtime.pcall").pcall
+local yielding_pcall = require "moonrabbit.protect"
 
 local huge = math.huge
 

@@ -64,7 +64,7 @@ end
 
 --- pcall that what it calls may yield through, on PUC Lua 5.1 too.
 function moonrabbit.pcall(fn, ...)
-  return require("moonrabbit.runtime.pcall").pcall(fn, ...)
+  return require("moonrabbit.protect")(fn, ...)
 end
 
 local lazy = {

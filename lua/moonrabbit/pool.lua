@@ -10,7 +10,7 @@ local errors = require "moonrabbit.errors"
 local options = require "moonrabbit.options"
 local runtimes = require "moonrabbit.runtime"
 local Connection = require "moonrabbit.connection"
-local pcall = require("moonrabbit.runtime.pcall").pcall
+local pcall = require "moonrabbit.protect"
 
 local huge = math.huge
 

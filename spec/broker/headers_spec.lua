@@ -1,6 +1,5 @@
 -- Properties, headers of every type, and forwarding.
 local moonrabbit = require "moonrabbit"
-local core = require "moonrabbit.core"
 local broker = require "support.broker"
 local ok = broker.ok
 local types = moonrabbit.types
@@ -51,7 +50,7 @@ describe("headers", function()
     for _, name in ipairs { "text", "empty", "yes", "no", "int", "negative", "float" } do
       assert.equal(given[name], headers[name], name)
     end
-    assert.equal(2 ^ 53, tonumber(tostring(headers.big)))
+    assert.equal(2 ^ 53, headers.big)
     assert.same({ 1, "two", { 3 } }, headers.list)
     assert.same({ nested = { deep = true } }, headers.map)
     assert.equal(moonrabbit.null, headers.void)
@@ -60,7 +59,7 @@ describe("headers", function()
     assert.equal(-300, headers.i16)
     assert.equal(60000, headers.u16)
     assert.equal(-70000, headers.i32)
-    assert.equal(2 ^ 40, tonumber(tostring(headers.i64)))
+    assert.equal(2 ^ 40, headers.i64)
     assert.equal(0.5, headers.single)
     assert.equal(0.25, headers.double)
     assert.truthy(headers.price == given.price)
@@ -86,7 +85,6 @@ describe("headers", function()
     local copy = ok(ch:get(second))
     assert.equal("body", copy.body)
     assert.same(message.properties, copy.properties)
-    assert.equal(core.encode_table { a = 1 }, core.encode_table { a = 1 })
     copy:ack()
     assert.is_true(ok(message:forward("", second, { set = { change = "new", added = true }, remove = { "drop" },
       remove_properties = { "expiration" } })))
