@@ -19,23 +19,33 @@ static void skip_property(mr_reader *r, char kind) {
   }
 }
 
+/* Notes where the headers stand; NULL, or what is wrong with them. */
+static const char *scan_headers(const mr_reader *r, const uint8_t *base, const uint8_t *start,
+                                mr_props_layout *layout) {
+  layout->headers_len = (size_t)(r->p - start);
+  layout->headers = (size_t)(start - base);
+  return mr_table_check(mr_bytes(start, layout->headers_len));
+}
+
 const char *mr_props_scan(amqp_bytes_t props, mr_props_layout *layout) {
   mr_reader r = mr_reader_of(props, true);
   const uint8_t *base = r.p;
-  *layout = (mr_props_layout){.flags = mr_read16(&r), .headers = 2};
+  const char *wrong = NULL;
+  *layout = (mr_props_layout){.flags = mr_read16(&r)};
   if (!r.ok) return "properties without flags";
   if (layout->flags & ~KNOWN_FLAGS) return "properties with unknown flags";
-  for (int i = 0; PROPERTY_KINDS[i]; i++) {
+  /* Most messages have few properties: only those that are there are walked, highest flag first. */
+  for (uint32_t left = layout->flags; left && !wrong;) {
+    int bit = 31 - __builtin_clz(left);
     const uint8_t *start = r.p;
-    bool present = layout->flags & (1u << (15 - i));
-    if (present) skip_property(&r, PROPERTY_KINDS[i]);
+    left &= ~(1u << bit);
+    skip_property(&r, PROPERTY_KINDS[15 - bit]);
     if (!r.ok) return "a property that is cut off";
-    if (PROPERTY_KINDS[i] != 'F') continue;
-    layout->headers = (size_t)(start - base);
-    layout->headers_len = (size_t)(r.p - start);
-    const char *wrong = present ? mr_table_check(mr_bytes(start, layout->headers_len)) : NULL;
-    if (wrong) return wrong;
+    if (1u << bit == MR_FLAG_HEADERS) wrong = scan_headers(&r, base, start, layout);
+    if (1u << bit > MR_FLAG_HEADERS) layout->headers = (size_t)(r.p - base);
   }
+  if (layout->headers == 0) layout->headers = 2;
+  if (wrong) return wrong;
   return r.p == r.end ? NULL : "bytes behind the properties";
 }
 
