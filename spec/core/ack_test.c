@@ -1,13 +1,15 @@
 /* Settling deliveries: what is gathered, when it leaves, and that a broker would agree with all of it. */
 #include "peer.h"
 
-static void expect_ack_at(peer *p, uint16_t channel, uint64_t tag, bool multiple, const char *file, int line) {
+static void expect_ack_at(peer *p, uint16_t channel, uint64_t tag, bool multiple, const char *file,
+                          int line) {
   amqp_basic_ack_t *ack = peer_expect(p, channel, AMQP_BASIC_ACK_METHOD, file, line);
   if (ack->delivery_tag != tag || !ack->multiple != !multiple)
     check_fail(file, line, "ack of %" PRIu64 "%s, not of %" PRIu64 "%s", ack->delivery_tag,
                ack->multiple ? " multiple" : "", tag, multiple ? " multiple" : "");
 }
-#define expect_ack(p, channel, tag, multiple) expect_ack_at(p, channel, tag, multiple, __FILE__, __LINE__)
+#define expect_ack(p, channel, tag, multiple) \
+  expect_ack_at(p, channel, tag, multiple, __FILE__, __LINE__)
 
 static void expect_nack(peer *p, uint64_t tag, bool multiple, bool requeue) {
   amqp_basic_nack_t *nack = expect(p, 1, BASIC_NACK, basic_nack);
@@ -24,7 +26,8 @@ static void expect_reject(peer *p, uint64_t tag, bool requeue) {
 
 /* Deliveries first..last arrive on consumer "c". */
 static void deliver(peer *p, mr_channel *channel, uint64_t first, uint64_t last) {
-  for (uint64_t tag = first; tag <= last; tag++) peer_deliver(p, mr_channel_id(channel), "c", tag, "b");
+  for (uint64_t tag = first; tag <= last; tag++)
+    peer_deliver(p, mr_channel_id(channel), "c", tag, "b");
   for (uint64_t tag = first; tag <= last; tag++) {
     mr_event *ev = expect_event(p, MR_EV_DELIVER);
     CHECK_EQ(ev->content.delivery_tag, tag);
@@ -51,7 +54,9 @@ static void done(peer *p, mr_channel *channel) {
   peer_free(p);
 }
 
-static mr_status ack(mr_channel *channel, uint64_t tag) { return mr_settle(channel, tag, MR_SETTLE_ACK, false); }
+static mr_status ack(mr_channel *channel, uint64_t tag) {
+  return mr_settle(channel, tag, MR_SETTLE_ACK, false);
+}
 
 static void write_acks(peer *p, mr_channel *channel) {
   (void)p;
@@ -423,7 +428,8 @@ static void settling_after_the_end_is_closed(void) {
     ack(channel, 1);
     switch (how) {
       case 0:
-        peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 406, .reply_text = BYTES("PRECONDITION_FAILED"));
+        peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 406,
+                  .reply_text = BYTES("PRECONDITION_FAILED"));
         expect_event(p, MR_EV_CHANNEL_CLOSED);
         expect(p, 1, CHANNEL_CLOSE_OK, channel_close_ok);
         break;
@@ -710,7 +716,8 @@ typedef struct {
 static ack_model model;
 
 static void broker_settles(uint64_t tag, uint8_t how) {
-  if (model.wanted[tag] != how) FAIL("tag %" PRIu64 ": settled as %d, the user wanted %d", tag, how, model.wanted[tag]);
+  if (model.wanted[tag] != how)
+    FAIL("tag %" PRIu64 ": settled as %d, the user wanted %d", tag, how, model.wanted[tag]);
   model.broker[tag] = how;
 }
 
@@ -746,7 +753,8 @@ static void broker_reads(peer *p) {
         continue;
       default: FAIL("method %08x", (unsigned)p->frame.method);
     }
-    if (tag == 0 || tag > model.last || model.broker[tag] != HELD) FAIL("406: unknown delivery tag %" PRIu64, tag);
+    if (tag == 0 || tag > model.last || model.broker[tag] != HELD)
+      FAIL("406: unknown delivery tag %" PRIu64, tag);
     for (uint64_t i = multiple ? 1 : tag; i <= tag; i++)
       if (model.broker[i] == HELD) broker_settles(i, how);
   }
@@ -774,29 +782,39 @@ static void random_settles_follow_a_model(void) {
       switch (check_below(24)) {
         default: /* deliveries */
           for (uint32_t n = 1 + check_below(5); n && model.last < MOST; n--) {
-            model.last += check_below(10) || model.last + 2 > MOST ? 1 : 2; /* no-ack deliveries take tags too */
+            model.last += check_below(10) || model.last + 2 > MOST
+                              ? 1
+                              : 2; /* no-ack deliveries take tags too */
             model.broker[model.last] = model.wanted[model.last] = HELD;
             peer_deliver(p, 1, "c", model.last, "b");
             CHECK_EQ(expect_event(p, MR_EV_DELIVER)->content.delivery_tag, model.last);
           }
           break;
-        case 0: case 1: case 2: case 3: case 4: case 5: case 6: case 7: case 8:
+        case 0:
+        case 1:
+        case 2:
+        case 3:
+        case 4:
+        case 5:
+        case 6:
+        case 7:
+        case 8:
           if ((tag = pick(HELD)) == 0) break;
           CHECK(ack(channel, tag) >= 0);
           model.wanted[tag] = ACKED;
           break;
-        case 9: case 10:
+        case 9:
+        case 10:
           if ((tag = pick(HELD)) == 0) break;
           model.wanted[tag] = requeue ? NACKED_TO_REQUEUE : NACKED_TO_DROP;
-          CHECK(mr_settle(channel, tag, check_below(2) ? MR_SETTLE_NACK : MR_SETTLE_REJECT, requeue) >= 0);
+          CHECK(mr_settle(channel, tag, check_below(2) ? MR_SETTLE_NACK : MR_SETTLE_REJECT,
+                          requeue) >= 0);
           break;
         case 11:
           if ((tag = pick(ACKED)) == 0) break;
           CHECK_EQ(mr_settle(channel, tag, (mr_settle_kind)check_below(3), requeue), MR_SETTLED);
           break;
-        case 12:
-          CHECK_EQ(ack(channel, model.last + 1 + check_below(9)), MR_UNKNOWN_TAG);
-          break;
+        case 12: CHECK_EQ(ack(channel, model.last + 1 + check_below(9)), MR_UNKNOWN_TAG); break;
         case 13: {
           bool to_ack = check_below(2);
           uint64_t upto = check_below(4) ? pick(HELD) : 0;
@@ -804,21 +822,18 @@ static void random_settles_follow_a_model(void) {
           for (uint64_t i = 1; i <= (upto ? upto : model.last); i++)
             if (model.wanted[i] == HELD)
               model.wanted[i] = to_ack ? ACKED : requeue ? NACKED_TO_REQUEUE : NACKED_TO_DROP;
-          mr_status got = mr_settle_upto(channel, upto, to_ack ? MR_SETTLE_ACK : MR_SETTLE_NACK, requeue);
+          mr_status got =
+              mr_settle_upto(channel, upto, to_ack ? MR_SETTLE_ACK : MR_SETTLE_NACK, requeue);
           CHECK(got >= 0);
           break;
         }
-        case 14:
-          broker_reads(p);
-          break;
+        case 14: broker_reads(p); break;
         case 15:
           p->now += 0.002;
           mr_engine_deadline(p->engine, p->now);
           mr_engine_tick(p->engine, p->now);
           break;
-        case 16:
-          CHECK(mr_flush_acks(channel) >= 0);
-          break;
+        case 16: CHECK(mr_flush_acks(channel) >= 0); break;
         case 17:
           if (check_below(20)) break;
           CHECK(call(channel, BASIC_RECOVER, basic_recover, .requeue = 1) >= 0);
@@ -836,7 +851,8 @@ static void random_settles_follow_a_model(void) {
     broker_reads(p);
     for (uint64_t i = 1; i <= model.last; i++)
       if (model.broker[i] != model.wanted[i])
-        FAIL("tag %" PRIu64 ": the user wanted %d, the broker has %d", i, model.wanted[i], model.broker[i]);
+        FAIL("tag %" PRIu64 ": the user wanted %d, the broker has %d", i, model.wanted[i],
+             model.broker[i]);
     done(p, channel);
   }
 }

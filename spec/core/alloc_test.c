@@ -25,19 +25,23 @@ static piece cut(void) {
 }
 
 static void write_script(void) {
-  amqp_table_entry_t capability = {.key = BYTES("authentication_failure_close"),
-                                   .value = {.kind = AMQP_FIELD_KIND_BOOLEAN, .value = {.boolean = 1}}};
+  amqp_table_entry_t capability = {
+      .key = BYTES("authentication_failure_close"),
+      .value = {.kind = AMQP_FIELD_KIND_BOOLEAN, .value = {.boolean = 1}}};
   amqp_table_entry_t properties[2] = {
-      {.key = BYTES("product"), .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("script")}}},
+      {.key = BYTES("product"),
+       .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("script")}}},
       {.key = BYTES("capabilities"), .value = {.kind = AMQP_FIELD_KIND_TABLE}}};
-  amqp_table_entry_t seq = {.key = BYTES(MR_SEQ_HEADER), .value = {.kind = AMQP_FIELD_KIND_I64, .value = {.i64 = 2}}};
-  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG, .headers = {.num_entries = 1, .entries = &seq}};
+  amqp_table_entry_t seq = {.key = BYTES(MR_SEQ_HEADER),
+                            .value = {.kind = AMQP_FIELD_KIND_I64, .value = {.i64 = 2}}};
+  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG,
+                                   .headers = {.num_entries = 1, .entries = &seq}};
   peer *p = &script;
   properties[1].value.value.table = (amqp_table_t){.num_entries = 1, .entries = &capability};
   p->frame_max = 4096;
   peer_send(p, 0, CONNECTION_START, connection_start, .version_minor = 9,
-            .server_properties = {.num_entries = 2, .entries = properties}, .mechanisms = BYTES("PLAIN"),
-            .locales = BYTES("en_US"));
+            .server_properties = {.num_entries = 2, .entries = properties},
+            .mechanisms = BYTES("PLAIN"), .locales = BYTES("en_US"));
   hello = cut();
   peer_tune(p, 100, 4096, 10);
   tune = cut();
@@ -59,7 +63,8 @@ static void write_script(void) {
   peer_send(p, 0, CONNECTION_BLOCKED, connection_blocked, .reason = BYTES("why"));
   peer_send(p, 0, CONNECTION_UNBLOCKED, connection_unblocked, .dummy = 0);
   peer_send(p, 2, CHANNEL_FLOW, channel_flow, .active = 1);
-  peer_send(p, 2, CHANNEL_CLOSE, channel_close, .reply_code = 404, .reply_text = BYTES("NOT_FOUND"));
+  peer_send(p, 2, CHANNEL_CLOSE, channel_close, .reply_code = 404,
+            .reply_text = BYTES("NOT_FOUND"));
   messages = cut();
   peer_send(p, 1, BASIC_RETURN, basic_return, .reply_code = 312, .reply_text = BYTES("NO_ROUTE"));
   peer_content(p, 1, &props, body, 10);
@@ -73,7 +78,7 @@ static void write_script(void) {
 
 typedef struct {
   mr_engine *engine;
-  bool said;   /* somebody said that memory ran out */
+  bool said; /* somebody said that memory ran out */
   bool closed;
   mr_kind kind;
   int events[MR_EV_CLOSED + 1];
@@ -123,9 +128,11 @@ static void say(session *s) {
 }
 
 static void use_channel(session *s, mr_channel *ch) {
-  amqp_table_entry_t entry = {.key = BYTES("x-max-length"), .value = {.kind = AMQP_FIELD_KIND_I32, .value = {.i32 = 9}}};
+  amqp_table_entry_t entry = {.key = BYTES("x-max-length"),
+                              .value = {.kind = AMQP_FIELD_KIND_I32, .value = {.i32 = 9}}};
   amqp_basic_consume_t consume = {.queue = BYTES("queue"), .consumer_tag = BYTES("c")};
-  mr_publish_args args = {.routing_key = BYTES("queue"), .mandatory = true,
+  mr_publish_args args = {.routing_key = BYTES("queue"),
+                          .mandatory = true,
                           .props = {.len = sizeof raw_props - 1, .bytes = raw_props},
                           .body = {.len = 5000, .bytes = body}};
   mr_channel *other = NULL;
@@ -165,9 +172,11 @@ static void use_channel(session *s, mr_channel *ch) {
 }
 
 static void use_props(session *s) {
-  amqp_table_entry_t entry = {.key = BYTES("new"), .value = {.kind = AMQP_FIELD_KIND_I32, .value = {.i32 = 9}}};
+  amqp_table_entry_t entry = {.key = BYTES("new"),
+                              .value = {.kind = AMQP_FIELD_KIND_I32, .value = {.i32 = 9}}};
   amqp_table_t set = {.num_entries = 1, .entries = &entry};
-  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG, .headers = set}, *decoded = NULL;
+  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG, .headers = set},
+                          *decoded = NULL;
   amqp_bytes_t raw = {.len = sizeof raw_props - 1, .bytes = raw_props}, name = BYTES(MR_SEQ_HEADER);
   amqp_pool_t pool;
   uint8_t *out = NULL;
@@ -184,7 +193,9 @@ static void use_props(session *s) {
 
 /* The whole session; counts on being called with the hook on. */
 static void run(session *s) {
-  amqp_table_entry_t name = {.key = BYTES("connection_name"), .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("me")}}};
+  amqp_table_entry_t name = {
+      .key = BYTES("connection_name"),
+      .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("me")}}};
   mr_config config = peer_config();
   mr_error err = {.kind = 0};
   mr_channel *ch = NULL;
@@ -272,6 +283,11 @@ static void memory_that_ends_is_survived(void) {
 const char *__lsan_default_suppressions(void);
 __attribute__((visibility("default"))) const char *__lsan_default_suppressions(void) {
   return "leak:amqp_pool_alloc\n";
+}
+
+const char *__lsan_default_options(void);
+__attribute__((visibility("default"))) const char *__lsan_default_options(void) {
+  return "print_suppressions=0";
 }
 
 int main(int argc, char **argv) {

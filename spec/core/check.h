@@ -44,8 +44,8 @@ static inline void check_start(int argc, char **argv) {
   check_the.random = seed ? strtoull(seed, NULL, 0) : 0x9e3779b97f4a7c15u;
 }
 
-__attribute__((noreturn, format(printf, 3, 4))) static inline void check_fail(const char *file, int line,
-                                                                              const char *format, ...) {
+__attribute__((noreturn, format(printf, 3, 4))) static inline void
+check_fail(const char *file, int line, const char *format, ...) {
   va_list args;
   int n = snprintf(check_the.why, sizeof check_the.why, "%s:%d: ", file, line);
   va_start(args, format);
@@ -75,14 +75,18 @@ static inline uint64_t check_random(void) {
 }
 
 /* 0 <= result < bound */
-static inline uint32_t check_below(uint32_t bound) { return (uint32_t)((check_random() >> 32) % bound); }
+static inline uint32_t check_below(uint32_t bound) {
+  return (uint32_t)((check_random() >> 32) % bound);
+}
 
 static inline void check_run(const char *identifier, void (*test)(void)) {
   char name[160];
   size_t i;
-  for (i = 0; identifier[i] && i + 1 < sizeof name; i++) name[i] = identifier[i] == '_' ? ' ' : identifier[i];
+  for (i = 0; identifier[i] && i + 1 < sizeof name; i++)
+    name[i] = identifier[i] == '_' ? ' ' : identifier[i];
   name[i] = 0;
-  if (check_the.only && !strstr(name, check_the.only) && !strstr(identifier, check_the.only)) return;
+  if (check_the.only && !strstr(name, check_the.only) && !strstr(identifier, check_the.only))
+    return;
   check_the.running = true;
   switch (setjmp(check_the.escape)) {
     case 0:
@@ -94,16 +98,15 @@ static inline void check_run(const char *identifier, void (*test)(void)) {
       check_the.skipped++;
       printf("ok - %s # skipped: %s\n", name, check_the.skip_reason);
       break;
-    default:
-      check_the.failed++;
-      printf("not ok - %s: %s\n", name, check_the.why);
+    default: check_the.failed++; printf("not ok - %s: %s\n", name, check_the.why);
   }
   check_the.running = false;
 }
 
 static inline int check_end(void) {
   if (check_the.skipped)
-    printf("%d passed, %d failed, %d skipped\n", check_the.passed, check_the.failed, check_the.skipped);
+    printf("%d passed, %d failed, %d skipped\n", check_the.passed, check_the.failed,
+           check_the.skipped);
   else
     printf("%d passed, %d failed\n", check_the.passed, check_the.failed);
   return check_the.failed != 0;
@@ -116,18 +119,19 @@ static inline int check_end(void) {
 #define CHECK_BYTES(got, got_len, want, want_len) \
   check_bytes((got), (got_len), (want), (want_len), #got, __FILE__, __LINE__)
 
-static inline void check_eq(int64_t got, int64_t want, const char *what, const char *file, int line) {
+static inline void check_eq(int64_t got, int64_t want, const char *what, const char *file,
+                            int line) {
   if (got != want) check_fail(file, line, "%s is %" PRId64 ", not %" PRId64, what, got, want);
 }
 
-static inline void check_bytes(const void *got, size_t got_len, const void *want, size_t want_len, const char *what,
-                               const char *file, int line) {
+static inline void check_bytes(const void *got, size_t got_len, const void *want, size_t want_len,
+                               const char *what, const char *file, int line) {
   const uint8_t *g = got, *w = want;
   size_t at = 0;
   if (got_len == want_len && (got_len == 0 || memcmp(got, want, got_len) == 0)) return;
   while (at < got_len && at < want_len && g[at] == w[at]) at++;
-  check_fail(file, line, "%s differs at byte %zu of %zu (wanted %zu bytes): %d, not %d", what, at, got_len, want_len,
-             at < got_len ? g[at] : -1, at < want_len ? w[at] : -1);
+  check_fail(file, line, "%s differs at byte %zu of %zu (wanted %zu bytes): %d, not %d", what, at,
+             got_len, want_len, at < got_len ? g[at] : -1, at < want_len ? w[at] : -1);
 }
 
 #endif

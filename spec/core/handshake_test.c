@@ -83,18 +83,21 @@ static void external_is_sent_without_credentials(void) {
 
 static const amqp_field_value_t *find(const amqp_table_t *table, const char *key) {
   for (int i = 0; i < table->num_entries; i++)
-    if (table->entries[i].key.len == strlen(key) && memcmp(table->entries[i].key.bytes, key, strlen(key)) == 0)
+    if (table->entries[i].key.len == strlen(key) &&
+        memcmp(table->entries[i].key.bytes, key, strlen(key)) == 0)
       return &table->entries[i].value;
   return NULL;
 }
 
 static void the_clients_properties_are_told(void) {
-  static const char *const capabilities[] = {
-      "publisher_confirms", "exchange_exchange_bindings", "basic.nack", "consumer_cancel_notify",
-      "connection.blocked", "authentication_failure_close"};
+  static const char *const capabilities[] = {"publisher_confirms", "exchange_exchange_bindings",
+                                             "basic.nack",         "consumer_cancel_notify",
+                                             "connection.blocked", "authentication_failure_close"};
   amqp_table_entry_t own[] = {
-      {.key = BYTES("connection_name"), .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("me")}}},
-      {.key = BYTES("product"), .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("theirs")}}}};
+      {.key = BYTES("connection_name"),
+       .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("me")}}},
+      {.key = BYTES("product"),
+       .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("theirs")}}}};
   mr_config config = peer_config();
   amqp_connection_start_ok_t *ok;
   const amqp_field_value_t *value;
@@ -106,7 +109,8 @@ static void the_clients_properties_are_told(void) {
   CHECK(value && value->kind == AMQP_FIELD_KIND_TABLE);
   for (size_t i = 0; i < sizeof capabilities / sizeof *capabilities; i++) {
     const amqp_field_value_t *can = find(&value->value.table, capabilities[i]);
-    if (!can || can->kind != AMQP_FIELD_KIND_BOOLEAN || !can->value.boolean) FAIL("no capability %s", capabilities[i]);
+    if (!can || can->kind != AMQP_FIELD_KIND_BOOLEAN || !can->value.boolean)
+      FAIL("no capability %s", capabilities[i]);
   }
   value = find(&ok->client_properties, "connection_name");
   CHECK(value);
@@ -122,24 +126,34 @@ static void the_clients_properties_are_told(void) {
 }
 
 static void a_config_that_cannot_be_is_refused(void) {
+  static amqp_table_entry_t many[65], circle;
   char text[300];
   mr_config config;
   mr_error err;
+  for (int i = 0; i < 65; i++)
+    many[i] = (amqp_table_entry_t){.key = BYTES("k"), .value = {.kind = AMQP_FIELD_KIND_VOID}};
+  circle.value.kind = AMQP_FIELD_KIND_TABLE;
+  circle.value.value.table = (amqp_table_t){.num_entries = 1, .entries = &circle};
   memset(text, 'v', sizeof text);
-#define REFUSED(change)                           \
-  do {                                            \
-    mr_engine *engine;                            \
-    config = peer_config();                       \
-    memset(&err, 0, sizeof err);                  \
-    change;                                       \
-    engine = mr_engine_new(&config, &err);        \
-    if (engine) FAIL("accepted: %s", #change);    \
+#define REFUSED(change)                             \
+  do {                                              \
+    mr_engine *engine;                              \
+    config = peer_config();                         \
+    memset(&err, 0, sizeof err);                    \
+    change;                                         \
+    engine = mr_engine_new(&config, &err);          \
+    if (engine) FAIL("accepted: %s", #change);      \
     if (!err.text[0]) FAIL("no text: %s", #change); \
   } while (0)
   REFUSED(config.mechanism = "DIGEST-MD5");
   REFUSED(config.mechanism = "");
   REFUSED(config.frame_max = 1024);
   REFUSED(config.frame_max = 4095);
+  REFUSED(config.frame_max = 0x80000000u);
+  REFUSED(config.user = ((amqp_bytes_t){.len = 3, .bytes = (void *)(uintptr_t) "a\0b"}));
+  REFUSED(config.password = ((amqp_bytes_t){.len = 3, .bytes = (void *)(uintptr_t) "a\0b"}));
+  REFUSED(config.client_properties = ((amqp_table_t){.num_entries = 65, .entries = many}));
+  REFUSED(config.client_properties = ((amqp_table_t){.num_entries = 1, .entries = &circle}));
   REFUSED((config.vhost.len = 256, config.vhost.bytes = text));
 #undef REFUSED
   config = peer_config();
@@ -274,7 +288,8 @@ static void other_protocols_are_named(void) {
       CHECK_EQ(mr_engine_start(p->engine, p->now), MR_OK);
       peer_bytes(&p->to_client, answers[i].text, n);
       error = expect_closed(p, MR_KIND_PROTOCOL);
-      if (answers[i].name && !strstr(error->text, answers[i].name)) FAIL("'%s' does not name it", error->text);
+      if (answers[i].name && !strstr(error->text, answers[i].name))
+        FAIL("'%s' does not name it", error->text);
       for (const char *c = error->text; *c; c++)
         if ((unsigned char)*c < ' ' || (unsigned char)*c > '~') FAIL("byte %d in the text", *c);
       peer_free(p);
@@ -288,7 +303,8 @@ static void a_wrong_password_is_an_auth_error(void) {
   expect_no_event(p);
   peer_discard(p);
   peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 403,
-            .reply_text = BYTES("ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN."));
+            .reply_text =
+                BYTES("ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN."));
   error = expect_closed(p, MR_KIND_AUTH);
   CHECK_EQ(error->code, 403);
   CHECK(strstr(error->text, "ACCESS_REFUSED"));
@@ -340,7 +356,8 @@ static void an_unknown_vhost_is_a_vhost_error(void) {
   config.vhost = BYTES("nowhere");
   p = opening(&config);
   peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 530,
-            .reply_text = BYTES("NOT_ALLOWED - vhost nowhere not found"), .class_id = 10, .method_id = 40);
+            .reply_text = BYTES("NOT_ALLOWED - vhost nowhere not found"), .class_id = 10,
+            .method_id = 40);
   error = expect_closed(p, MR_KIND_VHOST);
   CHECK_EQ(error->code, 530);
   CHECK_EQ(error->class_id, 10);
@@ -354,9 +371,23 @@ static void a_vhost_without_permission_is_a_vhost_error(void) {
   mr_config config = peer_config();
   peer *p = opening(&config);
   peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 530,
-            .reply_text = BYTES("NOT_ALLOWED - access to vhost '/' refused for user 'guest'"), .class_id = 10,
-            .method_id = 40);
+            .reply_text = BYTES("NOT_ALLOWED - access to vhost '/' refused for user 'guest'"),
+            .class_id = 10, .method_id = 40);
   expect_closed(p, MR_KIND_VHOST);
+  peer_free(p);
+}
+
+static void other_closes_of_the_handshake(void) {
+  mr_config config = peer_config();
+  peer *p = opening(&config);
+  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 541,
+            .reply_text = BYTES("INTERNAL_ERROR"));
+  CHECK_EQ(expect_closed(p, MR_KIND_CLOSED)->code, 541);
+  peer_free(p);
+  p = started(&config, "PLAIN");
+  expect_no_event(p);
+  peer_send(p, 0, CONNECTION_SECURE, connection_secure, .challenge = BYTES("and?"));
+  CHECK(strstr(expect_closed(p, MR_KIND_AUTH)->text, "PLAIN"));
   peer_free(p);
 }
 
@@ -373,10 +404,14 @@ static void the_wrong_frame_in_the_handshake_is_a_protocol_error(void) {
         case 0: peer_send(p, 0, CONNECTION_CLOSE_OK, connection_close_ok, .dummy = 0); break;
         case 1: peer_send(p, 1, CHANNEL_OPEN_OK, channel_open_ok, .channel_id = BYTES("")); break;
         case 2: peer_header(p, 1, 5, NULL); break;
-        case 3: peer_send(p, 1, CONNECTION_START, connection_start, .version_minor = 9); break; /* on channel 1 */
+        case 3:
+          peer_send(p, 1, CONNECTION_START, connection_start, .version_minor = 9);
+          break; /* on channel 1 */
         case 4:
-          if (step == 1) peer_start(p, "PLAIN");
-          else peer_tune(p, 0, 0, 0);
+          if (step == 1)
+            peer_start(p, "PLAIN");
+          else
+            peer_tune(p, 0, 0, 0);
           break;
       }
       expect_closed(p, MR_KIND_PROTOCOL);
@@ -440,8 +475,11 @@ static int copies(const char *needle, size_t n) {
   if (!maps) return 0;
   while (fgets(line, sizeof line, maps)) {
     uintptr_t from, to;
-    if (!strstr(line, "[heap]") || sscanf(line, "%" SCNxPTR "-%" SCNxPTR, &from, &to) != 2) continue;
-    for (const char *at = (const char *)from; (at = memmem(at, (size_t)((const char *)to - at), needle, n)); at++) found++;
+    if (!strstr(line, "[heap]") || sscanf(line, "%" SCNxPTR "-%" SCNxPTR, &from, &to) != 2)
+      continue;
+    for (const char *at = (const char *)from;
+         (at = memmem(at, (size_t)((const char *)to - at), needle, n)); at++)
+      found++;
   }
   fclose(maps);
   return found;
@@ -508,8 +546,10 @@ static void a_secret_leaves_no_copy_in_a_busy_buffer(void) {
     CHECK(mr_engine_tx_peek(p->engine, &n));
     mr_engine_tx_consume(p->engine, 1 + check_below((uint32_t)n - 1), p->now);
     for (int k = 0; k < i; k++)
-      CHECK(mr_publish(channel, &(mr_publish_args){.body = {.len = sizeof body, .bytes = body}}, NULL) >= 0);
-    while (mr_engine_tx_peek(p->engine, &n)) mr_engine_tx_consume(p->engine, 1 + check_below((uint32_t)n), p->now);
+      CHECK(mr_publish(channel, &(mr_publish_args){.body = {.len = sizeof body, .bytes = body}},
+                       NULL) >= 0);
+    while (mr_engine_tx_peek(p->engine, &n))
+      mr_engine_tx_consume(p->engine, 1 + check_below((uint32_t)n), p->now);
     CHECK_EQ(copies(secret + 8, sizeof secret - 9), 0);
   }
   mr_channel_release(channel);
@@ -553,6 +593,7 @@ int main(int argc, char **argv) {
   RUN(a_hang_up_before_start_is_closed);
   RUN(an_unknown_vhost_is_a_vhost_error);
   RUN(a_vhost_without_permission_is_a_vhost_error);
+  RUN(other_closes_of_the_handshake);
   RUN(the_wrong_frame_in_the_handshake_is_a_protocol_error);
   RUN(commands_before_open_are_refused);
   RUN(a_close_during_the_handshake_ends_it);

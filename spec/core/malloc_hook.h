@@ -45,7 +45,7 @@ static volatile struct {
   bool fail_rest; /* and every later one */
   long failed;
   long failed_below; /* of them, those that librabbitmq asked for */
-  long live; /* blocks allocated less blocks freed, while on */
+  long live;         /* blocks allocated less blocks freed, while on */
 } hook;
 
 HOOK static bool hook_is_below(const void *caller) {
@@ -56,7 +56,9 @@ HOOK static bool hook_is_below(const void *caller) {
 HOOK static bool hook_refuses(const void *caller) {
   if (!hook.on) return false;
   hook.calls++;
-  if (hook.fail_at == 0 || hook.calls < hook.fail_at || (hook.calls > hook.fail_at && !hook.fail_rest)) return false;
+  if (hook.fail_at == 0 || hook.calls < hook.fail_at ||
+      (hook.calls > hook.fail_at && !hook.fail_rest))
+    return false;
   hook.failed++;
   if (hook_is_below(caller)) hook.failed_below++;
   errno = ENOMEM;
@@ -73,7 +75,8 @@ HOOK_PUBLIC void *malloc(size_t n) {
 }
 
 HOOK_PUBLIC void *calloc(size_t n, size_t size) {
-  return hook_refuses(__builtin_return_address(0)) ? NULL : hook_counted(HOOK_REAL(calloc)(n, size));
+  return hook_refuses(__builtin_return_address(0)) ? NULL
+                                                   : hook_counted(HOOK_REAL(calloc)(n, size));
 }
 
 HOOK_PUBLIC void *realloc(void *old, size_t n) {

@@ -9,8 +9,13 @@ typedef struct {
 
 static amqp_table_entry_t ENTRY[1];
 #define ARGUMENTS ((amqp_table_t){.num_entries = 1, .entries = ENTRY})
-#define M(NAME, name, REPLY, reply_name, ...) \
-  {AMQP_##NAME##_METHOD, AMQP_##REPLY##_METHOD, &(amqp_##name##_t)__VA_ARGS__, &(amqp_##reply_name##_t){0}}
+#define M(NAME, name, REPLY, reply_name, ...)                                   \
+  {                                                                             \
+    AMQP_##NAME##_METHOD, AMQP_##REPLY##_METHOD, &(amqp_##name##_t)__VA_ARGS__, \
+        &(amqp_##reply_name##_t) {                                              \
+      0                                                                         \
+    }                                                                           \
+  }
 
 static size_t encoded(amqp_method_number_t method, void *decoded, uint8_t *to) {
   int n = amqp_encode_method(method, decoded, (amqp_bytes_t){.len = 4096, .bytes = to});
@@ -33,14 +38,16 @@ static void one(peer *p, mr_channel *channel, const exchange_of_methods *m) {
   ev = expect_event(p, MR_EV_REPLY);
   CHECK_EQ(ev->method.id, m->reply);
   CHECK(ev->channel == channel);
-  CHECK_BYTES(want, encoded(m->reply, ev->method.decoded, want), want, encoded(m->reply, m->answer, want));
+  CHECK_BYTES(want, encoded(m->reply, ev->method.decoded, want), want,
+              encoded(m->reply, m->answer, want));
   expect_no_event(p);
 }
 
 static void every_method_is_written_and_answered(void) {
   peer *p = peer_open();
   mr_channel *channel = peer_channel(p);
-  ENTRY[0] = (amqp_table_entry_t){.key = BYTES("a"), .value = {.kind = AMQP_FIELD_KIND_I32, .value = {.i32 = -7}}};
+  ENTRY[0] = (amqp_table_entry_t){.key = BYTES("a"),
+                                  .value = {.kind = AMQP_FIELD_KIND_I32, .value = {.i32 = -7}}};
   exchange_of_methods all[] = {
       M(EXCHANGE_DECLARE, exchange_declare, EXCHANGE_DECLARE_OK, exchange_declare_ok,
         {.exchange = BYTES("x"), .type = BYTES("topic"), .durable = 1, .arguments = ARGUMENTS}),
@@ -49,18 +56,32 @@ static void every_method_is_written_and_answered(void) {
       M(EXCHANGE_DELETE, exchange_delete, EXCHANGE_DELETE_OK, exchange_delete_ok,
         {.exchange = BYTES("x"), .if_unused = 1}),
       M(EXCHANGE_BIND, exchange_bind, EXCHANGE_BIND_OK, exchange_bind_ok,
-        {.destination = BYTES("y"), .source = BYTES("x"), .routing_key = BYTES("#"), .arguments = ARGUMENTS}),
+        {.destination = BYTES("y"),
+         .source = BYTES("x"),
+         .routing_key = BYTES("#"),
+         .arguments = ARGUMENTS}),
       M(EXCHANGE_UNBIND, exchange_unbind, EXCHANGE_UNBIND_OK, exchange_unbind_ok,
-        {.destination = BYTES("y"), .source = BYTES("x"), .routing_key = BYTES("#"), .arguments = ARGUMENTS}),
+        {.destination = BYTES("y"),
+         .source = BYTES("x"),
+         .routing_key = BYTES("#"),
+         .arguments = ARGUMENTS}),
       {AMQP_QUEUE_DECLARE_METHOD, AMQP_QUEUE_DECLARE_OK_METHOD,
-       &(amqp_queue_declare_t){.queue = BYTES("q"), .durable = 1, .exclusive = 1, .arguments = ARGUMENTS},
-       &(amqp_queue_declare_ok_t){.queue = BYTES("amq.gen-1"), .message_count = 4000000000u, .consumer_count = 3}},
+       &(amqp_queue_declare_t){
+           .queue = BYTES("q"), .durable = 1, .exclusive = 1, .arguments = ARGUMENTS},
+       &(amqp_queue_declare_ok_t){
+           .queue = BYTES("amq.gen-1"), .message_count = 4000000000u, .consumer_count = 3}},
       M(QUEUE_BIND, queue_bind, QUEUE_BIND_OK, queue_bind_ok,
-        {.queue = BYTES("q"), .exchange = BYTES("x"), .routing_key = BYTES("k"), .arguments = ARGUMENTS}),
+        {.queue = BYTES("q"),
+         .exchange = BYTES("x"),
+         .routing_key = BYTES("k"),
+         .arguments = ARGUMENTS}),
       M(QUEUE_UNBIND, queue_unbind, QUEUE_UNBIND_OK, queue_unbind_ok,
-        {.queue = BYTES("q"), .exchange = BYTES("x"), .routing_key = BYTES("k"), .arguments = ARGUMENTS}),
-      {AMQP_QUEUE_PURGE_METHOD, AMQP_QUEUE_PURGE_OK_METHOD, &(amqp_queue_purge_t){.queue = BYTES("q")},
-       &(amqp_queue_purge_ok_t){.message_count = 9}},
+        {.queue = BYTES("q"),
+         .exchange = BYTES("x"),
+         .routing_key = BYTES("k"),
+         .arguments = ARGUMENTS}),
+      {AMQP_QUEUE_PURGE_METHOD, AMQP_QUEUE_PURGE_OK_METHOD,
+       &(amqp_queue_purge_t){.queue = BYTES("q")}, &(amqp_queue_purge_ok_t){.message_count = 9}},
       {AMQP_QUEUE_DELETE_METHOD, AMQP_QUEUE_DELETE_OK_METHOD,
        &(amqp_queue_delete_t){.queue = BYTES("q"), .if_unused = 1, .if_empty = 1},
        &(amqp_queue_delete_ok_t){.message_count = 10}},
@@ -86,7 +107,8 @@ static void every_method_is_written_and_answered(void) {
 static void consume_and_cancel(void) {
   peer *p = peer_open();
   mr_channel *channel = peer_channel(p);
-  amqp_basic_consume_t consume = {.queue = BYTES("q"), .consumer_tag = BYTES("me"), .no_ack = 1, .exclusive = 1};
+  amqp_basic_consume_t consume = {
+      .queue = BYTES("q"), .consumer_tag = BYTES("me"), .no_ack = 1, .exclusive = 1};
   amqp_basic_consume_t *sent;
   amqp_basic_consume_ok_t *ok;
   CHECK_EQ(mr_consume(channel, &consume, 77), MR_OK);
@@ -130,10 +152,11 @@ static void get_answers_with_content_or_empty(void) {
   CHECK(!sent->no_ack);
   CHECK(expect(p, 1, BASIC_GET, basic_get)->no_ack);
   expect(p, 1, BASIC_GET, basic_get);
-  peer_send(p, 1, BASIC_GET_OK, basic_get_ok, .delivery_tag = 1, .redelivered = 1, .exchange = BYTES("x"),
-            .routing_key = BYTES("rk"), .message_count = 5);
+  peer_send(p, 1, BASIC_GET_OK, basic_get_ok, .delivery_tag = 1, .redelivered = 1,
+            .exchange = BYTES("x"), .routing_key = BYTES("rk"), .message_count = 5);
   peer_content(p, 1, NULL, "one", 3);
-  peer_send(p, 1, BASIC_GET_OK, basic_get_ok, .delivery_tag = 2, .exchange = BYTES("x"), .routing_key = BYTES("rk"));
+  peer_send(p, 1, BASIC_GET_OK, basic_get_ok, .delivery_tag = 2, .exchange = BYTES("x"),
+            .routing_key = BYTES("rk"));
   peer_content(p, 1, NULL, "", 0);
   peer_send(p, 1, BASIC_GET_EMPTY, basic_get_empty, .cluster_id = BYTES(""));
   ev = expect_event(p, MR_EV_GET_OK);
@@ -162,10 +185,15 @@ static void nowait_expects_no_reply(void) {
   peer *p = peer_open();
   mr_channel *channel = peer_channel(p);
   amqp_basic_consume_t consume = {.queue = BYTES("q"), .consumer_tag = BYTES("t"), .nowait = 1};
-  CHECK_EQ(call(channel, EXCHANGE_DECLARE, exchange_declare, .exchange = BYTES("x"), .type = BYTES("fanout"), .nowait = 1), MR_OK);
-  CHECK_EQ(call(channel, EXCHANGE_DELETE, exchange_delete, .exchange = BYTES("x"), .nowait = 1), MR_OK);
-  CHECK_EQ(call(channel, EXCHANGE_BIND, exchange_bind, .destination = BYTES("x"), .nowait = 1), MR_OK);
-  CHECK_EQ(call(channel, EXCHANGE_UNBIND, exchange_unbind, .destination = BYTES("x"), .nowait = 1), MR_OK);
+  CHECK_EQ(call(channel, EXCHANGE_DECLARE, exchange_declare, .exchange = BYTES("x"),
+                .type = BYTES("fanout"), .nowait = 1),
+           MR_OK);
+  CHECK_EQ(call(channel, EXCHANGE_DELETE, exchange_delete, .exchange = BYTES("x"), .nowait = 1),
+           MR_OK);
+  CHECK_EQ(call(channel, EXCHANGE_BIND, exchange_bind, .destination = BYTES("x"), .nowait = 1),
+           MR_OK);
+  CHECK_EQ(call(channel, EXCHANGE_UNBIND, exchange_unbind, .destination = BYTES("x"), .nowait = 1),
+           MR_OK);
   CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("x"), .nowait = 1), MR_OK);
   CHECK_EQ(call(channel, QUEUE_BIND, queue_bind, .queue = BYTES("x"), .nowait = 1), MR_OK);
   CHECK_EQ(call(channel, QUEUE_PURGE, queue_purge, .queue = BYTES("x"), .nowait = 1), MR_OK);
@@ -179,7 +207,8 @@ static void nowait_expects_no_reply(void) {
   CHECK_EQ(expect_event(p, MR_EV_DELIVER)->content.consumer_ref, 5);
   peer_send(p, 1, QUEUE_PURGE_OK, queue_purge_ok, .message_count = 1);
   expect_reply(p, channel, QUEUE_PURGE_OK);
-  CHECK_EQ(call(channel, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("t"), .nowait = 1), MR_OK);
+  CHECK_EQ(call(channel, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("t"), .nowait = 1),
+           MR_OK);
   peer_send(p, 1, QUEUE_PURGE_OK, queue_purge_ok, .message_count = 1); /* nobody asked */
   expect_closed(p, MR_KIND_PROTOCOL);
   mr_channel_release(channel);
@@ -198,7 +227,8 @@ static void pipelined_calls_are_answered_in_order(void) {
   }
   for (int i = 0; i < 1000; i++) {
     uint16_t id = mr_channel_id(i % 3 ? a : b);
-    peer_expect(p, id, i % 2 ? AMQP_QUEUE_PURGE_METHOD : AMQP_QUEUE_BIND_METHOD, __FILE__, __LINE__);
+    peer_expect(p, id, i % 2 ? AMQP_QUEUE_PURGE_METHOD : AMQP_QUEUE_BIND_METHOD, __FILE__,
+                __LINE__);
     if (i % 2)
       peer_send(p, id, QUEUE_PURGE_OK, queue_purge_ok, .message_count = (uint32_t)i);
     else
@@ -213,6 +243,26 @@ static void pipelined_calls_are_answered_in_order(void) {
   expect_no_event(p);
   mr_channel_release(a);
   mr_channel_release(b);
+  peer_free(p);
+}
+
+/* The queue of expected answers runs on for ever without growing. */
+static void calls_overlap_for_long(void) {
+  peer *p = peer_open();
+  mr_channel *channel = peer_channel(p);
+  uint32_t sent = 0, answered = 0;
+  while (answered < 5000) {
+    for (uint32_t n = check_below(7); n; n--, sent++)
+      CHECK_EQ(call(channel, QUEUE_PURGE, queue_purge, .queue = BYTES("q")), MR_OK);
+    peer_discard(p);
+    while (answered < sent && check_below(6)) {
+      peer_send(p, 1, QUEUE_PURGE_OK, queue_purge_ok, .message_count = answered);
+      CHECK_EQ(((amqp_queue_purge_ok_t *)expect_reply(p, channel, QUEUE_PURGE_OK))->message_count,
+               answered);
+      answered++;
+    }
+  }
+  mr_channel_release(channel);
   peer_free(p);
 }
 
@@ -247,8 +297,8 @@ static void a_wrong_reply_is_a_protocol_error(void) {
 /* What only a broker's peer may say, or nobody. */
 static void methods_of_a_client_are_a_protocol_error(void) {
   static const amqp_method_number_t methods[] = {
-      AMQP_BASIC_PUBLISH_METHOD, AMQP_QUEUE_DECLARE_METHOD, AMQP_TX_SELECT_METHOD, AMQP_CHANNEL_OPEN_METHOD,
-      AMQP_BASIC_CONSUME_METHOD, AMQP_BASIC_GET_METHOD};
+      AMQP_BASIC_PUBLISH_METHOD, AMQP_QUEUE_DECLARE_METHOD, AMQP_TX_SELECT_METHOD,
+      AMQP_CHANNEL_OPEN_METHOD,  AMQP_BASIC_CONSUME_METHOD, AMQP_BASIC_GET_METHOD};
   for (size_t i = 0; i < sizeof methods / sizeof *methods; i++) {
     union {
       amqp_queue_declare_t declare;
@@ -305,27 +355,33 @@ static void bad_arguments_are_refused_before_a_byte_is_sent(void) {
   for (int i = 0; i < MR_MAX_NESTING + 2; i++) {
     nest[i].key = BYTES("n");
     nest[i].value.kind = AMQP_FIELD_KIND_TABLE;
-    nest[i].value.value.table = (amqp_table_t){.num_entries = 1, .entries = &nest[i + 1 < MR_MAX_NESTING + 2 ? i + 1 : i]};
+    nest[i].value.value.table =
+        (amqp_table_t){.num_entries = 1, .entries = &nest[i + 1 < MR_MAX_NESTING + 2 ? i + 1 : i]};
   }
   nest[MR_MAX_NESTING - 1].value.kind = AMQP_FIELD_KIND_VOID;
   table = (amqp_table_t){.num_entries = 1, .entries = nest};
   CHECK_EQ(mr_table_depth_ok(&table), MR_OK);
-  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table), MR_OK);
+  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table),
+           MR_OK);
   expect(p, 1, QUEUE_DECLARE, queue_declare);
   nest[MR_MAX_NESTING - 1].value.kind = AMQP_FIELD_KIND_TABLE;
   nest[MR_MAX_NESTING].value.kind = AMQP_FIELD_KIND_VOID;
   CHECK_EQ(mr_table_depth_ok(&table), MR_BAD_ARGUMENT);
-  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table), MR_BAD_ARGUMENT);
+  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table),
+           MR_BAD_ARGUMENT);
   nest[MR_MAX_NESTING].value.kind = AMQP_FIELD_KIND_TABLE;
   nest[MR_MAX_NESTING].value.value.table.entries = nest; /* a circle */
   CHECK_EQ(mr_table_depth_ok(&table), MR_BAD_ARGUMENT);
-  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table), MR_BAD_ARGUMENT);
+  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table),
+           MR_BAD_ARGUMENT);
   nest[0].key = longer;
   nest[0].value.kind = AMQP_FIELD_KIND_VOID;
-  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table), MR_BAD_ARGUMENT);
+  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table),
+           MR_BAD_ARGUMENT);
   nest[0].key = BYTES("n");
   nest[0].value.kind = 'z';
-  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table), MR_BAD_ARGUMENT);
+  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table),
+           MR_BAD_ARGUMENT);
   expect_nothing(p);
   peer_send(p, 1, QUEUE_DECLARE_OK, queue_declare_ok, .queue = BYTES("q"));
   expect_reply(p, channel, QUEUE_DECLARE_OK);
@@ -350,10 +406,12 @@ static void a_method_over_frame_max_is_refused(void) {
   entry.value.kind = AMQP_FIELD_KIND_UTF8;
   entry.value.value.bytes = (amqp_bytes_t){.len = fits + 1, .bytes = text};
   amqp_table_t table = {.num_entries = 1, .entries = &entry};
-  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table), MR_TOO_LARGE);
+  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table),
+           MR_TOO_LARGE);
   expect_nothing(p);
   entry.value.value.bytes.len = fits;
-  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table), MR_OK);
+  CHECK_EQ(call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"), .arguments = table),
+           MR_OK);
   expect(p, 1, QUEUE_DECLARE, queue_declare);
   CHECK_EQ(p->frame.payload.len + 8, 4096);
   mr_channel_release(channel);
@@ -361,14 +419,20 @@ static void a_method_over_frame_max_is_refused(void) {
 }
 
 static void methods_without_a_place_here_are_refused(void) {
-  static const amqp_method_number_t methods[] = {
-      AMQP_CONNECTION_START_METHOD, AMQP_CONNECTION_OPEN_METHOD, AMQP_BASIC_DELIVER_METHOD,
-      AMQP_QUEUE_DECLARE_OK_METHOD, AMQP_BASIC_PUBLISH_METHOD, 0, 0xFFFFFFFFu, 0x003C0063u};
+  static const amqp_method_number_t methods[] = {AMQP_CONNECTION_START_METHOD,
+                                                 AMQP_CONNECTION_OPEN_METHOD,
+                                                 AMQP_BASIC_DELIVER_METHOD,
+                                                 AMQP_QUEUE_DECLARE_OK_METHOD,
+                                                 AMQP_BASIC_PUBLISH_METHOD,
+                                                 0,
+                                                 0xFFFFFFFFu,
+                                                 0x003C0063u};
   static uint8_t arguments[256];
   peer *p = peer_open();
   mr_channel *channel = peer_channel(p);
   for (size_t i = 0; i < sizeof methods / sizeof *methods; i++)
-    if (mr_call(channel, methods[i], arguments) >= 0) FAIL("method %08x was sent", (unsigned)methods[i]);
+    if (mr_call(channel, methods[i], arguments) >= 0)
+      FAIL("method %08x was sent", (unsigned)methods[i]);
   expect_nothing(p);
   mr_channel_release(channel);
   peer_free(p);
@@ -396,8 +460,8 @@ static void a_refused_secret_closes_the_connection(void) {
   peer *p = peer_open();
   CHECK_EQ(mr_engine_update_secret(p->engine, BYTES("new"), BYTES("renewed")) >= 0, 1);
   peer_discard(p);
-  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 530, .reply_text = BYTES("NOT_ALLOWED - no"),
-            .class_id = 10, .method_id = 70);
+  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 530,
+            .reply_text = BYTES("NOT_ALLOWED - no"), .class_id = 10, .method_id = 70);
   CHECK_EQ(expect_event(p, MR_EV_CLOSED)->error.code, 530);
   peer_free(p);
 }
@@ -430,6 +494,7 @@ int main(int argc, char **argv) {
   RUN(get_answers_with_content_or_empty);
   RUN(nowait_expects_no_reply);
   RUN(pipelined_calls_are_answered_in_order);
+  RUN(calls_overlap_for_long);
   RUN(a_wrong_reply_is_a_protocol_error);
   RUN(methods_of_a_client_are_a_protocol_error);
   RUN(bad_arguments_are_refused_before_a_byte_is_sent);

@@ -25,8 +25,8 @@ typedef struct {
   uint16_t channel;
   amqp_bytes_t payload;
   amqp_method_number_t method; /* of a method frame */
-  void *decoded;               /* NULL for connection.update-secret, which rabbitmq-c does not know */
-  uint64_t body_size;          /* of a header frame */
+  void *decoded;      /* NULL for connection.update-secret, which rabbitmq-c does not know */
+  uint64_t body_size; /* of a header frame */
   amqp_bytes_t props;
 } peer_frame;
 
@@ -48,7 +48,8 @@ typedef struct {
 /* `got` is an amqp_bytes_t, `want` a C string. */
 #define CHECK_TEXT(got, want) peer_check_text((got), (want), #got, __FILE__, __LINE__)
 
-static inline void peer_check_text(amqp_bytes_t got, const char *want, const char *what, const char *file, int line) {
+static inline void peer_check_text(amqp_bytes_t got, const char *want, const char *what,
+                                   const char *file, int line) {
   check_bytes(got.bytes, got.len, want, strlen(want), what, file, line);
 }
 
@@ -56,7 +57,8 @@ static inline void peer_check_text(amqp_bytes_t got, const char *want, const cha
 #define peer_send(p, channel, NAME, name, ...) \
   peer_method(p, channel, AMQP_##NAME##_METHOD, &(amqp_##name##_t){__VA_ARGS__})
 /* The same as a command of the client. */
-#define call(channel, NAME, name, ...) mr_call(channel, AMQP_##NAME##_METHOD, &(amqp_##name##_t){__VA_ARGS__})
+#define call(channel, NAME, name, ...) \
+  mr_call(channel, AMQP_##NAME##_METHOD, &(amqp_##name##_t){__VA_ARGS__})
 /* The next frame of the client's must be this method; its decoded arguments. */
 #define expect(p, channel, NAME, name) \
   ((amqp_##name##_t *)peer_expect(p, channel, AMQP_##NAME##_METHOD, __FILE__, __LINE__))
@@ -65,7 +67,8 @@ static inline void peer_check_text(amqp_bytes_t got, const char *want, const cha
 #define expect_event(p, type) peer_expect_event(p, type, __FILE__, __LINE__)
 #define expect_no_event(p) ((void)peer_expect_event(p, MR_EV_NONE, __FILE__, __LINE__))
 /* The next event must be a reply of this method on this channel; its decoded arguments. */
-#define expect_reply(p, channel, NAME) peer_expect_reply(p, channel, AMQP_##NAME##_METHOD, __FILE__, __LINE__)
+#define expect_reply(p, channel, NAME) \
+  peer_expect_reply(p, channel, AMQP_##NAME##_METHOD, __FILE__, __LINE__)
 
 /* ---- bytes ---- */
 
@@ -94,7 +97,8 @@ static inline uint64_t peer_from_be(const uint8_t *at, int width) {
 
 /* ---- the broker's frames ---- */
 
-static inline void peer_frame_of(peer *p, uint8_t type, uint16_t channel, const void *payload, size_t n) {
+static inline void peer_frame_of(peer *p, uint8_t type, uint16_t channel, const void *payload,
+                                 size_t n) {
   uint8_t head[7] = {type};
   peer_be(head + 1, channel, 2);
   peer_be(head + 3, n, 4);
@@ -103,7 +107,8 @@ static inline void peer_frame_of(peer *p, uint8_t type, uint16_t channel, const 
   peer_bytes(&p->to_client, "\xCE", 1);
 }
 
-static inline void peer_method(peer *p, uint16_t channel, amqp_method_number_t method, void *decoded) {
+static inline void peer_method(peer *p, uint16_t channel, amqp_method_number_t method,
+                               void *decoded) {
   peer_buffer *b = &p->to_client;
   amqp_bytes_t space;
   uint8_t *head;
@@ -122,7 +127,8 @@ static inline void peer_method(peer *p, uint16_t channel, amqp_method_number_t m
   b->len += (size_t)n + 12;
 }
 
-static inline void peer_header_raw(peer *p, uint16_t channel, uint64_t body_size, amqp_bytes_t props) {
+static inline void peer_header_raw(peer *p, uint16_t channel, uint64_t body_size,
+                                   amqp_bytes_t props) {
   uint8_t *payload = malloc(12 + props.len);
   if (!payload) abort();
   peer_be(payload, AMQP_BASIC_CLASS, 2);
@@ -134,7 +140,8 @@ static inline void peer_header_raw(peer *p, uint16_t channel, uint64_t body_size
 }
 
 /* `props` may be NULL. */
-static inline void peer_header(peer *p, uint16_t channel, uint64_t body_size, amqp_basic_properties_t *props) {
+static inline void peer_header(peer *p, uint16_t channel, uint64_t body_size,
+                               amqp_basic_properties_t *props) {
   uint8_t *space = malloc(70000);
   amqp_basic_properties_t none = {._flags = 0};
   amqp_bytes_t raw;
@@ -154,16 +161,18 @@ static inline void peer_body(peer *p, uint16_t channel, const void *body, size_t
 }
 
 /* Header and body frames. */
-static inline void peer_content(peer *p, uint16_t channel, amqp_basic_properties_t *props, const void *body, size_t n) {
+static inline void peer_content(peer *p, uint16_t channel, amqp_basic_properties_t *props,
+                                const void *body, size_t n) {
   size_t most = p->frame_max - 8;
   peer_header(p, channel, n, props);
   for (size_t at = 0; at < n; at += most)
     peer_body(p, channel, (const uint8_t *)body + at, n - at < most ? n - at : most);
 }
 
-static inline void peer_deliver(peer *p, uint16_t channel, const char *consumer_tag, uint64_t tag, const char *body) {
-  peer_send(p, channel, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES(consumer_tag), .delivery_tag = tag,
-            .exchange = BYTES("x"), .routing_key = BYTES("k"));
+static inline void peer_deliver(peer *p, uint16_t channel, const char *consumer_tag, uint64_t tag,
+                                const char *body) {
+  peer_send(p, channel, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES(consumer_tag),
+            .delivery_tag = tag, .exchange = BYTES("x"), .routing_key = BYTES("k"));
   peer_content(p, channel, NULL, body, strlen(body));
 }
 
@@ -208,7 +217,8 @@ static inline bool peer_feed(peer *p) {
 static inline mr_event_type peer_next(peer *p) {
   for (;;) {
     mr_event_type type = mr_engine_next(p->engine, &p->event);
-    if (type != p->event.type) FAIL("mr_engine_next returned %d for an event of type %d", type, p->event.type);
+    if (type != p->event.type)
+      FAIL("mr_engine_next returned %d for an event of type %d", type, p->event.type);
     if (type == MR_EV_CLOSED) p->closed = true;
     if (type != MR_EV_NONE || p->closed || !peer_feed(p)) return type;
   }
@@ -217,17 +227,19 @@ static inline mr_event_type peer_next(peer *p) {
 static inline mr_event *peer_expect_event(peer *p, mr_event_type type, const char *file, int line) {
   mr_event_type got = peer_next(p);
   if (got != type && (got == MR_EV_CLOSED || got == MR_EV_CHANNEL_CLOSED))
-    check_fail(file, line, "event %d (%d %s), not %d", got, p->event.error.kind, p->event.error.text, type);
+    check_fail(file, line, "event %d (%d %s), not %d", got, p->event.error.kind,
+               p->event.error.text, type);
   if (got != type) check_fail(file, line, "event %d, not %d", got, type);
   return &p->event;
 }
 
-static inline void *peer_expect_reply(peer *p, mr_channel *channel, amqp_method_number_t method, const char *file,
-                                      int line) {
+static inline void *peer_expect_reply(peer *p, mr_channel *channel, amqp_method_number_t method,
+                                      const char *file, int line) {
   mr_event *ev = peer_expect_event(p, MR_EV_REPLY, file, line);
   if (ev->method.id != method)
     check_fail(file, line, "reply %08x, not %08x", (unsigned)ev->method.id, (unsigned)method);
-  if (ev->channel != channel) check_fail(file, line, "the reply %08x is of another channel", (unsigned)method);
+  if (ev->channel != channel)
+    check_fail(file, line, "the reply %08x is of another channel", (unsigned)method);
   return ev->method.decoded;
 }
 
@@ -265,7 +277,8 @@ static inline bool peer_take(peer *p, peer_frame *frame) {
   size = (size_t)peer_from_be(at + 3, 4);
   if (left < size + 8) FAIL("a frame of type %d is cut: %zu of %zu bytes", at[0], left, size + 8);
   if (at[size + 7] != 0xCE) FAIL("a frame of type %d and %zu bytes has no end", at[0], size);
-  if (p->frame_max && size + 8 > p->frame_max) FAIL("a frame of %zu bytes is over frame_max %u", size + 8, p->frame_max);
+  if (p->frame_max && size + 8 > p->frame_max)
+    FAIL("a frame of %zu bytes is over frame_max %u", size + 8, p->frame_max);
   frame->payload.bytes = at + 7;
   frame->payload.len = size;
   b->pos += size + 8;
@@ -294,26 +307,31 @@ static inline bool peer_take(peer *p, peer_frame *frame) {
   return true;
 }
 
-static inline void *peer_expect(peer *p, uint16_t channel, amqp_method_number_t method, const char *file, int line) {
-  if (!peer_take(p, &p->frame)) check_fail(file, line, "the client sent nothing, not method %08x", (unsigned)method);
-  if (p->frame.type != AMQP_FRAME_METHOD || p->frame.method != method || p->frame.channel != channel)
-    check_fail(file, line, "the client sent a frame of type %d, channel %d, method %08x, not %08x on channel %d",
-               p->frame.type, p->frame.channel, (unsigned)p->frame.method, (unsigned)method, channel);
+static inline void *peer_expect(peer *p, uint16_t channel, amqp_method_number_t method,
+                                const char *file, int line) {
+  if (!peer_take(p, &p->frame))
+    check_fail(file, line, "the client sent nothing, not method %08x", (unsigned)method);
+  if (p->frame.type != AMQP_FRAME_METHOD || p->frame.method != method ||
+      p->frame.channel != channel)
+    check_fail(
+        file, line,
+        "the client sent a frame of type %d, channel %d, method %08x, not %08x on channel %d",
+        p->frame.type, p->frame.channel, (unsigned)p->frame.method, (unsigned)method, channel);
   return p->frame.decoded;
 }
 
 static inline peer_frame *peer_expect_type(peer *p, uint16_t channel, uint8_t type) {
   if (!peer_take(p, &p->frame)) FAIL("the client sent nothing, not a frame of type %d", type);
   if (p->frame.type != type || p->frame.channel != channel)
-    FAIL("the client sent a frame of type %d on channel %d, not %d on %d", p->frame.type, p->frame.channel, type,
-         channel);
+    FAIL("the client sent a frame of type %d on channel %d, not %d on %d", p->frame.type,
+         p->frame.channel, type, channel);
   return &p->frame;
 }
 
 static inline void peer_expect_nothing(peer *p, const char *file, int line) {
   if (peer_take(p, &p->frame))
-    check_fail(file, line, "the client sent a frame of type %d, channel %d, method %08x", p->frame.type,
-               p->frame.channel, (unsigned)p->frame.method);
+    check_fail(file, line, "the client sent a frame of type %d, channel %d, method %08x",
+               p->frame.type, p->frame.channel, (unsigned)p->frame.method);
 }
 
 /* Forgets what the client has said so far. */
@@ -323,7 +341,8 @@ static inline void peer_discard(peer *p) {
 }
 
 /* basic.publish, its header and body; the body is returned and belongs to the caller. */
-static inline uint8_t *peer_take_publish(peer *p, uint16_t channel, size_t *body_size, size_t *frames) {
+static inline uint8_t *peer_take_publish(peer *p, uint16_t channel, size_t *body_size,
+                                         size_t *frames) {
   peer_frame *f;
   uint8_t *body;
   size_t at = 0;
@@ -335,7 +354,8 @@ static inline uint8_t *peer_take_publish(peer *p, uint16_t channel, size_t *body
   if (!body) abort();
   while (at < *body_size) {
     f = peer_expect_type(p, channel, AMQP_FRAME_BODY);
-    if (f->payload.len == 0 || f->payload.len > *body_size - at) FAIL("a body frame of %zu bytes", f->payload.len);
+    if (f->payload.len == 0 || f->payload.len > *body_size - at)
+      FAIL("a body frame of %zu bytes", f->payload.len);
     memcpy(body + at, f->payload.bytes, f->payload.len);
     at += f->payload.len;
     ++*frames;
@@ -346,7 +366,8 @@ static inline uint8_t *peer_take_publish(peer *p, uint16_t channel, size_t *body
 /* ---- a session ---- */
 
 static inline mr_config peer_config(void) {
-  return (mr_config){.vhost = BYTES("/"), .user = BYTES("guest"), .password = BYTES("secret"), .ack_delay = -1};
+  return (mr_config){
+      .vhost = BYTES("/"), .user = BYTES("guest"), .password = BYTES("secret"), .ack_delay = -1};
 }
 
 static inline peer *peer_new(const mr_config *config) {
@@ -376,20 +397,23 @@ static inline void peer_expect_protocol(peer *p) {
 }
 
 static inline void peer_start(peer *p, const char *mechanisms) {
-  amqp_table_entry_t entry = {.key = BYTES("product"),
-                              .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("peer")}}};
+  amqp_table_entry_t entry = {
+      .key = BYTES("product"),
+      .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("peer")}}};
   peer_send(p, 0, CONNECTION_START, connection_start, .version_major = 0, .version_minor = 9,
-            .server_properties = {.num_entries = 1, .entries = &entry}, .mechanisms = BYTES(mechanisms),
-            .locales = BYTES("en_US"));
+            .server_properties = {.num_entries = 1, .entries = &entry},
+            .mechanisms = BYTES(mechanisms), .locales = BYTES("en_US"));
 }
 
-static inline void peer_tune(peer *p, uint16_t channel_max, uint32_t frame_max, uint16_t heartbeat) {
-  peer_send(p, 0, CONNECTION_TUNE, connection_tune, .channel_max = channel_max, .frame_max = frame_max,
-            .heartbeat = heartbeat);
+static inline void peer_tune(peer *p, uint16_t channel_max, uint32_t frame_max,
+                             uint16_t heartbeat) {
+  peer_send(p, 0, CONNECTION_TUNE, connection_tune, .channel_max = channel_max,
+            .frame_max = frame_max, .heartbeat = heartbeat);
 }
 
 /* The whole handshake, with these wishes of the broker. */
-static inline void peer_handshake(peer *p, uint16_t channel_max, uint32_t frame_max, uint16_t heartbeat) {
+static inline void peer_handshake(peer *p, uint16_t channel_max, uint32_t frame_max,
+                                  uint16_t heartbeat) {
   CHECK_EQ(mr_engine_start(p->engine, p->now), MR_OK);
   peer_expect_protocol(p);
   peer_start(p, "PLAIN AMQPLAIN EXTERNAL");
@@ -445,11 +469,14 @@ static inline void peer_qos(peer *p, mr_channel *channel, uint16_t prefetch) {
   expect_reply(p, channel, BASIC_QOS_OK);
 }
 
-static inline void peer_consume(peer *p, mr_channel *channel, const char *tag, uint32_t ref, bool no_ack) {
-  amqp_basic_consume_t consume = {.queue = BYTES("q"), .consumer_tag = BYTES(tag), .no_ack = no_ack};
+static inline void peer_consume(peer *p, mr_channel *channel, const char *tag, uint32_t ref,
+                                bool no_ack) {
+  amqp_basic_consume_t consume = {
+      .queue = BYTES("q"), .consumer_tag = BYTES(tag), .no_ack = no_ack};
   CHECK_EQ(mr_consume(channel, &consume, ref), MR_OK);
   expect(p, mr_channel_id(channel), BASIC_CONSUME, basic_consume);
-  peer_send(p, mr_channel_id(channel), BASIC_CONSUME_OK, basic_consume_ok, .consumer_tag = BYTES(tag));
+  peer_send(p, mr_channel_id(channel), BASIC_CONSUME_OK, basic_consume_ok,
+            .consumer_tag = BYTES(tag));
   expect_reply(p, channel, BASIC_CONSUME_OK);
 }
 
@@ -459,7 +486,8 @@ static inline mr_error *peer_expect_closed(peer *p, mr_kind kind, const char *fi
   if (ev->error.kind != kind)
     check_fail(file, line, "closed as %d (%s), not %d", ev->error.kind, ev->error.text, kind);
   if (!ev->error.text[0]) check_fail(file, line, "closed without a reason");
-  if (!memchr(ev->error.text, 0, sizeof ev->error.text)) check_fail(file, line, "the reason has no end");
+  if (!memchr(ev->error.text, 0, sizeof ev->error.text))
+    check_fail(file, line, "the reason has no end");
   CHECK(!mr_engine_is_open(p->engine));
   CHECK_EQ(mr_engine_next(p->engine, &(mr_event){.type = MR_EV_OPEN}), MR_EV_NONE);
   return &ev->error;
@@ -467,7 +495,8 @@ static inline mr_error *peer_expect_closed(peer *p, mr_kind kind, const char *fi
 #define expect_closed(p, kind) peer_expect_closed(p, kind, __FILE__, __LINE__)
 
 /* A publish of `body` to exchange "x" with key "k". */
-static inline mr_status peer_publish(mr_channel *channel, bool mandatory, const char *body, uint64_t *seq) {
+static inline mr_status peer_publish(mr_channel *channel, bool mandatory, const char *body,
+                                     uint64_t *seq) {
   return mr_publish(channel,
                     &(mr_publish_args){.exchange = BYTES("x"),
                                        .routing_key = BYTES("k"),

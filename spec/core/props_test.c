@@ -23,11 +23,13 @@ static amqp_table_t random_table(amqp_pool_t *pool, int depth, uint32_t most) {
 }
 
 static amqp_field_value_t random_value(amqp_pool_t *pool, int depth) {
-  static const char kinds[] = {AMQP_FIELD_KIND_BOOLEAN, AMQP_FIELD_KIND_I8, AMQP_FIELD_KIND_U8, AMQP_FIELD_KIND_I16,
-                               AMQP_FIELD_KIND_U16, AMQP_FIELD_KIND_I32, AMQP_FIELD_KIND_U32, AMQP_FIELD_KIND_I64,
-                               AMQP_FIELD_KIND_U64, AMQP_FIELD_KIND_F32, AMQP_FIELD_KIND_F64, AMQP_FIELD_KIND_DECIMAL,
-                               AMQP_FIELD_KIND_UTF8, AMQP_FIELD_KIND_BYTES, AMQP_FIELD_KIND_TIMESTAMP,
-                               AMQP_FIELD_KIND_VOID, AMQP_FIELD_KIND_TABLE, AMQP_FIELD_KIND_ARRAY};
+  static const char kinds[] = {
+      AMQP_FIELD_KIND_BOOLEAN, AMQP_FIELD_KIND_I8,    AMQP_FIELD_KIND_U8,
+      AMQP_FIELD_KIND_I16,     AMQP_FIELD_KIND_U16,   AMQP_FIELD_KIND_I32,
+      AMQP_FIELD_KIND_U32,     AMQP_FIELD_KIND_I64,   AMQP_FIELD_KIND_U64,
+      AMQP_FIELD_KIND_F32,     AMQP_FIELD_KIND_F64,   AMQP_FIELD_KIND_DECIMAL,
+      AMQP_FIELD_KIND_UTF8,    AMQP_FIELD_KIND_BYTES, AMQP_FIELD_KIND_TIMESTAMP,
+      AMQP_FIELD_KIND_VOID,    AMQP_FIELD_KIND_TABLE, AMQP_FIELD_KIND_ARRAY};
   amqp_field_value_t v = {.kind = (uint8_t)kinds[check_below(sizeof kinds)]};
   switch (v.kind) {
     case AMQP_FIELD_KIND_BOOLEAN: v.value.boolean = (int)check_below(2); break;
@@ -37,11 +39,14 @@ static amqp_field_value_t random_value(amqp_pool_t *pool, int depth) {
       break;
     case AMQP_FIELD_KIND_UTF8:
     case AMQP_FIELD_KIND_BYTES: v.value.bytes = some_bytes(400); break;
-    case AMQP_FIELD_KIND_TABLE: v.value.table = random_table(pool, depth + 1, depth < 5 ? 4 : 0); break;
+    case AMQP_FIELD_KIND_TABLE:
+      v.value.table = random_table(pool, depth + 1, depth < 5 ? 4 : 0);
+      break;
     case AMQP_FIELD_KIND_ARRAY:
       v.value.array.num_entries = depth < 5 ? (int)check_below(4) : 0;
       v.value.array.entries = amqp_pool_alloc(pool, 4 * sizeof *v.value.array.entries);
-      for (int i = 0; i < v.value.array.num_entries; i++) v.value.array.entries[i] = random_value(pool, depth + 1);
+      for (int i = 0; i < v.value.array.num_entries; i++)
+        v.value.array.entries[i] = random_value(pool, depth + 1);
       break;
     default: v.value.u64 = check_random();
   }
@@ -139,7 +144,9 @@ static void corrupted_properties_are_refused_or_safe(void) {
     amqp_basic_properties_t props = random_props(&pool), *back = NULL;
     amqp_bytes_t raw = encode(&props), copy = exact(raw.bytes, raw.len);
     for (uint32_t n = 1 + check_below(4); n; n--)
-      ((uint8_t *)copy.bytes)[check_below((uint32_t)(check_below(2) && copy.len > 30 ? 30 : copy.len))] = (uint8_t)check_random();
+      ((uint8_t *)
+           copy.bytes)[check_below((uint32_t)(check_below(2) && copy.len > 30 ? 30 : copy.len))] =
+          (uint8_t)check_random();
     if (!mr_props_check(copy)) {
       uint8_t *out = NULL;
       size_t n = 0;
@@ -163,17 +170,17 @@ static void malformed_tables_are_refused(void) {
       {"\0\0\0", 3},
       {"\0\0\0\1", 4},
       {"\0\0\0\0\0", 5},
-      {"\0\0\0\1\0", 5},                     /* a name and no value */
+      {"\0\0\0\1\0", 5}, /* a name and no value */
       {"\0\0\0\1\5", 5},
-      {"\0\0\0\2\0t", 6},                    /* no boolean behind its type */
+      {"\0\0\0\2\0t", 6}, /* no boolean behind its type */
       {"\0\0\0\3\1kt", 7},
-      {"\0\0\0\3\1kz", 7},                   /* an unknown type */
-      {"\0\0\0\7\1kS\0\0\0\1", 11},          /* a string longer than the table */
+      {"\0\0\0\3\1kz", 7},          /* an unknown type */
+      {"\0\0\0\7\1kS\0\0\0\1", 11}, /* a string longer than the table */
       {"\0\0\0\7\1kx\xFF\xFF\xFF\xFF", 11},
       {"\0\0\0\7\1kF\0\0\0\1", 11},
       {"\0\0\0\7\1kA\0\0\0\1", 11},
       {"\0\0\0\x08\1kA\0\0\0\1z", 12},
-      {"\0\0\0\6\1kD\0\0\0", 10},            /* half a decimal */
+      {"\0\0\0\6\1kD\0\0\0", 10}, /* half a decimal */
       {"\xFF\xFF\xFF\xFF\1kV", 7},
       {"\x7F\xFF\xFF\xFF\1kV", 7},
   };
@@ -222,7 +229,8 @@ static void nesting_is_bounded(void) {
     for (int depth = 1; depth < 2000; depth += depth < 40 ? 1 : 163) {
       amqp_bytes_t table = nested(depth, arrays);
       const char *wrong = mr_table_check(table);
-      if (!wrong != (depth <= MR_MAX_NESTING)) FAIL("depth %d of %s: %s", depth, arrays ? "arrays" : "tables", wrong ? wrong : "accepted");
+      if (!wrong != (depth <= MR_MAX_NESTING))
+        FAIL("depth %d of %s: %s", depth, arrays ? "arrays" : "tables", wrong ? wrong : "accepted");
       if (!wrong) {
         amqp_pool_t pool;
         amqp_table_t decoded;
@@ -237,8 +245,10 @@ static void nesting_is_bounded(void) {
 }
 
 static void values_that_cannot_be_are_refused(void) {
-  amqp_table_entry_t entry = {.key = {.len = 256, .bytes = POOL}, .value = {.kind = AMQP_FIELD_KIND_VOID}};
-  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG, .headers = {.num_entries = 1, .entries = &entry}};
+  amqp_table_entry_t entry = {.key = {.len = 256, .bytes = POOL},
+                              .value = {.kind = AMQP_FIELD_KIND_VOID}};
+  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG,
+                                   .headers = {.num_entries = 1, .entries = &entry}};
   uint8_t *out = NULL, space[2000];
   size_t n = 0;
   CHECK_EQ(mr_props_encode(&props, &out, &n), MR_BAD_ARGUMENT);
@@ -250,11 +260,13 @@ static void values_that_cannot_be_are_refused(void) {
   for (int bit = 0; bit < 32; bit++) {
     memset(&props, 0, sizeof props);
     props._flags = 1u << bit;
-    if (bit > 15 || bit < 2) CHECK_EQ(mr_props_encode_to(&props, space, sizeof space), MR_BAD_ARGUMENT);
+    if (bit > 15 || bit < 2)
+      CHECK_EQ(mr_props_encode_to(&props, space, sizeof space), MR_BAD_ARGUMENT);
     if (bit > 15 || bit < 2) CHECK_EQ(mr_props_encode(&props, &out, &n), MR_BAD_ARGUMENT);
   }
-#define LONG(FLAG, field)                                                                          \
-  props = (amqp_basic_properties_t){._flags = AMQP_BASIC_##FLAG##_FLAG, .field = {.len = 256, .bytes = POOL}}; \
+#define LONG(FLAG, field)                                                  \
+  props = (amqp_basic_properties_t){._flags = AMQP_BASIC_##FLAG##_FLAG,    \
+                                    .field = {.len = 256, .bytes = POOL}}; \
   CHECK_EQ(mr_props_encode(&props, &out, &n), MR_BAD_ARGUMENT)
   LONG(CONTENT_TYPE, content_type);
   LONG(CONTENT_ENCODING, content_encoding);
@@ -293,7 +305,9 @@ static void an_edit_of_nothing_changes_nothing(void) {
   }
 }
 
-static bool same(amqp_bytes_t a, amqp_bytes_t b) { return a.len == b.len && (a.len == 0 || memcmp(a.bytes, b.bytes, a.len) == 0); }
+static bool same(amqp_bytes_t a, amqp_bytes_t b) {
+  return a.len == b.len && (a.len == 0 || memcmp(a.bytes, b.bytes, a.len) == 0);
+}
 
 /* What an edit should give, the slow way: the struct edited, and encoded again. */
 static void edits_equal_the_slow_way(void) {
@@ -311,23 +325,29 @@ static void edits_equal_the_slow_way(void) {
     bool had = props._flags & AMQP_BASIC_HEADERS_FLAG;
     amqp_table_t *old = &props.headers;
     for (size_t i = 0; i < n_remove; i++)
-      remove[i] = old->num_entries && check_below(3) ? old->entries[check_below((uint32_t)old->num_entries)].key : some_bytes(20);
-    if (old->num_entries && set.num_entries && check_below(2)) set.entries[0].key = old->entries[0].key;
+      remove[i] = old->num_entries && check_below(3)
+                      ? old->entries[check_below((uint32_t)old->num_entries)].key
+                      : some_bytes(20);
+    if (old->num_entries && set.num_entries && check_below(2))
+      set.entries[0].key = old->entries[0].key;
     raw = encode(&props);
     for (int i = 0; had && i < old->num_entries; i++) {
       bool named = false;
       for (size_t k = 0; k < n_remove; k++) named |= same(old->entries[i].key, remove[k]);
-      for (int k = 0; k < set.num_entries; k++) named |= same(old->entries[i].key, set.entries[k].key);
+      for (int k = 0; k < set.num_entries; k++)
+        named |= same(old->entries[i].key, set.entries[k].key);
       if (!named) kept[left++] = old->entries[i];
     }
     for (int k = 0; k < set.num_entries; k++) kept[left++] = set.entries[k];
     want = props;
     want.headers = (amqp_table_t){.num_entries = left, .entries = kept};
     if (left) want._flags |= AMQP_BASIC_HEADERS_FLAG;
-    if (!left && old->num_entries && n_remove) want._flags &= ~(amqp_flags_t)AMQP_BASIC_HEADERS_FLAG;
+    if (!left && old->num_entries && n_remove)
+      want._flags &= ~(amqp_flags_t)AMQP_BASIC_HEADERS_FLAG;
     slow = encode(&want);
     CHECK_EQ(mr_props_edit(raw, remove, n_remove, &set, &out, &n), MR_OK);
-    if (mr_props_check((amqp_bytes_t){.len = n, .bytes = out})) FAIL("malformed: %s", mr_props_check((amqp_bytes_t){.len = n, .bytes = out}));
+    if (mr_props_check((amqp_bytes_t){.len = n, .bytes = out}))
+      FAIL("malformed: %s", mr_props_check((amqp_bytes_t){.len = n, .bytes = out}));
     CHECK_BYTES(out, n, slow.bytes, slow.len);
     free(out);
     free(raw.bytes);
@@ -339,7 +359,8 @@ static void edits_equal_the_slow_way(void) {
 static void the_headers_disappear_with_their_last_key(void) {
   amqp_table_entry_t entries[2] = {{.key = BYTES("a"), .value = {.kind = AMQP_FIELD_KIND_VOID}},
                                    {.key = BYTES("b"), .value = {.kind = AMQP_FIELD_KIND_VOID}}};
-  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG | AMQP_BASIC_TYPE_FLAG, .type = BYTES("t"),
+  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG | AMQP_BASIC_TYPE_FLAG,
+                                   .type = BYTES("t"),
                                    .headers = {.num_entries = 2, .entries = entries}};
   amqp_bytes_t raw = encode(&props), names[] = {BYTES("b"), BYTES("a")};
   amqp_table_t set = {.num_entries = 1, .entries = entries};
@@ -350,7 +371,9 @@ static void the_headers_disappear_with_their_last_key(void) {
   free(out);
   free(raw.bytes);
   /* and come with the first */
-  CHECK_EQ(mr_props_edit((amqp_bytes_t){.len = 4, .bytes = (void *)(uintptr_t) "\0\x20\1t"}, NULL, 0, &set, &out, &n), MR_OK);
+  CHECK_EQ(mr_props_edit((amqp_bytes_t){.len = 4, .bytes = (void *)(uintptr_t) "\0\x20\1t"}, NULL,
+                         0, &set, &out, &n),
+           MR_OK);
   CHECK_BYTES(out, n, "\x20\x20\0\0\0\3\1aV\1t", 11);
   free(out);
   CHECK_EQ(mr_props_edit((amqp_bytes_t){.len = 0, .bytes = NULL}, NULL, 0, &set, &out, &n), MR_OK);
@@ -363,16 +386,21 @@ static void a_set_that_cannot_be_encoded_is_refused(void) {
   amqp_table_t set = {.num_entries = 1, .entries = &entry};
   uint8_t *out = NULL;
   size_t n = 0;
-  CHECK_EQ(mr_props_edit((amqp_bytes_t){.len = 2, .bytes = (void *)(uintptr_t) "\0\0"}, NULL, 0, &set, &out, &n), MR_BAD_ARGUMENT);
+  CHECK_EQ(mr_props_edit((amqp_bytes_t){.len = 2, .bytes = (void *)(uintptr_t) "\0\0"}, NULL, 0,
+                         &set, &out, &n),
+           MR_BAD_ARGUMENT);
   entry.value.kind = AMQP_FIELD_KIND_TABLE;
   entry.value.value.table = set; /* a circle */
-  CHECK_EQ(mr_props_edit((amqp_bytes_t){.len = 2, .bytes = (void *)(uintptr_t) "\0\0"}, NULL, 0, &set, &out, &n), MR_BAD_ARGUMENT);
+  CHECK_EQ(mr_props_edit((amqp_bytes_t){.len = 2, .bytes = (void *)(uintptr_t) "\0\0"}, NULL, 0,
+                         &set, &out, &n),
+           MR_BAD_ARGUMENT);
 }
 
 /* The same header twice, as some clients send it: both go, or both stay in their order. */
 static void double_headers_are_kept_and_removed_together(void) {
   static const uint8_t raw[] = "\x20\0\0\0\0\x09\1aV\1bV\1aV";
-  amqp_bytes_t props = {.len = sizeof raw - 1, .bytes = (void *)(uintptr_t)raw}, b = BYTES("b"), a = BYTES("a");
+  amqp_bytes_t props = {.len = sizeof raw - 1, .bytes = (void *)(uintptr_t)raw}, b = BYTES("b"),
+               a = BYTES("a");
   uint8_t *out = NULL;
   size_t n = 0;
   CHECK(!mr_props_check(props));

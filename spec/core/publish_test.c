@@ -17,7 +17,8 @@ static void bodies_are_split_by_frame_max(void) {
   for (size_t f = 0; f < sizeof frame_maxes / sizeof *frame_maxes; f++) {
     mr_config config = peer_config();
     size_t most = frame_maxes[f] - 8;
-    size_t sizes[] = {0, 1, most - 1, most, most + 1, 2 * most - 1, 2 * most, 2 * most + 1, 5 * most + 77};
+    size_t sizes[] = {
+        0, 1, most - 1, most, most + 1, 2 * most - 1, 2 * most, 2 * most + 1, 5 * most + 77};
     peer *p;
     mr_channel *channel;
     config.frame_max = frame_maxes[f];
@@ -50,7 +51,8 @@ static void the_publish_method_is_exact(void) {
   static const uint8_t want[] = "\0\x3C\0\x28\0\0\2ex\3key\1";
   peer *p = peer_open();
   mr_channel *channel = peer_channel(p);
-  mr_publish_args args = {.exchange = BYTES("ex"), .routing_key = BYTES("key"), .mandatory = true, .body = BYTES("b")};
+  mr_publish_args args = {
+      .exchange = BYTES("ex"), .routing_key = BYTES("key"), .mandatory = true, .body = BYTES("b")};
   CHECK(mr_publish(channel, &args, NULL) >= 0);
   expect(p, 1, BASIC_PUBLISH, basic_publish);
   CHECK_BYTES(p->frame.payload.bytes, p->frame.payload.len, want, sizeof want - 1);
@@ -71,12 +73,15 @@ static amqp_bytes_t encode(const amqp_basic_properties_t *props) {
 }
 
 static void properties_are_sent_as_they_are(void) {
-  amqp_table_entry_t entry = {.key = BYTES("h"), .value = {.kind = AMQP_FIELD_KIND_BOOLEAN, .value = {.boolean = 1}}};
-  amqp_basic_properties_t props = {
-      ._flags = AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_HEADERS_FLAG | AMQP_BASIC_DELIVERY_MODE_FLAG |
-                AMQP_BASIC_CLUSTER_ID_FLAG,
-      .content_type = BYTES("text/plain"), .headers = {.num_entries = 1, .entries = &entry}, .delivery_mode = 2,
-      .cluster_id = BYTES("c")};
+  amqp_table_entry_t entry = {.key = BYTES("h"),
+                              .value = {.kind = AMQP_FIELD_KIND_BOOLEAN, .value = {.boolean = 1}}};
+  amqp_basic_properties_t props = {._flags =
+                                       AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_HEADERS_FLAG |
+                                       AMQP_BASIC_DELIVERY_MODE_FLAG | AMQP_BASIC_CLUSTER_ID_FLAG,
+                                   .content_type = BYTES("text/plain"),
+                                   .headers = {.num_entries = 1, .entries = &entry},
+                                   .delivery_mode = 2,
+                                   .cluster_id = BYTES("c")};
   peer *p = peer_open();
   mr_channel *channel = peer_confirm_channel(p);
   amqp_bytes_t raw = encode(&props);
@@ -162,13 +167,17 @@ static void a_route_is_a_plain_publish_byte_for_byte(void) {
     mr_config config = peer_config();
     amqp_table_entry_t entries[3] = {
         {.key = BYTES("a"), .value = {.kind = AMQP_FIELD_KIND_I64, .value = {.i64 = 5}}},
-        {.key = BYTES(MR_SEQ_HEADER), .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("theirs")}}},
+        {.key = BYTES(MR_SEQ_HEADER),
+         .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("theirs")}}},
         {.key = BYTES("z"), .value = {.kind = AMQP_FIELD_KIND_VOID}}};
-    amqp_basic_properties_t props = {.content_type = BYTES("t"), .delivery_mode = 2, .message_id = BYTES("id")};
+    amqp_basic_properties_t props = {
+        .content_type = BYTES("t"), .delivery_mode = 2, .message_id = BYTES("id")};
     bool confirm = check_below(2), with_props = check_below(4) != 0;
     size_t n = check_below(3) ? check_below(200) : check_below(10000);
     uint8_t *body = random_bytes(n);
-    mr_publish_args args = {.exchange = BYTES("exchange"), .routing_key = BYTES("the.key"), .mandatory = check_below(2)};
+    mr_publish_args args = {.exchange = BYTES("exchange"),
+                            .routing_key = BYTES("the.key"),
+                            .mandatory = check_below(2)};
     mr_route *route = NULL;
     peer *a, *b;
     mr_channel *one, *other;
@@ -216,7 +225,8 @@ static void malformed_properties_are_refused(void) {
   peer *p = peer_open();
   mr_channel *channel = peer_confirm_channel(p);
   for (size_t i = 0; i < 4; i++) {
-    mr_publish_args args = {.mandatory = true, .props = {.len = sizes[i], .bytes = bad[i]}, .body = BYTES("b")};
+    mr_publish_args args = {
+        .mandatory = true, .props = {.len = sizes[i], .bytes = bad[i]}, .body = BYTES("b")};
     mr_route *route = NULL;
     CHECK_EQ(mr_route_new(&args, &route), MR_BAD_ARGUMENT);
     CHECK_EQ(mr_publish(channel, &args, NULL), MR_BAD_ARGUMENT);
@@ -242,7 +252,8 @@ static int seq_headers(const amqp_table_t *table, uint64_t *seq) {
   int found = 0;
   for (int i = 0; i < table->num_entries; i++) {
     const amqp_table_entry_t *e = &table->entries[i];
-    if (e->key.len != strlen(MR_SEQ_HEADER) || memcmp(e->key.bytes, MR_SEQ_HEADER, e->key.len) != 0) continue;
+    if (e->key.len != strlen(MR_SEQ_HEADER) || memcmp(e->key.bytes, MR_SEQ_HEADER, e->key.len) != 0)
+      continue;
     found++;
     switch (e->value.kind) {
       case AMQP_FIELD_KIND_I64: *seq = (uint64_t)e->value.value.i64; break;
@@ -256,7 +267,8 @@ static int seq_headers(const amqp_table_t *table, uint64_t *seq) {
 static void mandatory_publishes_carry_their_number(void) {
   amqp_table_entry_t entries[3] = {
       {.key = BYTES("a"), .value = {.kind = AMQP_FIELD_KIND_I32, .value = {.i32 = 1}}},
-      {.key = BYTES(MR_SEQ_HEADER), .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("a liar's")}}},
+      {.key = BYTES(MR_SEQ_HEADER),
+       .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("a liar's")}}},
       {.key = BYTES("z"), .value = {.kind = AMQP_FIELD_KIND_I32, .value = {.i32 = 2}}}};
   static const int shapes[] = {-1, 0, 1, 2, 3}; /* no properties, then so many headers */
   peer *p = peer_open();
@@ -264,8 +276,10 @@ static void mandatory_publishes_carry_their_number(void) {
   uint64_t want = 0;
   for (int round = 0; round < 3; round++)
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
-      amqp_basic_properties_t props = {._flags = AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_APP_ID_FLAG,
-                                       .content_type = BYTES("ct"), .app_id = BYTES("app")};
+      amqp_basic_properties_t props = {._flags =
+                                           AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_APP_ID_FLAG,
+                                       .content_type = BYTES("ct"),
+                                       .app_id = BYTES("app")};
       mr_publish_args args = {.mandatory = true, .body = BYTES("b")};
       amqp_basic_properties_t *got;
       uint64_t seq = 0, carried = 0;
@@ -282,7 +296,9 @@ static void mandatory_publishes_carry_their_number(void) {
       CHECK_EQ(seq_headers(&got->headers, &carried), 1);
       CHECK_EQ(carried, seq);
       if (shapes[i] >= 0) CHECK_TEXT(got->app_id, "app");
-      CHECK_EQ(got->headers.num_entries, shapes[i] < 0 ? 1 : shapes[i] < 2 ? shapes[i] + 1 : shapes[i]);
+      CHECK_EQ(got->headers.num_entries, shapes[i] < 0   ? 1
+                                         : shapes[i] < 2 ? shapes[i] + 1
+                                                         : shapes[i]);
       peer_expect_type(p, 1, AMQP_FRAME_BODY);
     }
   /* without mandatory there is none to add; a foreign one stays */
@@ -296,12 +312,13 @@ static void mandatory_publishes_carry_their_number(void) {
 
 /* ---- confirms ---- */
 
-static void expect_confirm_at(peer *p, mr_channel *channel, uint64_t first, uint64_t last, mr_outcome outcome,
-                              const char *file, int line) {
+static void expect_confirm_at(peer *p, mr_channel *channel, uint64_t first, uint64_t last,
+                              mr_outcome outcome, const char *file, int line) {
   mr_event *ev = peer_expect_event(p, MR_EV_CONFIRM, file, line);
   if (ev->channel != channel || ev->confirm.first != first || ev->confirm.last != last ||
       ev->confirm.outcome != outcome)
-    check_fail(file, line, "confirm of %" PRIu64 "..%" PRIu64 " as %d, not %" PRIu64 "..%" PRIu64 " as %d",
+    check_fail(file, line,
+               "confirm of %" PRIu64 "..%" PRIu64 " as %d, not %" PRIu64 "..%" PRIu64 " as %d",
                ev->confirm.first, ev->confirm.last, ev->confirm.outcome, first, last, outcome);
 }
 #define expect_confirm(p, channel, first, last, outcome) \
@@ -373,8 +390,9 @@ static void a_confirm_of_the_unknown_is_a_protocol_error(void) {
   static const struct {
     uint64_t tag;
     bool multiple, nack;
-  } wrong[] = {{4, false, false}, {4, true, false}, {0, false, false}, {1, false, false}, {UINT64_MAX, true, false},
-               {UINT64_MAX, false, true}, {1ull << 63, false, false}};
+  } wrong[] = {{4, false, false},         {4, true, false},          {0, false, false},
+               {1, false, false},         {UINT64_MAX, true, false}, {UINT64_MAX, false, true},
+               {1ull << 63, false, false}};
   for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
     peer *p = peer_open();
     mr_channel *channel = peer_confirm_channel(p);
@@ -432,7 +450,11 @@ static void a_running_window_allocates_nothing(void) {
   peer *p = peer_open();
   mr_channel *channel = peer_confirm_channel(p);
   mr_route *route = NULL;
-  CHECK_EQ(mr_route_new(&(mr_publish_args){.exchange = BYTES("x"), .routing_key = BYTES("k"), .mandatory = true}, &route), MR_OK);
+  CHECK_EQ(
+      mr_route_new(
+          &(mr_publish_args){.exchange = BYTES("x"), .routing_key = BYTES("k"), .mandatory = true},
+          &route),
+      MR_OK);
   for (int i = 0; i < 5000; i++) {
     uint64_t seq = 0;
     size_t n;
@@ -447,7 +469,8 @@ static void a_running_window_allocates_nothing(void) {
       if (mr_publish_route(channel, route, BYTES("the same body"), &seq) < 0) abort();
     if (seq != (uint64_t)i * 10 + 10) abort();
     while (mr_engine_tx_peek(p->engine, &n)) mr_engine_tx_consume(p->engine, n, p->now);
-    if (mr_engine_feed(p->engine, p->to_client.data, p->to_client.len, p->now) != p->to_client.len) abort();
+    if (mr_engine_feed(p->engine, p->to_client.data, p->to_client.len, p->now) != p->to_client.len)
+      abort();
     while (mr_engine_next(p->engine, &ev) != MR_EV_NONE)
       if (ev.type != MR_EV_CONFIRM || ev.confirm.last != seq) abort();
   }
@@ -464,7 +487,9 @@ static void the_window_limits_what_is_unconfirmed(void) {
   mr_channel *channel = peer_confirm_channel(p);
   mr_route *route = NULL;
   uint64_t seq = 0;
-  CHECK_EQ(mr_route_new(&(mr_publish_args){.exchange = BYTES("x"), .routing_key = BYTES("k")}, &route), MR_OK);
+  CHECK_EQ(
+      mr_route_new(&(mr_publish_args){.exchange = BYTES("x"), .routing_key = BYTES("k")}, &route),
+      MR_OK);
   mr_channel_set_window(channel, 3);
   publishes(p, channel, 3);
   CHECK_EQ(peer_publish(channel, true, "b", &seq), MR_WINDOW_FULL);
@@ -571,11 +596,14 @@ static void confirms_follow_a_model(void) {
 
 /* ---- returns ---- */
 
-static void peer_return(peer *p, uint16_t channel, const char *seq_header, int64_t seq, const char *body) {
-  amqp_table_entry_t entry = {.key = BYTES(seq_header), .value = {.kind = AMQP_FIELD_KIND_I64, .value = {.i64 = seq}}};
-  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG, .headers = {.num_entries = 1, .entries = &entry}};
-  peer_send(p, channel, BASIC_RETURN, basic_return, .reply_code = 312, .reply_text = BYTES("NO_ROUTE"),
-            .exchange = BYTES("x"), .routing_key = BYTES("k"));
+static void peer_return(peer *p, uint16_t channel, const char *seq_header, int64_t seq,
+                        const char *body) {
+  amqp_table_entry_t entry = {.key = BYTES(seq_header),
+                              .value = {.kind = AMQP_FIELD_KIND_I64, .value = {.i64 = seq}}};
+  amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG,
+                                   .headers = {.num_entries = 1, .entries = &entry}};
+  peer_send(p, channel, BASIC_RETURN, basic_return, .reply_code = 312,
+            .reply_text = BYTES("NO_ROUTE"), .exchange = BYTES("x"), .routing_key = BYTES("k"));
   peer_content(p, channel, seq ? &props : NULL, body, strlen(body));
 }
 
@@ -649,7 +677,8 @@ static void a_returned_route_finds_its_publish(void) {
   peer *p = peer_open();
   mr_channel *channel = peer_confirm_channel(p);
   mr_route *route = NULL;
-  CHECK_EQ(mr_route_new(&(mr_publish_args){.routing_key = BYTES("k"), .mandatory = true}, &route), MR_OK);
+  CHECK_EQ(mr_route_new(&(mr_publish_args){.routing_key = BYTES("k"), .mandatory = true}, &route),
+           MR_OK);
   for (uint64_t i = 1; i <= 300; i++) {
     uint64_t seq = 0;
     peer_frame *f;
@@ -681,7 +710,8 @@ static void what_is_unsettled_at_the_end_is_lost(void) {
     expect_confirm(p, channel, 4, 4, MR_ACKED);
     switch (how) {
       case 0:
-        peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 404, .reply_text = BYTES("NOT_FOUND"));
+        peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 404,
+                  .reply_text = BYTES("NOT_FOUND"));
         expect_event(p, MR_EV_CHANNEL_CLOSED);
         break;
       case 1:
@@ -742,7 +772,8 @@ static void max_buffer_bounds_the_output(void) {
   }
   CHECK_EQ(status, MR_OVERFLOW);
   CHECK(taken >= 4);
-  for (int i = 0; i < 1000 && (status = peer_publish(channel, true, "small", NULL)) >= 0; i++) taken++;
+  for (int i = 0; i < 1000 && (status = peer_publish(channel, true, "small", NULL)) >= 0; i++)
+    taken++;
   CHECK_EQ(status, MR_OVERFLOW);
   CHECK(mr_engine_tx_pending(p->engine) <= 100000);
   CHECK_EQ(mr_confirm_unsettled(channel), taken);
@@ -785,7 +816,8 @@ static void small_writes_of_the_output_lose_nothing(void) {
       const uint8_t *out;
       sizes[k] = check_below(300);
       bodies[k] = random_bytes(sizes[k]);
-      CHECK(mr_publish(channel, &(mr_publish_args){.body = {.len = sizes[k], .bytes = bodies[k]}}, NULL) >= 0);
+      CHECK(mr_publish(channel, &(mr_publish_args){.body = {.len = sizes[k], .bytes = bodies[k]}},
+                       NULL) >= 0);
       /* a part leaves between two publishes */
       out = mr_engine_tx_peek(p->engine, &sent);
       CHECK(out);

@@ -20,7 +20,8 @@ __attribute__((format(printf, 2, 3))) static void note(transcript *t, const char
 
 static uint64_t digest(amqp_bytes_t bytes) {
   uint64_t hash = 14695981039346656037u;
-  for (size_t i = 0; i < bytes.len; i++) hash = (hash ^ ((const uint8_t *)bytes.bytes)[i]) * 1099511628211u;
+  for (size_t i = 0; i < bytes.len; i++)
+    hash = (hash ^ ((const uint8_t *)bytes.bytes)[i]) * 1099511628211u;
   return hash;
 }
 
@@ -30,35 +31,41 @@ static void note_event(transcript *t, const mr_event *ev) {
   switch (ev->type) {
     case MR_EV_REPLY: {
       uint8_t bytes[600];
-      int n = ev->method.decoded ? amqp_encode_method(ev->method.id, ev->method.decoded,
-                                                      (amqp_bytes_t){.len = sizeof bytes, .bytes = bytes})
-                                 : 0;
+      int n = ev->method.decoded
+                  ? amqp_encode_method(ev->method.id, ev->method.decoded,
+                                       (amqp_bytes_t){.len = sizeof bytes, .bytes = bytes})
+                  : 0;
       CHECK(n >= 0);
-      note(t, "%08x %016" PRIx64, (unsigned)ev->method.id, digest((amqp_bytes_t){.len = (size_t)n, .bytes = bytes}));
+      note(t, "%08x %016" PRIx64, (unsigned)ev->method.id,
+           digest((amqp_bytes_t){.len = (size_t)n, .bytes = bytes}));
       break;
     }
     case MR_EV_DELIVER:
     case MR_EV_GET_OK:
     case MR_EV_RETURN:
-      note(t, "%" PRIu64 " %d %d %u %u '%.*s' '%.*s' '%.*s' %d '%.*s' %" PRIu64 " props %zu %016" PRIx64
-              " body %zu %016" PRIx64,
-           c->delivery_tag, c->redelivered, c->no_ack, c->message_count, c->consumer_ref, (int)c->consumer_tag.len,
-           (char *)c->consumer_tag.bytes, (int)c->exchange.len, (char *)c->exchange.bytes, (int)c->routing_key.len,
-           (char *)c->routing_key.bytes, c->reply_code, (int)c->reply_text.len, (char *)c->reply_text.bytes, c->seq,
-           c->props.len, digest(c->props), c->body.len, digest(c->body));
+      note(t,
+           "%" PRIu64 " %d %d %u %u '%.*s' '%.*s' '%.*s' %d '%.*s' %" PRIu64
+           " props %zu %016" PRIx64 " body %zu %016" PRIx64,
+           c->delivery_tag, c->redelivered, c->no_ack, c->message_count, c->consumer_ref,
+           (int)c->consumer_tag.len, (char *)c->consumer_tag.bytes, (int)c->exchange.len,
+           (char *)c->exchange.bytes, (int)c->routing_key.len, (char *)c->routing_key.bytes,
+           c->reply_code, (int)c->reply_text.len, (char *)c->reply_text.bytes, c->seq, c->props.len,
+           digest(c->props), c->body.len, digest(c->body));
       break;
     case MR_EV_CONFIRM:
-      note(t, "%" PRIu64 "..%" PRIu64 " %d", ev->confirm.first, ev->confirm.last, ev->confirm.outcome);
+      note(t, "%" PRIu64 "..%" PRIu64 " %d", ev->confirm.first, ev->confirm.last,
+           ev->confirm.outcome);
       break;
     case MR_EV_CONSUMER_CANCEL:
-      note(t, "'%.*s' %u", (int)ev->consumer_tag.len, (char *)ev->consumer_tag.bytes, ev->consumer_ref);
+      note(t, "'%.*s' %u", (int)ev->consumer_tag.len, (char *)ev->consumer_tag.bytes,
+           ev->consumer_ref);
       break;
     case MR_EV_FLOW: note(t, "%d", ev->active); break;
     case MR_EV_BLOCKED: note(t, "'%.*s'", (int)ev->text.len, (char *)ev->text.bytes); break;
     case MR_EV_CHANNEL_CLOSED:
     case MR_EV_CLOSED:
-      note(t, "%d %d %d %d '%s'", ev->error.kind, ev->error.code, ev->error.class_id, ev->error.method_id,
-           ev->error.text);
+      note(t, "%d %d %d %d '%s'", ev->error.kind, ev->error.code, ev->error.class_id,
+           ev->error.method_id, ev->error.text);
       break;
     default: break;
   }
@@ -68,9 +75,11 @@ static void note_event(transcript *t, const mr_event *ev) {
 /* A session with everything a broker says, its contents of three channels interleaved. */
 static transcript everything(peer_split split) {
   mr_config config = peer_config();
-  amqp_table_entry_t entry = {.key = BYTES("h"), .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("v")}}};
+  amqp_table_entry_t entry = {
+      .key = BYTES("h"), .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("v")}}};
   amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG | AMQP_BASIC_CONTENT_TYPE_FLAG,
-                                   .content_type = BYTES("ct"), .headers = {.num_entries = 1, .entries = &entry}};
+                                   .content_type = BYTES("ct"),
+                                   .headers = {.num_entries = 1, .entries = &entry}};
   static uint8_t big[30000];
   transcript t = {0};
   mr_channel *a, *b, *c;
@@ -91,11 +100,14 @@ static transcript everything(peer_split split) {
   peer_discard(p);
   p->split = split;
 
-  peer_send(p, 1, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("consumer-a"), .delivery_tag = 1,
-            .redelivered = 1, .exchange = BYTES("exchange"), .routing_key = BYTES("key"));
-  peer_send(p, 3, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("consumer-c"), .delivery_tag = 1);
+  peer_send(p, 1, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("consumer-a"),
+            .delivery_tag = 1, .redelivered = 1, .exchange = BYTES("exchange"),
+            .routing_key = BYTES("key"));
+  peer_send(p, 3, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("consumer-c"),
+            .delivery_tag = 1);
   peer_header(p, 3, 9000, &props);
-  peer_send(p, 2, BASIC_RETURN, basic_return, .reply_code = 313, .reply_text = BYTES("NO_CONSUMERS"));
+  peer_send(p, 2, BASIC_RETURN, basic_return, .reply_code = 313,
+            .reply_text = BYTES("NO_CONSUMERS"));
   peer_body(p, 3, big, 4000);
   peer_header(p, 1, 3, NULL);
   peer_heartbeat(p);
@@ -116,13 +128,15 @@ static transcript everything(peer_split split) {
   peer_content(p, 1, &props, big, sizeof big);
   peer_send(p, 1, BASIC_GET_EMPTY, basic_get_empty, .cluster_id = BYTES(""));
   peer_send(p, 1, QUEUE_DECLARE_OK, queue_declare_ok, .queue = BYTES("q"), .message_count = 3);
-  for (uint64_t tag = 3; tag < 40; tag++) peer_deliver(p, 1, "consumer-a", tag, tag % 3 ? "some body" : "");
+  for (uint64_t tag = 3; tag < 40; tag++)
+    peer_deliver(p, 1, "consumer-a", tag, tag % 3 ? "some body" : "");
   peer_send(p, 1, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("consumer-a"), .nowait = 1);
   peer_send(p, 3, CHANNEL_FLOW, channel_flow, .active = 0);
   peer_send(p, 3, CHANNEL_FLOW, channel_flow, .active = 1);
-  peer_send(p, 2, CHANNEL_CLOSE, channel_close, .reply_code = 404, .reply_text = BYTES("NOT_FOUND"), .class_id = 60,
-            .method_id = 40);
-  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 320, .reply_text = BYTES("CONNECTION_FORCED"));
+  peer_send(p, 2, CHANNEL_CLOSE, channel_close, .reply_code = 404, .reply_text = BYTES("NOT_FOUND"),
+            .class_id = 60, .method_id = 40);
+  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 320,
+            .reply_text = BYTES("CONNECTION_FORCED"));
   while (peer_next(p) != MR_EV_NONE) note_event(&t, &p->event);
   CHECK(p->closed);
   mr_channel_release(a);
@@ -136,7 +150,8 @@ static void the_pieces_of_the_input_do_not_matter(void) {
   transcript whole = everything(PEER_WHOLE);
   for (int i = 0; i < 30; i++) {
     transcript t = everything(i == 0 ? PEER_BYTES : PEER_RANDOM);
-    if (strcmp(t.text, whole.text) != 0) FAIL("events differ:\n%.300s\n---\n%.300s", whole.text, t.text);
+    if (strcmp(t.text, whole.text) != 0)
+      FAIL("events differ:\n%.300s\n---\n%.300s", whole.text, t.text);
     free(t.text);
   }
   CHECK(strstr(whole.text, "CONNECTION_FORCED"));
@@ -159,7 +174,8 @@ static void the_handshake_in_pieces(void) {
 static void bodies_of_every_size_arrive(void) {
   mr_config config = peer_config();
   static uint8_t body[60000];
-  size_t sizes[] = {0, 1, 4096 - 9, 4096 - 8, 4096 - 7, 2 * 4088 - 1, 2 * 4088, 2 * 4088 + 1, 60000};
+  size_t sizes[] = {0,    1, 4096 - 9, 4096 - 8, 4096 - 7, 2 * 4088 - 1, 2 * 4088, 2 * 4088 + 1,
+                    60000};
   peer *p;
   mr_channel *channel;
   uint64_t tag = 0;
@@ -172,7 +188,8 @@ static void bodies_of_every_size_arrive(void) {
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
       mr_event *ev;
       p->split = (peer_split)split;
-      peer_send(p, 1, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("c"), .delivery_tag = ++tag);
+      peer_send(p, 1, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("c"),
+                .delivery_tag = ++tag);
       peer_content(p, 1, NULL, body, sizes[i]);
       ev = expect_event(p, MR_EV_DELIVER);
       CHECK_BYTES(ev->content.body.bytes, ev->content.body.len, body, sizes[i]);
@@ -200,22 +217,33 @@ static void a_delivery_for_nobody_is_a_protocol_error(void) {
 }
 
 static void frames_out_of_place_are_a_protocol_error(void) {
-  for (int what = 0; what < 9; what++) {
+  for (int what = 0; what < 10; what++) {
     peer *p = peer_open();
     mr_channel *channel = peer_channel(p);
     mr_error *error;
     peer_consume(p, channel, "c", 1, false);
-    if (what < 6) peer_send(p, 1, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("c"), .delivery_tag = 1);
+    if (what < 6 || what == 9)
+      peer_send(p, 1, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("c"), .delivery_tag = 1);
     switch (what) {
-      case 0: peer_body(p, 1, "b", 1); break;                                   /* no header */
-      case 1: peer_deliver(p, 1, "c", 2, "b"); break;                           /* a second method */
-      case 2: peer_header(p, 1, 1, NULL); peer_header(p, 1, 1, NULL); break;    /* a second header */
-      case 3: peer_header(p, 1, 1, NULL); peer_body(p, 1, "bb", 2); break;      /* too much body */
-      case 4: peer_header(p, 1, 2, NULL); peer_ack(p, 1, 1, false); break;      /* a method within */
-      case 5: peer_header_raw(p, 1, 1, BYTES("")); break;                       /* no flags */
+      case 0: peer_body(p, 1, "b", 1); break;         /* no header */
+      case 1: peer_deliver(p, 1, "c", 2, "b"); break; /* a second method */
+      case 2:
+        peer_header(p, 1, 1, NULL);
+        peer_header(p, 1, 1, NULL);
+        break; /* a second header */
+      case 3:
+        peer_header(p, 1, 1, NULL);
+        peer_body(p, 1, "bb", 2);
+        break; /* too much body */
+      case 4:
+        peer_header(p, 1, 2, NULL);
+        peer_ack(p, 1, 1, false);
+        break;                                            /* a method within */
+      case 5: peer_header_raw(p, 1, 1, BYTES("")); break; /* no flags */
       case 6: peer_header(p, 1, 1, NULL); break;
       case 7: peer_body(p, 1, "b", 1); break;
       case 8: peer_body(p, 0, "b", 1); break;
+      case 9: peer_header_raw(p, 1, 1, BYTES("\x80\x10xyz")); break; /* a string cut off */
     }
     error = expect_closed(p, MR_KIND_PROTOCOL);
     CHECK(error->code >= 500);
@@ -230,18 +258,19 @@ static void malformed_frames_are_a_protocol_error(void) {
     const char *bytes;
     size_t n;
   } frames[] = {
-      {"\x08\0\0\0\0\0\0\xCD", 8},             /* no end */
-      {"\x02\0\1\0\0\0\0\xCE", 8},             /* an empty header */
-      {"\x01\0\1\0\0\0\0\xCE", 8},             /* an empty method */
-      {"\x01\0\1\0\0\0\3\0\x3C\0\xCE", 11},    /* half a method */
-      {"\x08\0\1\0\0\0\0\xCE", 8},             /* a heartbeat on a channel */
-      {"\x08\0\0\0\0\0\1\0\xCE", 9},           /* a heartbeat with bytes */
-      {"\x00\0\0\0\0\0\0\xCE", 8},             /* unknown types */
+      {"\x08\0\0\0\0\0\0\xCD", 8},          /* no end */
+      {"\x02\0\1\0\0\0\0\xCE", 8},          /* an empty header */
+      {"\x01\0\1\0\0\0\0\xCE", 8},          /* an empty method */
+      {"\x01\0\1\0\0\0\3\0\x3C\0\xCE", 11}, /* half a method */
+      {"\x08\0\1\0\0\0\0\xCE", 8},          /* a heartbeat on a channel */
+      {"\x08\0\0\0\0\0\1\0\xCE", 9},        /* a heartbeat with bytes */
+      {"\x00\0\0\0\0\0\0\xCE", 8},          /* unknown types */
       {"\x04\0\0\0\0\0\0\xCE", 8},
       {"\xFF\0\0\0\0\0\0\xCE", 8},
-      {"\x03\0\1\xFF\xFF\xFF\xFF", 7},         /* far over frame_max: refused before it is read */
-      {"\x03\0\1\0\2\0\0", 7},                 /* 131072 + 8 */
-      {"\x01\0\1\0\0\0\x0D\0\x3C\0\x50\0\0\0\0\0\0\0\1\0\0\xCE", 22}, /* bytes behind the arguments */
+      {"\x03\0\1\xFF\xFF\xFF\xFF", 7}, /* far over frame_max: refused before it is read */
+      {"\x03\0\1\0\2\0\0", 7},         /* 131072 + 8 */
+      {"\x01\0\1\0\0\0\x0D\0\x3C\0\x50\0\0\0\0\0\0\0\1\0\0\xCE",
+       22}, /* bytes behind the arguments */
   };
   for (int split = PEER_WHOLE; split <= PEER_BYTES; split++)
     for (size_t i = 0; i < sizeof frames / sizeof *frames; i++) {
@@ -251,8 +280,7 @@ static void malformed_frames_are_a_protocol_error(void) {
       CHECK(peer_publish(channel, false, "b", NULL) >= 0);
       peer_discard(p);
       peer_bytes(&p->to_client, frames[i].bytes, frames[i].n);
-      while (peer_next(p) == MR_EV_CONFIRM) {
-      }
+      while (peer_next(p) == MR_EV_CONFIRM) {}
       if (p->event.type != MR_EV_CLOSED) FAIL("frame %zu was taken", i);
       CHECK_EQ(p->event.error.kind, MR_KIND_PROTOCOL);
       mr_channel_release(channel);
@@ -274,15 +302,22 @@ static void every_truncation_of_a_method_is_refused(void) {
       {1, AMQP_CHANNEL_FLOW_METHOD, &(amqp_channel_flow_t){.active = 1}},
       {1, AMQP_CHANNEL_CLOSE_METHOD, &(amqp_channel_close_t){.reply_text = BYTES("why")}},
       {1, AMQP_QUEUE_DECLARE_OK_METHOD, &(amqp_queue_declare_ok_t){.queue = BYTES("queue")}},
-      {1, AMQP_BASIC_RETURN_METHOD, &(amqp_basic_return_t){.reply_text = BYTES("a"), .exchange = BYTES("b"), .routing_key = BYTES("c")}},
-      {1, AMQP_BASIC_DELIVER_METHOD, &(amqp_basic_deliver_t){.consumer_tag = BYTES("c"), .delivery_tag = 1, .exchange = BYTES("b"), .routing_key = BYTES("c")}},
+      {1, AMQP_BASIC_RETURN_METHOD,
+       &(amqp_basic_return_t){
+           .reply_text = BYTES("a"), .exchange = BYTES("b"), .routing_key = BYTES("c")}},
+      {1, AMQP_BASIC_DELIVER_METHOD,
+       &(amqp_basic_deliver_t){.consumer_tag = BYTES("c"),
+                               .delivery_tag = 1,
+                               .exchange = BYTES("b"),
+                               .routing_key = BYTES("c")}},
       {1, AMQP_BASIC_CANCEL_METHOD, &(amqp_basic_cancel_t){.consumer_tag = BYTES("c")}},
       {1, AMQP_BASIC_ACK_METHOD, &(amqp_basic_ack_t){.delivery_tag = 1}},
       {1, AMQP_BASIC_NACK_METHOD, &(amqp_basic_nack_t){.delivery_tag = 1}},
   };
   for (size_t i = 0; i < sizeof methods / sizeof *methods; i++) {
     uint8_t bytes[300];
-    int n = amqp_encode_method(methods[i].method, methods[i].decoded, (amqp_bytes_t){.len = 290, .bytes = bytes + 4});
+    int n = amqp_encode_method(methods[i].method, methods[i].decoded,
+                               (amqp_bytes_t){.len = 290, .bytes = bytes + 4});
     CHECK(n > 0);
     peer_be(bytes, methods[i].method, 4);
     for (int cut = 0; cut < n; cut++) {
@@ -301,7 +336,10 @@ static void every_truncation_of_a_method_is_refused(void) {
   amqp_table_t table = {.num_entries = 1, .entries = &entry};
   uint8_t bytes[300];
   int n = amqp_encode_method(AMQP_CONNECTION_START_METHOD,
-                             &(amqp_connection_start_t){.version_minor = 9, .server_properties = table, .mechanisms = BYTES("PLAIN"), .locales = BYTES("en_US")},
+                             &(amqp_connection_start_t){.version_minor = 9,
+                                                        .server_properties = table,
+                                                        .mechanisms = BYTES("PLAIN"),
+                                                        .locales = BYTES("en_US")},
                              (amqp_bytes_t){.len = 290, .bytes = bytes + 4});
   CHECK(n > 0);
   peer_be(bytes, AMQP_CONNECTION_START_METHOD, 4);
@@ -350,7 +388,8 @@ static void a_caller_that_stops_asking_stops_reading(void) {
   size_t space, fed = 0;
   uint8_t *place;
   peer_consume(p, channel, "c", 1, false);
-  for (uint64_t tag = 1; tag <= 20000; tag++) peer_deliver(p, 1, "c", tag, "0123456789012345678901234567890123456789");
+  for (uint64_t tag = 1; tag <= 20000; tag++)
+    peer_deliver(p, 1, "c", tag, "0123456789012345678901234567890123456789");
   while (fed < p->to_client.len) {
     size_t n = mr_engine_feed(p->engine, p->to_client.data + fed, p->to_client.len - fed, p->now);
     if (n == 0) break;
@@ -361,7 +400,8 @@ static void a_caller_that_stops_asking_stops_reading(void) {
   CHECK(mr_engine_rx_reserve(p->engine, &space) == NULL);
   CHECK_EQ(space, 0);
   p->to_client.pos = fed;
-  for (uint64_t tag = 1; tag <= 20000; tag++) CHECK_EQ(expect_event(p, MR_EV_DELIVER)->content.delivery_tag, tag);
+  for (uint64_t tag = 1; tag <= 20000; tag++)
+    CHECK_EQ(expect_event(p, MR_EV_DELIVER)->content.delivery_tag, tag);
   place = mr_engine_rx_reserve(p->engine, &space);
   CHECK(place && space > 0);
   mr_channel_release(channel);
@@ -382,8 +422,7 @@ static void answers_to_a_flood_are_bounded(void) {
     for (size_t fed = 0; fed < p->to_client.len;) {
       mr_event ev;
       size_t n = mr_engine_feed(p->engine, p->to_client.data + fed, p->to_client.len - fed, p->now);
-      while (mr_engine_next(p->engine, &ev) == MR_EV_FLOW) {
-      }
+      while (mr_engine_next(p->engine, &ev) == MR_EV_FLOW) {}
       if (n == 0) goto stopped; /* by back-pressure or an end: both are an answer */
       fed += n;
     }
@@ -426,8 +465,8 @@ static void the_number_of_a_channel_the_broker_closed_is_free(void) {
     peer_consume((peer_discard(p), p), a, "c", 1, false);
     CHECK(call(a, QUEUE_PURGE, queue_purge, .queue = BYTES("none")) >= 0);
     peer_discard(p);
-    peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 404, .reply_text = BYTES("NOT_FOUND - no queue 'none'"),
-              .class_id = 50, .method_id = 30);
+    peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 404,
+              .reply_text = BYTES("NOT_FOUND - no queue 'none'"), .class_id = 50, .method_id = 30);
     ev = expect_event(p, MR_EV_CHANNEL_CLOSED);
     CHECK(ev->channel == a);
     CHECK_EQ(ev->error.kind, MR_KIND_CHANNEL);
@@ -459,7 +498,8 @@ static void closes_that_cross(void) {
   peer_discard(p);
   CHECK_EQ(mr_channel_close(a, 200, "bye"), MR_OK);
   expect(p, 1, CHANNEL_CLOSE, channel_close);
-  peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 406, .reply_text = BYTES("PRECONDITION_FAILED"));
+  peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 406,
+            .reply_text = BYTES("PRECONDITION_FAILED"));
   expect_event(p, MR_EV_CHANNEL_CLOSED);
   expect(p, 1, CHANNEL_CLOSE_OK, channel_close_ok);
   CHECK_EQ(mr_confirm_outcome(a, 1), MR_LOST);
@@ -484,7 +524,8 @@ static void a_channel_refused_at_open(void) {
   mr_channel *a = NULL;
   CHECK_EQ(mr_channel_open(p->engine, &a), MR_OK);
   peer_discard(p);
-  peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 504, .reply_text = BYTES("CHANNEL_ERROR"));
+  peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 504,
+            .reply_text = BYTES("CHANNEL_ERROR"));
   expect_event(p, MR_EV_CHANNEL_CLOSED);
   expect(p, 1, CHANNEL_CLOSE_OK, channel_close_ok);
   CHECK(!mr_channel_is_open(a));
@@ -543,7 +584,8 @@ static void two_thousand_channels(void) {
     mr_channel_set_user(channels[i], &channels[i]);
   }
   peer_discard(p);
-  for (int i = 0; i < N; i++) peer_send(p, (uint16_t)(i + 1), CHANNEL_OPEN_OK, channel_open_ok, .channel_id = BYTES(""));
+  for (int i = 0; i < N; i++)
+    peer_send(p, (uint16_t)(i + 1), CHANNEL_OPEN_OK, channel_open_ok, .channel_id = BYTES(""));
   for (int i = 0; i < N; i++) {
     expect_reply(p, channels[i], CHANNEL_OPEN_OK);
     CHECK(mr_channel_user(p->event.channel) == &channels[i]);
@@ -613,7 +655,8 @@ static void a_closing_channel_takes_what_is_on_its_way(void) {
   peer_send(p, 1, BASIC_RETURN, basic_return, .reply_code = 312);
   peer_content(p, 1, NULL, "late", 4);
   peer_send(p, 1, CHANNEL_CLOSE_OK, channel_close_ok, .dummy = 0);
-  while ((type = peer_next(p)) != MR_EV_REPLY) CHECK(type == MR_EV_DELIVER || type == MR_EV_FLOW || type == MR_EV_RETURN);
+  while ((type = peer_next(p)) != MR_EV_REPLY)
+    CHECK(type == MR_EV_DELIVER || type == MR_EV_FLOW || type == MR_EV_RETURN);
   CHECK_EQ(p->event.method.id, AMQP_CHANNEL_CLOSE_OK_METHOD);
   mr_channel_release(a);
   peer_free(p);
@@ -662,7 +705,8 @@ static void a_tag_is_free_after_a_cancel(void) {
       amqp_basic_cancel_t *sent;
       CHECK(call(a, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("c"), .nowait = 1) >= 0);
       sent = expect(p, 1, BASIC_CANCEL, basic_cancel);
-      if (!sent->nowait) peer_send(p, 1, BASIC_CANCEL_OK, basic_cancel_ok, .consumer_tag = BYTES("c"));
+      if (!sent->nowait)
+        peer_send(p, 1, BASIC_CANCEL_OK, basic_cancel_ok, .consumer_tag = BYTES("c"));
     } else {
       CHECK(call(a, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("c")) >= 0);
       peer_discard(p);
@@ -754,7 +798,8 @@ static void the_broker_closes_the_connection(void) {
   CHECK(peer_publish(a, true, "b", NULL) >= 0);
   peer_discard(p);
   peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 320,
-            .reply_text = BYTES("CONNECTION_FORCED - broker forced connection closure with reason 'shutdown'"));
+            .reply_text = BYTES(
+                "CONNECTION_FORCED - broker forced connection closure with reason 'shutdown'"));
   error = expect_closed(p, MR_KIND_CLOSED);
   CHECK_EQ(error->code, 320);
   CHECK(strstr(error->text, "shutdown"));
@@ -768,8 +813,8 @@ static void the_broker_closes_the_connection(void) {
 
 static void a_close_for_our_fault_is_a_protocol_error(void) {
   peer *p = peer_open();
-  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 503, .reply_text = BYTES("COMMAND_INVALID"),
-            .class_id = 60, .method_id = 40);
+  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 503,
+            .reply_text = BYTES("COMMAND_INVALID"), .class_id = 60, .method_id = 40);
   CHECK_EQ(expect_closed(p, MR_KIND_PROTOCOL)->method_id, 40);
   peer_free(p);
 }
@@ -778,7 +823,8 @@ static void connection_closes_that_cross(void) {
   peer *p = peer_open();
   CHECK_EQ(mr_engine_close(p->engine, 200, "bye"), MR_OK);
   expect(p, 0, CONNECTION_CLOSE, connection_close);
-  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 320, .reply_text = BYTES("CONNECTION_FORCED"));
+  peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 320,
+            .reply_text = BYTES("CONNECTION_FORCED"));
   expect_event(p, MR_EV_CLOSED);
   expect(p, 0, CONNECTION_CLOSE_OK, connection_close_ok);
   peer_free(p);
@@ -793,7 +839,8 @@ static void events_before_the_end_are_still_told(void) {
   peer_ack(p, 1, 1, false);
   peer_send(p, 0, CONNECTION_BLOCKED, connection_blocked, .reason = BYTES("r"));
   peer_bytes(&p->to_client, "\x01\0\1\0\0", 5); /* and a part of a frame */
-  CHECK_EQ(mr_engine_feed(p->engine, p->to_client.data, p->to_client.len, p->now), p->to_client.len);
+  CHECK_EQ(mr_engine_feed(p->engine, p->to_client.data, p->to_client.len, p->now),
+           p->to_client.len);
   p->to_client.len = p->to_client.pos = 0;
   mr_engine_eof(p->engine, "connection reset by peer");
   expect_event(p, MR_EV_CONFIRM);
@@ -908,7 +955,8 @@ static void any_bytes_are_a_sign_of_life(void) {
   peer *p = beating(10);
   for (int i = 0; i < 20; i++) {
     step(p, p->now + 15);
-    peer_bytes(&p->to_client, i % 8 ? (i % 8 == 7 ? "\xCE" : "\0") : "\x08", 1); /* a heartbeat, a byte at a time */
+    peer_bytes(&p->to_client, i % 8 ? (i % 8 == 7 ? "\xCE" : "\0") : "\x08",
+               1); /* a heartbeat, a byte at a time */
     expect_no_event(p);
   }
   CHECK(mr_engine_is_open(p->engine));

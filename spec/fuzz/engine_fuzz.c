@@ -86,9 +86,7 @@ static void events(fuzz *f, int most) {
         if (ev.method.decoded && ev.method.id == AMQP_QUEUE_DECLARE_OK_METHOD)
           touch(f, ((amqp_queue_declare_ok_t *)ev.method.decoded)->queue);
         break;
-      case MR_EV_CLOSED:
-        f->p->closed = true;
-        break;
+      case MR_EV_CLOSED: f->p->closed = true; break;
       case MR_EV_CHANNEL_CLOSED: CHECK(!mr_channel_is_open(ev.channel)); break;
       default: break;
     }
@@ -126,11 +124,17 @@ static void broker_method(fuzz *f, uint8_t which) {
   peer *p = f->p;
   uint16_t ch = (uint16_t)(1 + take8(f) % (CHANNELS + 1));
   switch (which % 24) {
-    case 0: peer_send(p, ch, BASIC_ACK, basic_ack, .delivery_tag = take8(f), .multiple = take8(f) & 1); break;
-    case 1: peer_send(p, ch, BASIC_NACK, basic_nack, .delivery_tag = take8(f), .multiple = take8(f) & 1); break;
+    case 0:
+      peer_send(p, ch, BASIC_ACK, basic_ack, .delivery_tag = take8(f), .multiple = take8(f) & 1);
+      break;
+    case 1:
+      peer_send(p, ch, BASIC_NACK, basic_nack, .delivery_tag = take8(f), .multiple = take8(f) & 1);
+      break;
     case 2:
-      peer_send(p, ch, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES(take8(f) & 1 ? "c" : "d"),
-                .delivery_tag = f->tag + 1 + take8(f) % 3, .exchange = take_bytes(f, 200), .routing_key = take_bytes(f, 200));
+      peer_send(p, ch, BASIC_DELIVER, basic_deliver,
+                .consumer_tag = BYTES(take8(f) & 1 ? "c" : "d"),
+                .delivery_tag = f->tag + 1 + take8(f) % 3, .exchange = take_bytes(f, 200),
+                .routing_key = take_bytes(f, 200));
       break;
     case 3: peer_header_raw(p, ch, take16(f), take_bytes(f, 255)); break;
     case 4: {
@@ -139,29 +143,48 @@ static void broker_method(fuzz *f, uint8_t which) {
       break;
     }
     case 5: peer_deliver(p, ch, "c", ++f->tag, "body"); break;
-    case 6: peer_send(p, ch, CHANNEL_CLOSE, channel_close, .reply_code = take16(f), .reply_text = take_bytes(f, 255)); break;
+    case 6:
+      peer_send(p, ch, CHANNEL_CLOSE, channel_close, .reply_code = take16(f),
+                .reply_text = take_bytes(f, 255));
+      break;
     case 7: peer_send(p, ch, CHANNEL_CLOSE_OK, channel_close_ok, .dummy = 0); break;
     case 8: peer_send(p, ch, CHANNEL_OPEN_OK, channel_open_ok, .channel_id = BYTES("")); break;
     case 9: peer_send(p, ch, CHANNEL_FLOW, channel_flow, .active = take8(f) & 1); break;
-    case 10: peer_send(p, ch, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("c"), .nowait = take8(f) & 1); break;
+    case 10:
+      peer_send(p, ch, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("c"),
+                .nowait = take8(f) & 1);
+      break;
     case 11: peer_send(p, ch, BASIC_CANCEL_OK, basic_cancel_ok, .consumer_tag = BYTES("c")); break;
     case 12: {
-      amqp_table_entry_t entry = {.key = BYTES(MR_SEQ_HEADER), .value = {.kind = AMQP_FIELD_KIND_I64, .value = {.i64 = take8(f)}}};
-      amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG, .headers = {.num_entries = 1, .entries = &entry}};
-      peer_send(p, ch, BASIC_RETURN, basic_return, .reply_code = 312, .reply_text = BYTES("NO_ROUTE"));
+      amqp_table_entry_t entry = {
+          .key = BYTES(MR_SEQ_HEADER),
+          .value = {.kind = AMQP_FIELD_KIND_I64, .value = {.i64 = take8(f)}}};
+      amqp_basic_properties_t props = {._flags = AMQP_BASIC_HEADERS_FLAG,
+                                       .headers = {.num_entries = 1, .entries = &entry}};
+      peer_send(p, ch, BASIC_RETURN, basic_return, .reply_code = 312,
+                .reply_text = BYTES("NO_ROUTE"));
       peer_content(p, ch, &props, "b", 1);
       break;
     }
     case 13: peer_send(p, ch, BASIC_GET_OK, basic_get_ok, .delivery_tag = ++f->tag); break;
     case 14: peer_send(p, ch, BASIC_GET_EMPTY, basic_get_empty, .cluster_id = BYTES("")); break;
-    case 15: peer_send(p, ch, QUEUE_DECLARE_OK, queue_declare_ok, .queue = take_bytes(f, 255)); break;
-    case 16: peer_send(p, ch, BASIC_CONSUME_OK, basic_consume_ok, .consumer_tag = BYTES("c")); break;
+    case 15:
+      peer_send(p, ch, QUEUE_DECLARE_OK, queue_declare_ok, .queue = take_bytes(f, 255));
+      break;
+    case 16:
+      peer_send(p, ch, BASIC_CONSUME_OK, basic_consume_ok, .consumer_tag = BYTES("c"));
+      break;
     case 17: peer_send(p, ch, CONFIRM_SELECT_OK, confirm_select_ok, .dummy = 0); break;
     case 18: peer_send(p, ch, BASIC_RECOVER_OK, basic_recover_ok, .dummy = 0); break;
     case 19: peer_send(p, ch, TX_COMMIT_OK, tx_commit_ok, .dummy = 0); break;
     case 20: peer_send(p, ch, TX_ROLLBACK_OK, tx_rollback_ok, .dummy = 0); break;
-    case 21: peer_send(p, 0, CONNECTION_BLOCKED, connection_blocked, .reason = take_bytes(f, 255)); break;
-    case 22: peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = take16(f), .reply_text = take_bytes(f, 255)); break;
+    case 21:
+      peer_send(p, 0, CONNECTION_BLOCKED, connection_blocked, .reason = take_bytes(f, 255));
+      break;
+    case 22:
+      peer_send(p, 0, CONNECTION_CLOSE, connection_close, .reply_code = take16(f),
+                .reply_text = take_bytes(f, 255));
+      break;
     case 23: peer_send(p, ch, TX_SELECT_OK, tx_select_ok, .dummy = 0); break;
   }
 }
@@ -180,11 +203,15 @@ static void publish(fuzz *f, int i) {
 
 static void user_call(fuzz *f, int i, uint8_t which) {
   mr_channel *ch = f->channels[i];
-  amqp_basic_consume_t consume = {.queue = BYTES("q"), .consumer_tag = BYTES(which & 16 ? "c" : "d"), .no_ack = which >> 5 & 1,
+  amqp_basic_consume_t consume = {.queue = BYTES("q"),
+                                  .consumer_tag = BYTES(which & 16 ? "c" : "d"),
+                                  .no_ack = which >> 5 & 1,
                                   .nowait = which >> 6 & 1};
   amqp_boolean_t nowait = which >> 7;
   switch (which % 16) {
-    case 0: call(ch, QUEUE_DECLARE, queue_declare, .queue = take_bytes(f, 255), .nowait = nowait); break;
+    case 0:
+      call(ch, QUEUE_DECLARE, queue_declare, .queue = take_bytes(f, 255), .nowait = nowait);
+      break;
     case 1: call(ch, BASIC_QOS, basic_qos, .prefetch_count = take8(f)); break;
     case 2: call(ch, BASIC_RECOVER, basic_recover, .requeue = 1); break;
     case 3: call(ch, BASIC_RECOVER_ASYNC, basic_recover_async, .requeue = 1); break;
@@ -192,7 +219,9 @@ static void user_call(fuzz *f, int i, uint8_t which) {
     case 5: call(ch, TX_COMMIT, tx_commit, .dummy = 0); break;
     case 6: call(ch, TX_ROLLBACK, tx_rollback, .dummy = 0); break;
     case 7: call(ch, CONFIRM_SELECT, confirm_select, .nowait = nowait); break;
-    case 8: call(ch, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("c"), .nowait = nowait); break;
+    case 8:
+      call(ch, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("c"), .nowait = nowait);
+      break;
     case 9: mr_consume(ch, &consume, 1 + i); break;
     case 10: mr_get(ch, BYTES("q"), nowait); break;
     case 11: mr_channel_close(ch, 200, "bye"); break;
@@ -219,12 +248,15 @@ static void user(fuzz *f, uint8_t op) {
     case 1:
     case 2: user_call(f, i, take8(f)); break;
     case 3: mr_settle(f->channels[i], take8(f), (mr_settle_kind)(take8(f) % 3), true); break;
-    case 4: mr_settle(f->channels[i], f->tag - take8(f) % 4, (mr_settle_kind)(take8(f) % 3), false); break;
+    case 4:
+      mr_settle(f->channels[i], f->tag - take8(f) % 4, (mr_settle_kind)(take8(f) % 3), false);
+      break;
     case 5: mr_settle_upto(f->channels[i], take8(f), (mr_settle_kind)(take8(f) % 3), true); break;
   }
   if (!f->channels[i]) return;
   CHECK(mr_confirm_oldest(f->channels[i]) <= mr_confirm_next(f->channels[i]));
-  CHECK(mr_confirm_unsettled(f->channels[i]) <= mr_confirm_next(f->channels[i]) - mr_confirm_oldest(f->channels[i]));
+  CHECK(mr_confirm_unsettled(f->channels[i]) <=
+        mr_confirm_next(f->channels[i]) - mr_confirm_oldest(f->channels[i]));
   mr_confirm_outcome(f->channels[i], take8(f));
 }
 
@@ -240,12 +272,14 @@ static void step(fuzz *f) {
     return;
   }
   switch (op % 16) {
-    case 0: case 1: {
+    case 0:
+    case 1: {
       amqp_bytes_t raw = take_bytes(f, 255);
       peer_bytes(&p->to_client, raw.bytes, raw.len);
       break;
     }
-    case 2: case 3: { /* a frame of anything */
+    case 2:
+    case 3: { /* a frame of anything */
       uint8_t type = take8(f), channel = take8(f);
       amqp_bytes_t payload = take_bytes(f, 255);
       peer_frame_of(p, type, channel % 5, payload.bytes, payload.len);
@@ -262,7 +296,8 @@ static void step(fuzz *f) {
       break;
     case 9: peer_discard(p); break;
     case 10:
-      if (mr_engine_tx_peek(p->engine, &n)) mr_engine_tx_consume(p->engine, take8(f) % (n + 1), p->now);
+      if (mr_engine_tx_peek(p->engine, &n))
+        mr_engine_tx_consume(p->engine, take8(f) % (n + 1), p->now);
       break;
     case 11: mr_engine_pause(p->engine, take8(f) & 1, p->now); break;
     case 12: peer_heartbeat(p); break;
@@ -325,7 +360,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     f.settled[i] = calloc(1, MOST_SEQ);
     if (!f.settled[i]) abort();
   }
-  CHECK_EQ(mr_route_new(&(mr_publish_args){.routing_key = BYTES("k"), .mandatory = true}, &f.route), MR_OK);
+  CHECK_EQ(mr_route_new(&(mr_publish_args){.routing_key = BYTES("k"), .mandatory = true}, &f.route),
+           MR_OK);
   begin(&f, take8(&f));
   while (f.at < f.end) step(&f);
   if (size & 1) { /* some channels go before the engine, some after it */

@@ -28,24 +28,43 @@ static void save(const char *fuzzer, const void *bytes, size_t n) {
 static size_t properties(uint8_t *to, size_t space) {
   amqp_field_value_t items[] = {{.kind = AMQP_FIELD_KIND_I32, .value = {.i32 = -1}},
                                 {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("item")}}};
-  amqp_table_entry_t inner[] = {{.key = BYTES("queue"), .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("q")}}},
-                                {.key = BYTES("time"), .value = {.kind = AMQP_FIELD_KIND_TIMESTAMP, .value = {.u64 = 1700000000}}}};
-  amqp_field_value_t death = {.kind = AMQP_FIELD_KIND_TABLE, .value = {.table = {.num_entries = 2, .entries = inner}}};
+  amqp_table_entry_t inner[] = {
+      {.key = BYTES("queue"),
+       .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("q")}}},
+      {.key = BYTES("time"),
+       .value = {.kind = AMQP_FIELD_KIND_TIMESTAMP, .value = {.u64 = 1700000000}}}};
+  amqp_field_value_t death = {.kind = AMQP_FIELD_KIND_TABLE,
+                              .value = {.table = {.num_entries = 2, .entries = inner}}};
   amqp_table_entry_t entries[] = {
       {.key = BYTES(MR_SEQ_HEADER), .value = {.kind = AMQP_FIELD_KIND_I64, .value = {.i64 = 1}}},
-      {.key = BYTES("x-death"), .value = {.kind = AMQP_FIELD_KIND_ARRAY, .value = {.array = {.num_entries = 1, .entries = &death}}}},
-      {.key = BYTES("list"), .value = {.kind = AMQP_FIELD_KIND_ARRAY, .value = {.array = {.num_entries = 2, .entries = items}}}},
+      {.key = BYTES("x-death"),
+       .value = {.kind = AMQP_FIELD_KIND_ARRAY,
+                 .value = {.array = {.num_entries = 1, .entries = &death}}}},
+      {.key = BYTES("list"),
+       .value = {.kind = AMQP_FIELD_KIND_ARRAY,
+                 .value = {.array = {.num_entries = 2, .entries = items}}}},
       {.key = BYTES("b"), .value = {.kind = AMQP_FIELD_KIND_BOOLEAN, .value = {.boolean = 1}}},
       {.key = BYTES("i8"), .value = {.kind = AMQP_FIELD_KIND_I8, .value = {.i8 = -1}}},
       {.key = BYTES("u16"), .value = {.kind = AMQP_FIELD_KIND_U16, .value = {.u16 = 1}}},
       {.key = BYTES("f64"), .value = {.kind = AMQP_FIELD_KIND_F64, .value = {.f64 = 0.5}}},
-      {.key = BYTES("dec"), .value = {.kind = AMQP_FIELD_KIND_DECIMAL, .value = {.decimal = {2, 314}}}},
+      {.key = BYTES("dec"),
+       .value = {.kind = AMQP_FIELD_KIND_DECIMAL, .value = {.decimal = {2, 314}}}},
       {.key = BYTES("void"), .value = {.kind = AMQP_FIELD_KIND_VOID}}};
-  amqp_basic_properties_t props = {
-      ._flags = 0xFFFC, .content_type = BYTES("text/plain"), .content_encoding = BYTES("gzip"),
-      .headers = {.num_entries = 9, .entries = entries}, .delivery_mode = 2, .priority = 1, .correlation_id = BYTES("c"),
-      .reply_to = BYTES("r"), .expiration = BYTES("1000"), .message_id = BYTES("m"), .timestamp = 1700000000,
-      .type = BYTES("t"), .user_id = BYTES("guest"), .app_id = BYTES("a"), .cluster_id = BYTES("cl")};
+  amqp_basic_properties_t props = {._flags = 0xFFFC,
+                                   .content_type = BYTES("text/plain"),
+                                   .content_encoding = BYTES("gzip"),
+                                   .headers = {.num_entries = 9, .entries = entries},
+                                   .delivery_mode = 2,
+                                   .priority = 1,
+                                   .correlation_id = BYTES("c"),
+                                   .reply_to = BYTES("r"),
+                                   .expiration = BYTES("1000"),
+                                   .message_id = BYTES("m"),
+                                   .timestamp = 1700000000,
+                                   .type = BYTES("t"),
+                                   .user_id = BYTES("guest"),
+                                   .app_id = BYTES("a"),
+                                   .cluster_id = BYTES("cl")};
   long n = mr_props_encode_to(&props, to, space);
   if (n < 0) FAIL("properties");
   return (size_t)n;
@@ -69,22 +88,29 @@ static void tables_and_properties(void) {
 
 static void method(uint8_t index, amqp_method_number_t number, void *decoded) {
   uint8_t bytes[2000] = {index, 0};
-  int n = decoded ? amqp_encode_method(number, decoded, (amqp_bytes_t){.len = 1900, .bytes = bytes + 2}) : 0;
+  int n = decoded
+              ? amqp_encode_method(number, decoded, (amqp_bytes_t){.len = 1900, .bytes = bytes + 2})
+              : 0;
   if (n < 0) FAIL("method %08x", (unsigned)number);
   save("method_fuzz", bytes, (size_t)n + 2);
 }
 
 static void methods(void) {
-  amqp_table_entry_t can = {.key = BYTES("basic.nack"), .value = {.kind = AMQP_FIELD_KIND_BOOLEAN, .value = {.boolean = 1}}};
+  amqp_table_entry_t can = {.key = BYTES("basic.nack"),
+                            .value = {.kind = AMQP_FIELD_KIND_BOOLEAN, .value = {.boolean = 1}}};
   amqp_table_entry_t server = {.key = BYTES("capabilities"),
-                               .value = {.kind = AMQP_FIELD_KIND_TABLE, .value = {.table = {.num_entries = 1, .entries = &can}}}};
+                               .value = {.kind = AMQP_FIELD_KIND_TABLE,
+                                         .value = {.table = {.num_entries = 1, .entries = &can}}}};
   method(0, AMQP_CONNECTION_START_METHOD,
-         &(amqp_connection_start_t){.version_minor = 9, .server_properties = {.num_entries = 1, .entries = &server},
-                                    .mechanisms = BYTES("PLAIN AMQPLAIN"), .locales = BYTES("en_US")});
+         &(amqp_connection_start_t){.version_minor = 9,
+                                    .server_properties = {.num_entries = 1, .entries = &server},
+                                    .mechanisms = BYTES("PLAIN AMQPLAIN"),
+                                    .locales = BYTES("en_US")});
   method(1, AMQP_CONNECTION_SECURE_METHOD, &(amqp_connection_secure_t){.challenge = BYTES("?")});
   method(2, AMQP_CONNECTION_TUNE_METHOD, &(amqp_connection_tune_t){2047, 131072, 60});
   method(3, AMQP_CONNECTION_OPEN_OK_METHOD, &(amqp_connection_open_ok_t){.known_hosts = BYTES("")});
-  method(4, AMQP_CONNECTION_CLOSE_METHOD, &(amqp_connection_close_t){320, BYTES("CONNECTION_FORCED"), 0, 0});
+  method(4, AMQP_CONNECTION_CLOSE_METHOD,
+         &(amqp_connection_close_t){320, BYTES("CONNECTION_FORCED"), 0, 0});
   method(5, 0, NULL);
   method(6, AMQP_CONNECTION_BLOCKED_METHOD, &(amqp_connection_blocked_t){BYTES("low on memory")});
   method(7, 0, NULL);
@@ -103,8 +129,10 @@ static void methods(void) {
   method(24, AMQP_BASIC_CONSUME_OK_METHOD, &(amqp_basic_consume_ok_t){BYTES("c")});
   method(25, AMQP_BASIC_CANCEL_METHOD, &(amqp_basic_cancel_t){BYTES("c"), 0});
   method(26, AMQP_BASIC_CANCEL_OK_METHOD, &(amqp_basic_cancel_ok_t){BYTES("c")});
-  method(27, AMQP_BASIC_RETURN_METHOD, &(amqp_basic_return_t){312, BYTES("NO_ROUTE"), BYTES("x"), BYTES("k")});
-  method(28, AMQP_BASIC_DELIVER_METHOD, &(amqp_basic_deliver_t){BYTES("c"), 1, 0, BYTES("x"), BYTES("k")});
+  method(27, AMQP_BASIC_RETURN_METHOD,
+         &(amqp_basic_return_t){312, BYTES("NO_ROUTE"), BYTES("x"), BYTES("k")});
+  method(28, AMQP_BASIC_DELIVER_METHOD,
+         &(amqp_basic_deliver_t){BYTES("c"), 1, 0, BYTES("x"), BYTES("k")});
   method(29, AMQP_BASIC_GET_OK_METHOD, &(amqp_basic_get_ok_t){1, 0, BYTES("x"), BYTES("k"), 7});
   method(30, AMQP_BASIC_GET_EMPTY_METHOD, &(amqp_basic_get_empty_t){BYTES("")});
   method(31, AMQP_BASIC_ACK_METHOD, &(amqp_basic_ack_t){2, 1});
@@ -139,9 +167,10 @@ static void session(uint8_t how, peer *p) {
 }
 
 static void sessions(void) {
-  static const uint8_t by_user[] = {5,   192, 2, 'k', 'k', 1, 0,   3,   'a', 'b', 'c', 195, 9,   195, 5,  201, 3,
-                                    0,   204, 2, 1,   207, 3, 1,   9,   8,   16,  198, 0,   196, 10,  11, 196, 15,
-                                    199, 12,  7, 9,   4,   7, 101, 2,   14,  'c', 4,   7,   15,  'e', 7};
+  static const uint8_t by_user[] = {5,   192, 2,   'k', 'k', 1,   0,   3,  'a', 'b', 'c', 195, 9,
+                                    195, 5,   201, 3,   0,   204, 2,   1,  207, 3,   1,   9,   8,
+                                    16,  198, 0,   196, 10,  11,  196, 15, 199, 12,  7,   9,   4,
+                                    7,   101, 2,   14,  'c', 4,   7,   15, 'e', 7};
   peer p = {.frame_max = 4096};
   save("engine_fuzz", by_user, sizeof by_user);
   peer_start(&p, "PLAIN");
@@ -154,7 +183,8 @@ static void sessions(void) {
   peer_send(&p, 1, BASIC_RETURN, basic_return, .reply_code = 312, .reply_text = BYTES("NO_ROUTE"));
   {
     uint8_t props[400];
-    size_t n = properties(props, sizeof props);
+    size_t n;
+    properties(props, sizeof props);
     props[0] = 0x20; /* only its headers */
     props[1] = 0;
     n = 4 + (size_t)peer_from_be(props + 18, 4);
@@ -169,13 +199,19 @@ static void sessions(void) {
   peer_send(&p, 2, CHANNEL_FLOW, channel_flow, .active = 0);
   peer_send(&p, 0, CONNECTION_BLOCKED, connection_blocked, .reason = BYTES("why"));
   peer_send(&p, 0, CONNECTION_UNBLOCKED, connection_unblocked, .dummy = 0);
-  peer_send(&p, 2, CHANNEL_CLOSE, channel_close, .reply_code = 404, .reply_text = BYTES("NOT_FOUND"));
+  peer_send(&p, 2, CHANNEL_CLOSE, channel_close, .reply_code = 404,
+            .reply_text = BYTES("NOT_FOUND"));
   peer_heartbeat(&p);
-  peer_send(&p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 320, .reply_text = BYTES("FORCED"));
+  peer_send(&p, 0, CONNECTION_CLOSE, connection_close, .reply_code = 320,
+            .reply_text = BYTES("FORCED"));
   session(5, &p);
   peer_send(&p, 2, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("c"), .delivery_tag = 13);
   peer_header(&p, 2, 500, NULL);
-  for (int i = 0; i < 5; i++) peer_body(&p, 2, "0123456789012345678901234567890123456789012345678901234567890123456789012345678901234567890123456789", 100);
+  for (int i = 0; i < 5; i++)
+    peer_body(&p, 2,
+              "012345678901234567890123456789012345678901234567890123456789012345678901234567890123"
+              "4567890123456789",
+              100);
   session(6, &p);
   peer_send(&p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 404, .reply_text = BYTES("crossed"));
   peer_send(&p, 1, CHANNEL_CLOSE_OK, channel_close_ok, .dummy = 0);
