@@ -142,8 +142,9 @@ end
 local function dial(self, to)
   local opts = self._opts
   local label = uri.endpoint(to)
-  local password, problem = to.password, nil
+  local password = to.password
   if type(password) == "function" then
+    local problem
     password, problem = password()
     if type(password) ~= "string" then
       return nil, errors.new { kind = "auth", endpoint = label, temporary = true,

@@ -61,6 +61,30 @@ local consume_options = {
 
 local serial = 0
 
+local function choose_tag(opts)
+  if opts.tag and opts.tag ~= "" then return opts.tag end
+  serial = serial + 1
+  return ("moonrabbit-%d"):format(serial)
+end
+
+local function all_arguments(opts)
+  if not opts.priority then return opts.arguments end
+  local all = {}
+  for key, value in pairs(opts.arguments or {}) do all[key] = value end
+  all["x-priority"] = opts.priority
+  return all
+end
+
+local function choose_prefetch(channel, queue, opts)
+  if opts.no_ack then return 0 end
+  local prefetch = opts.prefetch or channel._prefetch or (channel._prefetch_global and 0)
+  if not prefetch then
+    prefetch = DEFAULT_PREFETCH
+    channel._session.log("info", ("consumer on '%s': no prefetch given, using %d"):format(queue, prefetch))
+  end
+  return prefetch
+end
+
 --- Starts one; used by Channel:consume.
 ---@package
 function Consumer.start(channel, queue, opts, handler, level)
@@ -73,40 +97,20 @@ function Consumer.start(channel, queue, opts, handler, level)
   if channel._closed then return nil, channel._closed end
 
   local session, runtime = channel._session, channel._runtime
-  local tag = opts.tag
-  if not tag or tag == "" then
-    serial = serial + 1
-    tag = ("moonrabbit-%d"):format(serial)
-  end
+  local tag = choose_tag(opts)
   if channel._consumers[tag] then error(what .. ": this channel has a consumer with that tag already", level) end
-  local arguments = opts.arguments
-  if opts.priority then
-    arguments = {}
-    for key, value in pairs(opts.arguments or {}) do arguments[key] = value end
-    arguments["x-priority"] = opts.priority
-  end
-
   -- The broker applies a prefetch to the consumers that start after it was told. Both go out together,
   -- so that no other task's comes between.
   local calls = {}
-  local prefetch = opts.prefetch
-  if opts.no_ack then
-    prefetch = 0
-  else
-    if not prefetch then prefetch = channel._prefetch or (channel._prefetch_global and 0) end
-    if not prefetch then
-      prefetch = DEFAULT_PREFETCH
-      session.log("info", ("consumer on '%s': no prefetch given, using %d"):format(queue, prefetch))
-    end
-    if prefetch ~= (channel._prefetch or 0) then
-      channel._core:call("basic.qos", { prefetch_count = prefetch })
-      channel._prefetch = prefetch
-      calls[1] = session:expect(channel._calls, "basic.qos")
-    end
+  local prefetch = choose_prefetch(channel, queue, opts)
+  if not opts.no_ack and prefetch ~= (channel._prefetch or 0) then
+    channel._core:call("basic.qos", { prefetch_count = prefetch })
+    channel._prefetch = prefetch
+    calls[1] = session:expect(channel._calls, "basic.qos")
   end
   local delivery_queue, status = channel._core:consume {
     queue = queue, consumer_tag = tag, no_local = opts.no_local, no_ack = opts.no_ack,
-    exclusive = opts.exclusive, arguments = arguments,
+    exclusive = opts.exclusive, arguments = all_arguments(opts),
   }
   if not delivery_queue then
     if calls[1] then calls[1].abandoned = true end

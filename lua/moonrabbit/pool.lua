@@ -148,7 +148,9 @@ function Pool:acquire(timeout)
     elseif not self._closed then
       left = deadline - now()
       if left <= 0 then
-        return nil, errors.new { kind = "timeout", message = ("no channel of the pool became free within %g s"):format(timeout) }
+        return nil, errors.new {
+          kind = "timeout", message = ("no channel of the pool became free within %g s"):format(timeout),
+        }
       end
       self._freed:wait(left < huge and left or nil)
     end

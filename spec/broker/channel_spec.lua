@@ -98,7 +98,8 @@ describe("channel", function()
     moonrabbit.run(function()
       for i = 1, 4 do
         moonrabbit.spawn(function()
-          results[i] = { ch:queue_declare(i == 1 and name or unique "other", { exclusive = true, auto_delete = i == 1 }) }
+          results[i] = { ch:queue_declare(i == 1 and name or unique "other",
+            { exclusive = true, auto_delete = i == 1 }) }
         end)
       end
       broker.eventually(function() return #results == 4 and closed_with end)
@@ -261,12 +262,12 @@ describe("channel", function()
   it("closes when 5.4's to-be-closed variable ends", function()
     if _VERSION ~= "Lua 5.4" then pending "Lua 5.4 only" return end
     local outer
-    assert((load or loadstring)([[ -- luacheck: ignore
+    assert(load [[
       local conn, keep = ...
       do
         local channel <close> = assert(conn:channel())
         keep(channel)
-      end]]))(conn, function(channel) outer = channel end)
+      end]])(conn, function(channel) outer = channel end)
     assert.is_false(outer:is_open())
     ok(conn:channel())
   end)

@@ -42,8 +42,9 @@ end
 local function management(method, path, body)
   local address = os.getenv "AMQP_MANAGEMENT_URL"
   if not address then return false end
-  local command = ("curl -sf -X %s -H content-type:application/json %s %s%s > /dev/null 2>&1"):format(method,
-    body and "-d " .. process.quote(body) or "", address, path)
+  -- curl hangs under a sanitizer that is meant for us.
+  local command = ("env -u LD_PRELOAD curl -sf --max-time 20 -X %s -H content-type:application/json %s %s%s "
+    .. "> /dev/null 2>&1"):format(method, body and "-d " .. process.quote(body) or "", address, path)
   local status = os.execute(command)
   return status == true or status == 0
 end

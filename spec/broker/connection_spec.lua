@@ -40,7 +40,8 @@ describe("connection", function()
       return broker.parsed().password or "guest"
     end }
     assert.equal(1, asked)
-    local conn, err = moonrabbit.connect { uri = broker.url, password = function() return nil, "the vault is sealed" end }
+    local conn, err = moonrabbit.connect { uri = broker.url,
+      password = function() return nil, "the vault is sealed" end }
     assert.is_nil(conn)
     assert.equal("auth", err.kind)
     assert.matches("the vault is sealed", err.message)
@@ -199,12 +200,12 @@ describe("connection", function()
   it("closes when 5.4's to-be-closed variable ends", function()
     if _VERSION ~= "Lua 5.4" then pending "Lua 5.4 only" return end
     local outer
-    assert((load or loadstring)([[ -- luacheck: ignore
+    assert(load [[
       local connect, keep = ...
       do
         local conn <close> = connect()
         keep(conn)
-      end]]))(broker.connect, function(conn) outer = conn end)
+      end]])(broker.connect, function(conn) outer = conn end)
     assert.is_false(outer:is_open())
     broker.eventually(function() return (outer:state()) == "closed" end)
   end)

@@ -291,15 +291,6 @@ describe("consuming", function()
       assert.is_true(ch:is_open())
     end)
 
-    it("acks leave within the delay although nothing else happens", function()
-      for _, message in ipairs(take(5)) do message:ack() end
-      moonrabbit.sleep(0.05)
-      conn._session.transport:close() -- nothing more can leave
-      local watcher = ok(broker.connect():channel())
-      -- The exclusive queue went with its connection; what was acked shows in another way below.
-      assert.is_true(watcher:is_open())
-    end)
-
     it("dead-letters what is rejected", function()
       local dead = ok(ch:queue_declare("", { exclusive = true })).queue
       local from = ok(ch:queue_declare("", { exclusive = true,

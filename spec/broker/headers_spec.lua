@@ -72,7 +72,8 @@ describe("headers", function()
   end)
 
   it("take integral floats among arguments as integers", function()
-    ok(ch:queue_declare("", { exclusive = true, arguments = { ["x-expires"] = 60 * 1000 / 1, ["x-max-length"] = 1e3 } }))
+    ok(ch:queue_declare("", { exclusive = true,
+      arguments = { ["x-expires"] = 60 * 1000 / 1, ["x-max-length"] = 1e3 } }))
   end)
 
   it("go on byte for byte when a message is forwarded", function()

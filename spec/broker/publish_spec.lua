@@ -356,8 +356,8 @@ describe("publishing", function()
 
   describe("by a publisher", function()
     it("sends on a prepared route", function()
-      local publisher = ok(conn:publisher { routing_key = queue, content_type = "text/plain", headers = { a = 1, b = 2 },
-        window = 100 })
+      local publisher = ok(conn:publisher { routing_key = queue, content_type = "text/plain",
+        headers = { a = 1, b = 2 }, window = 100 })
       assert.is_true(publisher:send "one")
       assert.is_true(publisher:send("two", { headers = { b = 3 }, message_id = "id2" }))
       assert.is_true(ok(publisher:send_async "three"):wait())

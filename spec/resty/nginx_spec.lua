@@ -54,7 +54,8 @@ describe("nginx #resty", function()
     probe:close()
     local locations = {}
     for _, name in ipairs { "work", "slow", "ping", "errors", "timer" } do
-      locations[#locations + 1] = ("location /%s { content_by_lua_block { require('handlers').%s() } }"):format(name, name)
+      locations[#locations + 1] =
+        ("location /%s { content_by_lua_block { require('handlers').%s() } }"):format(name, name)
     end
     local file = assert(io.open(prefix .. "/nginx.conf", "w"))
     local configuration = ([[
@@ -85,7 +86,8 @@ http {
       LOCATIONS = table.concat(locations, "\n    ") })
     file:write(configuration)
     file:close()
-    local output = shell(("AMQP_URL='%s' '%s' -p '%s' -c '%s/nginx.conf' 2>&1"):format(broker.url, NGINX, prefix, prefix))
+    local output = shell(("AMQP_URL='%s' '%s' -p '%s' -c '%s/nginx.conf' 2>&1"):format(broker.url, NGINX, prefix,
+      prefix))
     local pid_file = io.open(prefix .. "/nginx.pid")
     assert(pid_file, "nginx did not start: " .. output)
     pid = tonumber((pid_file:read "*a"))

@@ -15,7 +15,8 @@ describe("options", function()
   end
 
   it("takes what is valid", function()
-    local given = { durable = true, prefetch = 10, queue = "q", timeout = 0.5, handler = print, mode = "a", secret = "x" }
+    local given = { durable = true, prefetch = 10, queue = "q", timeout = 0.5, handler = print, mode = "a",
+      secret = "x" }
     assert.equal(given, options.check("f", given, valid))
     options.check("f", { timeout = math.huge, prefetch = 5.0, secret = print }, valid)
     assert.same({}, options.check("f", nil, valid))

@@ -162,8 +162,9 @@ function Transport:receive(max)
 end
 
 function Transport:fill(engine)
-  local bytes, kind, text = self.rest, nil, nil
+  local bytes = self.rest
   if not bytes then
+    local kind, text
     bytes, kind, text = self:receive(CHUNK)
     if not bytes then return nil, kind, text end
   end

@@ -1,0 +1,257 @@
+--- The methods of a channel that declare, bind and delete, and those about flow and transactions.
+-- @module moonrabbit.channel
+
+local options = require "moonrabbit.options"
+
+local check, argument = options.check, options.argument
+local shortstr, boolean, seconds, integer = options.shortstr, options.boolean, options.seconds, options.integer
+
+---@class moonrabbit.Channel
+local Channel = {}
+
+-- Options of every call.
+local common = { timeout = seconds }
+local with_nowait = { timeout = seconds, no_wait = boolean }
+
+local function done(result, err)
+  if result then return true end
+  return nil, err
+end
+
+-- ---- Exchanges --------------------------------------------------------------------------------------
+
+local exchange_declare_options = options.merge(with_nowait, {
+  type = shortstr, passive = boolean, durable = boolean, auto_delete = boolean, internal = boolean,
+  arguments = options.table,
+})
+
+--- Declares an exchange, or with `passive` only checks that it exists.
+--- exchange.declare; 406 when it exists with other properties, 404 when passive and unknown.
+---@param exchange string
+---@param opts { type: string?, durable: boolean?, auto_delete: boolean?, internal: boolean?, passive: boolean?, arguments: table?, no_wait: boolean?, timeout: number? }? type "direct" by default; the rest false
+---@return true|nil, moonrabbit.Error?
+function Channel:exchange_declare(exchange, opts)
+  argument("Channel:exchange_declare", "exchange", exchange, shortstr)
+  opts = check("Channel:exchange_declare", opts, exchange_declare_options)
+  return done(self:_rpc("exchange.declare", {
+    exchange = exchange, type = opts.type or "direct", passive = opts.passive, durable = opts.durable,
+    auto_delete = opts.auto_delete, internal = opts.internal, arguments = opts.arguments, nowait = opts.no_wait,
+  }, opts))
+end
+
+local exchange_delete_options = options.merge(with_nowait, { if_unused = boolean })
+
+--- Deletes an exchange. exchange.delete; with `if_unused` 406 while something is bound to it.
+---@param exchange string
+---@param opts { if_unused: boolean?, no_wait: boolean?, timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:exchange_delete(exchange, opts)
+  argument("Channel:exchange_delete", "exchange", exchange, shortstr)
+  opts = check("Channel:exchange_delete", opts, exchange_delete_options)
+  return done(self:_rpc("exchange.delete", { exchange = exchange, if_unused = opts.if_unused, nowait = opts.no_wait },
+    opts))
+end
+
+local bind_options = options.merge(with_nowait, { arguments = options.table })
+local unbind_options = options.merge(common, { arguments = options.table })
+
+local function exchange_binding(self, what, method, destination, source, routing_key, opts, valid)
+  argument(what, "destination", destination, shortstr, 3)
+  argument(what, "source", source, shortstr, 3)
+  if routing_key ~= nil then argument(what, "routing_key", routing_key, shortstr, 3) end
+  opts = check(what, opts, valid, 3)
+  return done(self:_rpc(method, {
+    destination = destination, source = source, routing_key = routing_key or "", arguments = opts.arguments,
+    nowait = opts.no_wait,
+  }, opts))
+end
+
+--- Binds an exchange to an exchange: what `source` routes there goes on to `destination`.
+--- https://www.rabbitmq.com/docs/e2e
+---@param destination string
+---@param source string
+---@param routing_key string?  "" by default
+---@param opts { arguments: table?, no_wait: boolean?, timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:exchange_bind(destination, source, routing_key, opts)
+  local ok, err = exchange_binding(self, "Channel:exchange_bind", "exchange.bind", destination, source, routing_key,
+    opts, bind_options)
+  return ok, err
+end
+
+---@param destination string
+---@param source string
+---@param routing_key string?
+---@param opts { arguments: table?, no_wait: boolean?, timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:exchange_unbind(destination, source, routing_key, opts)
+  local ok, err = exchange_binding(self, "Channel:exchange_unbind", "exchange.unbind", destination, source, routing_key,
+    opts, bind_options)
+  return ok, err
+end
+
+-- ---- Queues -----------------------------------------------------------------------------------------
+
+local queue_declare_options = options.merge(with_nowait, {
+  passive = boolean, durable = boolean, exclusive = boolean, auto_delete = boolean, arguments = options.table,
+})
+
+--- Declares a queue, or with `passive` only asks about it. An empty or nil name lets the broker choose one.
+--- queue.declare; 406 when it exists with other properties, 405 when it is another connection's
+--- exclusive queue, 404 when passive and unknown.
+---@param queue string?
+---@param opts { durable: boolean?, exclusive: boolean?, auto_delete: boolean?, passive: boolean?, arguments: table?, no_wait: boolean?, timeout: number? }?
+---@return { queue: string, message_count: integer, consumer_count: integer }|nil, moonrabbit.Error?
+function Channel:queue_declare(queue, opts)
+  if queue ~= nil then argument("Channel:queue_declare", "queue", queue, shortstr) end
+  opts = check("Channel:queue_declare", opts, queue_declare_options)
+  local result, err = self:_rpc("queue.declare", {
+    queue = queue or "", passive = opts.passive, durable = opts.durable, exclusive = opts.exclusive,
+    auto_delete = opts.auto_delete, arguments = opts.arguments, nowait = opts.no_wait,
+  }, opts)
+  if result == true then return { queue = queue } end
+  return result, err
+end
+
+--- Binds a queue to an exchange. queue.bind
+---@param queue string
+---@param exchange string
+---@param routing_key string? "" by default
+---@param opts { arguments: table?, no_wait: boolean?, timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:queue_bind(queue, exchange, routing_key, opts)
+  argument("Channel:queue_bind", "queue", queue, shortstr)
+  argument("Channel:queue_bind", "exchange", exchange, shortstr)
+  if routing_key ~= nil then argument("Channel:queue_bind", "routing_key", routing_key, shortstr) end
+  opts = check("Channel:queue_bind", opts, bind_options)
+  return done(self:_rpc("queue.bind", {
+    queue = queue, exchange = exchange, routing_key = routing_key or "", arguments = opts.arguments,
+    nowait = opts.no_wait,
+  }, opts))
+end
+
+--- queue.unbind
+---@param queue string
+---@param exchange string
+---@param routing_key string?
+---@param opts { arguments: table?, timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:queue_unbind(queue, exchange, routing_key, opts)
+  argument("Channel:queue_unbind", "queue", queue, shortstr)
+  argument("Channel:queue_unbind", "exchange", exchange, shortstr)
+  if routing_key ~= nil then argument("Channel:queue_unbind", "routing_key", routing_key, shortstr) end
+  opts = check("Channel:queue_unbind", opts, unbind_options)
+  return done(self:_rpc("queue.unbind", {
+    queue = queue, exchange = exchange, routing_key = routing_key or "", arguments = opts.arguments,
+  }, opts))
+end
+
+local function counted(result, err)
+  if result == true then return true end
+  if result then return result.message_count or 0 end
+  return nil, err
+end
+
+--- Removes every message that is ready. queue.purge
+---@param queue string
+---@param opts { no_wait: boolean?, timeout: number? }?
+---@return integer|true|nil count, moonrabbit.Error?
+function Channel:queue_purge(queue, opts)
+  argument("Channel:queue_purge", "queue", queue, shortstr)
+  opts = check("Channel:queue_purge", opts, with_nowait)
+  return counted(self:_rpc("queue.purge", { queue = queue, nowait = opts.no_wait }, opts))
+end
+
+local queue_delete_options = options.merge(with_nowait, { if_unused = boolean, if_empty = boolean })
+
+--- Deletes a queue. queue.delete; 406 when `if_unused` or `if_empty` does not hold.
+---@param queue string
+---@param opts { if_unused: boolean?, if_empty: boolean?, no_wait: boolean?, timeout: number? }?
+---@return integer|true|nil count how many messages went with it
+---@return moonrabbit.Error?
+function Channel:queue_delete(queue, opts)
+  argument("Channel:queue_delete", "queue", queue, shortstr)
+  opts = check("Channel:queue_delete", opts, queue_delete_options)
+  return counted(self:_rpc("queue.delete", {
+    queue = queue, if_unused = opts.if_unused, if_empty = opts.if_empty, nowait = opts.no_wait,
+  }, opts))
+end
+
+-- ---- Flow and transactions --------------------------------------------------------------------------
+
+local qos_options = options.merge(common, { global = boolean })
+
+--- How many unsettled deliveries the broker may have out: for each consumer started from now on, or
+--- with `global` for the whole channel. 0: no bound. basic.qos,
+--- https://www.rabbitmq.com/docs/consumer-prefetch
+---@param prefetch_count integer
+---@param opts { global: boolean?, timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:qos(prefetch_count, opts)
+  argument("Channel:qos", "prefetch_count", prefetch_count, integer(0, 65535))
+  opts = check("Channel:qos", opts, qos_options)
+  local ok, err = self:_rpc("basic.qos", { prefetch_count = prefetch_count, global = opts.global }, opts)
+  if not ok then return nil, err end
+  if opts.global then self._prefetch_global = prefetch_count else self._prefetch = prefetch_count end
+  return true
+end
+
+local recover_options = options.merge(common, { requeue = boolean })
+
+--- Gives every unsettled delivery of the channel back to its queue. basic.recover; RabbitMQ knows
+--- only `requeue = true`, the default.
+---@param opts { requeue: boolean?, timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:recover(opts)
+  opts = check("Channel:recover", opts, recover_options)
+  local requeue = opts.requeue
+  if requeue == nil then requeue = true end
+  return done(self:_rpc("basic.recover", { requeue = requeue }, opts))
+end
+
+--- Makes the channel transactional. tx.select; 406 on a confirm channel.
+---@param opts { timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:tx_select(opts)
+  opts = check("Channel:tx_select", opts, common)
+  local ok, err = self:_rpc("tx.select", {}, opts)
+  if not ok then return nil, err end
+  self._tx = true
+  return true
+end
+
+--- tx.commit; 406 without tx_select.
+---@param opts { timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:tx_commit(opts)
+  return done(self:_rpc("tx.commit", {}, check("Channel:tx_commit", opts, common)))
+end
+
+--- tx.rollback: takes back publishes and acks since the last commit; the deliveries stay out, and
+--- can be settled again by the channel's ack, nack and reject.
+---@param opts { timeout: number? }?
+---@return true|nil, moonrabbit.Error?
+function Channel:tx_rollback(opts)
+  return done(self:_rpc("tx.rollback", {}, check("Channel:tx_rollback", opts, common)))
+end
+
+--- channel.flow. RabbitMQ takes only `true`; on `false` it closes the connection (540).
+---@param active boolean
+---@param opts { timeout: number? }?
+---@return boolean|nil active, moonrabbit.Error?
+function Channel:flow(active, opts)
+  argument("Channel:flow", "active", active, boolean)
+  opts = check("Channel:flow", opts, common)
+  local result, err = self:_rpc("channel.flow", { active = active }, opts)
+  if not result then return nil, err end
+  return result.active ~= false
+end
+
+local topology = {}
+
+--- Adds the methods to the class.
+function topology.extend(class)
+  for name, method in pairs(Channel) do class[name] = method end
+end
+
+return topology
