@@ -5,7 +5,8 @@
 -- A publish whose connection broke before its confirm has an unknown outcome: it is sent again. So a message may
 -- arrive twice, and never not at all. (A connection does not come back by itself yet, so each task opens another.)
 local moonrabbit = require "moonrabbit"
-local now = require "moonrabbit.runtime.native".now
+local native = require "moonrabbit.runtime.native"
+local now = native.now
 
 local url = os.getenv "AMQP_URL" or "amqp://guest:guest@localhost/"
 local broker = os.getenv "MOONRABBIT_BROKER" -- set by scripts/with-broker: ours to restart
@@ -257,6 +258,13 @@ local function row(round)
     thousands(round.confirmed), thousands(round.delivered), thousands(round.duplicates), thousands(round.acked),
     thousands(round.lost), round.took, per_second(round.confirmed, round.publishing_took),
     per_second(round.delivered)))
+end
+
+for name, code in pairs { INT = 130, TERM = 143 } do
+  native.signal(name, function()
+    say "Stopped."
+    os.exit(code)
+  end)
 end
 
 moonrabbit.run(function()
