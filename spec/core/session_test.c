@@ -199,6 +199,23 @@ static void bodies_of_every_size_arrive(void) {
   peer_free(p);
 }
 
+static void empty_body_frames_are_nothing(void) {
+  peer *p = peer_open();
+  mr_channel *channel = peer_channel(p);
+  peer_consume(p, channel, "c", 1, false);
+  for (uint64_t tag = 1; tag <= 3; tag++) {
+    peer_send(p, 1, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("c"), .delivery_tag = tag);
+    peer_header(p, 1, 4, NULL);
+    peer_body(p, 1, "", 0);
+    peer_body(p, 1, "a", 1);
+    peer_body(p, 1, "", 0);
+    peer_body(p, 1, "bcd", 3);
+    CHECK_TEXT(expect_event(p, MR_EV_DELIVER)->content.body, "abcd");
+  }
+  mr_channel_release(channel);
+  peer_free(p);
+}
+
 static void a_delivery_for_nobody_is_a_protocol_error(void) {
   for (int what = 0; what < 4; what++) {
     peer *p = peer_open();
@@ -1055,6 +1072,7 @@ int main(int argc, char **argv) {
   RUN(the_pieces_of_the_input_do_not_matter);
   RUN(the_handshake_in_pieces);
   RUN(bodies_of_every_size_arrive);
+  RUN(empty_body_frames_are_nothing);
   RUN(a_delivery_for_nobody_is_a_protocol_error);
   RUN(frames_out_of_place_are_a_protocol_error);
   RUN(malformed_frames_are_a_protocol_error);
