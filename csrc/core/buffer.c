@@ -46,7 +46,8 @@ uint8_t *mr_buffer_reserve(mr_buffer *b, size_t n) {
   if (n > SIZE_MAX - b->tail) return NULL;
   /* Moving at most as much as was consumed keeps the cost of a byte constant. */
   if (b->head >= mr_buffer_size(b)) mr_buffer_compact(b);
-  if (b->cap - b->tail < n && !grow(b, b->tail + n)) return NULL;
+  bool small = !b->data || b->cap - b->tail < n;
+  if (small && !grow(b, b->tail + n)) return NULL;
   return b->data + b->tail;
 }
 

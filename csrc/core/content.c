@@ -201,6 +201,7 @@ bool mr_content_body(mr_channel *ch, amqp_bytes_t payload, mr_event *event) {
                       ch->id);
     return false;
   }
+  if (payload.len == 0) return false;
   if (payload.len == a->size) return complete(ch, payload, event);
   /* Room grows with what has come, not with what was announced. */
   if (!mr_buffer_reserve(&a->body, payload.len)) {
