@@ -109,6 +109,24 @@ describe("moonrabbit #smoke", function()
     assert.equal(0, message.message_count)
   end)
 
+  it("shows typed values of headers exactly", function()
+    local moonrabbit_lua = process.file(([[
+      local moonrabbit = require "moonrabbit"
+      local types = moonrabbit.types
+      local ch = assert(moonrabbit.connect(%q)):channel { confirm = true }
+      assert(ch:publish("\255", { routing_key = %q, headers = {
+        time = types.timestamp(1700000000), price = types.decimal(314, 2), big = types.int64 "9007199254740993",
+        nothing = moonrabbit.null, float = 1.5, bytes = "\254",
+      } }))
+    ]]):format(url, queue))
+    ok(run { moonrabbit_lua })
+    os.remove(moonrabbit_lua)
+    local text = ok(moonrabbit("get", queue, "--json"))
+    assert.truthy(text:find('"headers":{"big":9007199254740993,"bytes":{"base64":"/g=="},"float":1.5,"nothing":null,'
+      .. '"price":3.14,"time":1700000000}', 1, true), text)
+    assert.truthy(text:find('"body":"/w==","body_encoding":"base64"', 1, true), text)
+  end)
+
   it("repeats", function()
     assert.equal("2500 published, 2500 confirmed\n", ok(moonrabbit("publish", "-k", queue, "-n", "2500", "x")))
     assert.equal(("x\n"):rep(2500), ok(moonrabbit("consume", queue, "-n", "2500", "--prefetch", "50")))

@@ -227,7 +227,8 @@ function steps.login(report, patient)
   options.connect_timeout = patient.timeout
   local began = connect.now()
   local conn, err = require "moonrabbit".connect(options)
-  local user, vhost = patient.parsed.user or "guest", patient.parsed.vhost
+  local external = patient.parsed.mechanism == "EXTERNAL"
+  local user, vhost = external and "the certificate's user" or patient.parsed.user or "guest", patient.parsed.vhost
   if conn then
     patient.conn = conn
     report:pass("login", ("as %s, in %s"):format(user, ms(connect.now() - began)), { user = user })
@@ -239,9 +240,13 @@ function steps.login(report, patient)
       ("is there a vhost '%s' (rabbitmqctl list_vhosts), and may %s use it (rabbitmqctl set_permissions)?"):format(
         vhost, user))
   elseif err.kind == "auth" then
-    return report:fail("login", exit.denied, tostring(err), user == "guest"
-      and "wrong password? The broker lets 'guest' log in from its own machine only, unless told otherwise"
-      or ("wrong user or password? (rabbitmqctl authenticate_user %s)"):format(user))
+    local advice = ("wrong user or password? (rabbitmqctl authenticate_user %s)"):format(user)
+    if external then
+      advice = "is the client certificate given (--cert, --key), and is the name in it a user of the broker?"
+    elseif user == "guest" then
+      advice = "wrong password? The broker lets 'guest' log in from its own machine only, unless told otherwise"
+    end
+    return report:fail("login", exit.denied, tostring(err), advice)
   end
   return report:fail("login", connect.exit_code(err, true), tostring(err),
     err.kind == "timeout" and "the broker is too busy to answer, or out of memory or disk: look at its log" or nil)

@@ -93,10 +93,12 @@ end
 local function typed(value)
   local ok, kind, inner = pcall(function() return value.type, value.value end)
   if not ok or not kind then return quote(tostring(value)) end
+  -- Its text is exact where Lua's numbers are not.
+  local exact = tostring(value):match "^%-?%d+$"
+  if exact then return exact end
   if type(inner) == "number" then return number(inner) end
   if type(inner) == "string" and kind == "bytes" then return '{"base64":' .. quote(json.base64(inner)) .. "}" end
-  local text = tostring(inner == nil and value or inner)
-  return text:match "^%-?%d+$" or quote(text)
+  return quote(tostring(inner == nil and value or inner))
 end
 
 --- Any Lua value as one line of JSON.
