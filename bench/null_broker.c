@@ -66,7 +66,7 @@ struct consumer {
   bool no_ack;
   uint32_t prefetch; /* 0: no limit of its own */
   uint32_t unacked;
-  uint64_t left; /* messages this consumer may still get */
+  uint64_t left;  /* messages this consumer may still get */
   uint8_t *block; /* one whole delivery, frames and all */
   size_t block_size;
   size_t tag_offset; /* of the delivery tag in it */
@@ -76,7 +76,7 @@ struct channel {
   connection *conn;
   channel *next_ready;
   uint16_t id;
-  bool ready; /* on the connection's ready list */
+  bool ready;       /* on the connection's ready list */
   bool unconfirmed; /* on this turn's list of confirms to send */
   bool confirm;
   bool flow;
@@ -85,7 +85,7 @@ struct channel {
   uint64_t content_left;
   uint64_t published;
   uint32_t next_prefetch; /* for consumers to come */
-  uint32_t prefetch; /* shared by the channel's consumers */
+  uint32_t prefetch;      /* shared by the channel's consumers */
   uint32_t unacked;
   consumer *consumers;
   /* Outstanding deliveries: slot (tag & mask) for base <= tag < next_tag. */
@@ -250,8 +250,7 @@ static void emit(connection *c, const uint8_t *p, size_t n) {
 
 static void flush_kept(connection *c) {
   if (c->out_used > c->out_start) {
-    c->out_start +=
-        send_some(c, c->out + c->out_start, c->out_used - c->out_start);
+    c->out_start += send_some(c, c->out + c->out_start, c->out_used - c->out_start);
   }
   if (c->out_start == c->out_used) {
     free(c->out);
@@ -262,18 +261,30 @@ static void flush_kept(connection *c) {
 
 /* Writes one method frame. The format's letters: b octet, s short, l long,
  * q long long, S short string, L long string, T an empty table. */
-static size_t method_frame(uint8_t *at, uint16_t ch, uint32_t method,
-                           const char *format, va_list args) {
+static size_t method_frame(uint8_t *at, uint16_t ch, uint32_t method, const char *format,
+                           va_list args) {
   uint8_t *p = at + 7;
   put32(p, method);
   p += 4;
   for (; *format; format++) {
     switch (*format) {
       case 'b': *p++ = (uint8_t)va_arg(args, int); break;
-      case 's': put16(p, (uint16_t)va_arg(args, int)); p += 2; break;
-      case 'l': put32(p, va_arg(args, uint32_t)); p += 4; break;
-      case 'q': put64(p, va_arg(args, uint64_t)); p += 8; break;
-      case 'T': put32(p, 0); p += 4; break;
+      case 's':
+        put16(p, (uint16_t)va_arg(args, int));
+        p += 2;
+        break;
+      case 'l':
+        put32(p, va_arg(args, uint32_t));
+        p += 4;
+        break;
+      case 'q':
+        put64(p, va_arg(args, uint64_t));
+        p += 8;
+        break;
+      case 'T':
+        put32(p, 0);
+        p += 4;
+        break;
       case 'S':
       case 'L': {
         const char *s = va_arg(args, const char *);
@@ -298,8 +309,7 @@ static size_t method_frame(uint8_t *at, uint16_t ch, uint32_t method,
   return (size_t)(p - at);
 }
 
-static void reply(connection *c, uint16_t ch, uint32_t method,
-                  const char *format, ...) {
+static void reply(connection *c, uint16_t ch, uint32_t method, const char *format, ...) {
   va_list args;
   va_start(args, format);
   uint8_t *at = reserve(c, 2048);
@@ -307,8 +317,7 @@ static void reply(connection *c, uint16_t ch, uint32_t method,
   va_end(args);
 }
 
-static size_t build_frame(uint8_t *at, uint16_t ch, uint32_t method,
-                          const char *format, ...) {
+static size_t build_frame(uint8_t *at, uint16_t ch, uint32_t method, const char *format, ...) {
   va_list args;
   va_start(args, format);
   size_t n = method_frame(at, ch, method, format, args);
@@ -318,14 +327,11 @@ static size_t build_frame(uint8_t *at, uint16_t ch, uint32_t method,
 
 static void send_start(connection *c) {
   static const char *capabilities[] = {
-      "publisher_confirms",     "exchange_exchange_bindings",
-      "basic.nack",             "consumer_cancel_notify",
-      "connection.blocked",     "consumer_priorities",
-      "authentication_failure_close", "per_consumer_qos",
-      "direct_reply_to"};
-  static const char *facts[][2] = {{"product", "null broker"},
-                                   {"version", "3.10.8"},
-                                   {"platform", "C"}};
+      "publisher_confirms",           "exchange_exchange_bindings", "basic.nack",
+      "consumer_cancel_notify",       "connection.blocked",         "consumer_priorities",
+      "authentication_failure_close", "per_consumer_qos",           "direct_reply_to"};
+  static const char *facts[][2] = {
+      {"product", "null broker"}, {"version", "3.10.8"}, {"platform", "C"}};
   uint8_t table[1024];
   uint8_t *p = table + 4;
   static const char name[] = "capabilities";
@@ -406,15 +412,9 @@ static bool has(reader *r, size_t n) {
   return true;
 }
 static unsigned r_octet(reader *r) { return has(r, 1) ? *r->p++ : 0; }
-static uint16_t r_short(reader *r) {
-  return has(r, 2) ? (r->p += 2, get16(r->p - 2)) : 0;
-}
-static uint32_t r_long(reader *r) {
-  return has(r, 4) ? (r->p += 4, get32(r->p - 4)) : 0;
-}
-static uint64_t r_longlong(reader *r) {
-  return has(r, 8) ? (r->p += 8, get64(r->p - 8)) : 0;
-}
+static uint16_t r_short(reader *r) { return has(r, 2) ? (r->p += 2, get16(r->p - 2)) : 0; }
+static uint32_t r_long(reader *r) { return has(r, 4) ? (r->p += 4, get32(r->p - 4)) : 0; }
+static uint64_t r_longlong(reader *r) { return has(r, 8) ? (r->p += 8, get64(r->p - 8)) : 0; }
 static void r_string(reader *r, char out[256]) {
   size_t n = r_octet(r);
   if (!has(r, n)) {
@@ -581,8 +581,7 @@ static void prepare(channel *ch, consumer *k, const char *queue, uint64_t size) 
   k->block = must(malloc(2048 + size + frames * FRAME_OVERHEAD));
   uint8_t *p = k->block;
   k->tag_offset = 7 + 4 + 1 + strlen(k->tag);
-  p += build_frame(p, ch->id, METHOD(60, 60), "SqbSS", k->tag, (uint64_t)0, 0,
-                   "", queue);
+  p += build_frame(p, ch->id, METHOD(60, 60), "SqbSS", k->tag, (uint64_t)0, 0, "", queue);
   p[0] = FRAME_HEADER;
   put16(p + 1, ch->id);
   put32(p + 3, 15);
@@ -613,8 +612,7 @@ static channel *find(connection *c, uint16_t id) {
 }
 
 static bool channel_open(connection *c, uint16_t id) {
-  if (id == 0 || find(c, id) != NULL ||
-      (opt.channel_max > 0 && id > opt.channel_max)) {
+  if (id == 0 || find(c, id) != NULL || (opt.channel_max > 0 && id > opt.channel_max)) {
     return false;
   }
   if (id >= c->channels_size) {
@@ -623,8 +621,7 @@ static bool channel_open(connection *c, uint16_t id) {
       size *= 2;
     }
     c->channels = must(realloc(c->channels, size * sizeof *c->channels));
-    memset(c->channels + c->channels_size, 0,
-           (size - c->channels_size) * sizeof *c->channels);
+    memset(c->channels + c->channels_size, 0, (size - c->channels_size) * sizeof *c->channels);
     c->channels_size = size;
   }
   channel *ch = must(calloc(1, sizeof *ch));
@@ -678,8 +675,7 @@ static void channel_free(channel *ch) {
 static void channel_error(channel *ch, int code, const char *text, uint32_t by) {
   fprintf(stderr, "null_broker: channel error %d %s\n", code, text);
   ch->closing = true;
-  reply(ch->conn, ch->id, METHOD(20, 40), "sSss", code, text, (int)(by >> 16),
-        (int)(by & 0xffff));
+  reply(ch->conn, ch->id, METHOD(20, 40), "sSss", code, text, (int)(by >> 16), (int)(by & 0xffff));
 }
 
 static void settle_one(channel *ch, uint64_t tag) {
@@ -709,8 +705,7 @@ static void settle(channel *ch, uint64_t tag, bool multiple, uint32_t by) {
   } else {
     settle_one(ch, tag);
   }
-  while (ch->base < ch->next_tag &&
-         ch->window[ch->base & (ch->window_size - 1)] == NULL) {
+  while (ch->base < ch->next_tag && ch->window[ch->base & (ch->window_size - 1)] == NULL) {
     ch->base++;
   }
   make_ready(ch);
@@ -796,8 +791,7 @@ static unsigned flags_after(reader *r, int strings) {
   return r_octet(r);
 }
 
-static void channel_method(connection *c, uint16_t id, uint32_t method,
-                           reader *r) {
+static void channel_method(connection *c, uint16_t id, uint32_t method, reader *r) {
   channel *ch = find(c, id);
   if (method == METHOD(20, 10)) {
     if (channel_open(c, id)) {
@@ -820,9 +814,7 @@ static void channel_method(connection *c, uint16_t id, uint32_t method,
   }
   char text[256];
   switch (method) {
-    case METHOD(60, 40):
-      ch->content = 1;
-      return;
+    case METHOD(60, 40): ch->content = 1; return;
     case METHOD(60, 80): {
       uint64_t tag = r_longlong(r);
       settle(ch, tag, r_octet(r) & 1, method);
@@ -833,16 +825,12 @@ static void channel_method(connection *c, uint16_t id, uint32_t method,
       settle(ch, tag, r_octet(r) & 1, method);
       return;
     }
-    case METHOD(60, 90):
-      settle(ch, r_longlong(r), false, method);
-      return;
+    case METHOD(60, 90): settle(ch, r_longlong(r), false, method); return;
     case METHOD(20, 40):
       reply(c, id, METHOD(20, 41), "");
       channel_free(ch);
       return;
-    case METHOD(20, 41):
-      channel_free(ch);
-      return;
+    case METHOD(20, 41): channel_free(ch); return;
     case METHOD(20, 20):
       ch->flow = r_octet(r) & 1;
       reply(c, id, METHOD(20, 21), "b", ch->flow ? 1 : 0);
@@ -922,16 +910,14 @@ static void channel_method(connection *c, uint16_t id, uint32_t method,
         reply(c, id, METHOD(40, 51), "");
       }
       return;
-    default:
-      connection_error(c, 540, "NOT_IMPLEMENTED - the null broker lacks it");
+    default: connection_error(c, 540, "NOT_IMPLEMENTED - the null broker lacks it");
   }
 }
 
 static void connection_method(connection *c, uint32_t method, reader *r) {
   switch (method) {
     case METHOD(10, 11): /* start-ok: whoever it is */
-      reply(c, 0, METHOD(10, 30), "sls", (int)opt.channel_max, opt.frame_max,
-            (int)opt.heartbeat);
+      reply(c, 0, METHOD(10, 30), "sls", (int)opt.channel_max, opt.frame_max, (int)opt.heartbeat);
       c->state = S_TUNE_OK;
       return;
     case METHOD(10, 31): { /* tune-ok */
@@ -963,8 +949,8 @@ static void connection_method(connection *c, uint32_t method, reader *r) {
   }
 }
 
-static void content_frame(connection *c, uint16_t id, int type,
-                          const uint8_t *payload, uint32_t size) {
+static void content_frame(connection *c, uint16_t id, int type, const uint8_t *payload,
+                          uint32_t size) {
   channel *ch = find(c, id);
   if (ch == NULL) {
     connection_error(c, 504, "CHANNEL_ERROR - no such channel");
@@ -994,8 +980,7 @@ static void frame(connection *c, const uint8_t *p, uint32_t size) {
   } else if (type == FRAME_METHOD && size >= 4) {
     reader r = {p + 11, p + 7 + size, false};
     uint32_t method = get32(p + 7);
-    if (c->state == S_CLOSING && method != METHOD(10, 51) &&
-        method != METHOD(10, 50)) {
+    if (c->state == S_CLOSING && method != METHOD(10, 51) && method != METHOD(10, 50)) {
       return;
     }
     if (method >> 16 == 10) {
@@ -1118,8 +1103,7 @@ static void accept_all(int listener) {
     int yes = 1;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
     if (opt.send_buffer > 0) {
-      setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &opt.send_buffer,
-                 sizeof opt.send_buffer);
+      setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &opt.send_buffer, sizeof opt.send_buffer);
     }
     connection *c = must(calloc(1, sizeof *c));
     c->fd = fd;
@@ -1204,26 +1188,23 @@ static int listen_on(int port) {
 }
 
 static void usage(FILE *to) {
-  fputs(
-      "usage: null_broker [options]\n"
-      "Listens on 127.0.0.1 and prints its port and its process id, a line each.\n"
-      "  --port N         0, the default: any free one\n"
-      "  --heartbeat N    seconds proposed (60; 0: none)\n"
-      "  --channel-max N  (2047)\n"
-      "  --frame-max N    (131072)\n"
-      "  --read-size N    most bytes taken by one read, so confirmed by one ack (131072)\n"
-      "  --send-buffer N  SO_SNDBUF of its sockets (the system's own)\n"
-      "  --parent-death   end when the process that started it ends\n",
-      to);
+  fputs("usage: null_broker [options]\n"
+        "Listens on 127.0.0.1 and prints its port and its process id, a line each.\n"
+        "  --port N         0, the default: any free one\n"
+        "  --heartbeat N    seconds proposed (60; 0: none)\n"
+        "  --channel-max N  (2047)\n"
+        "  --frame-max N    (131072)\n"
+        "  --read-size N    most bytes taken by one read, so confirmed by one ack (131072)\n"
+        "  --send-buffer N  SO_SNDBUF of its sockets (the system's own)\n"
+        "  --parent-death   end when the process that started it ends\n",
+        to);
 }
 
 static void options(int argc, char **argv) {
   static const struct option known[] = {
-      {"port", 1, NULL, 'p'},       {"heartbeat", 1, NULL, 'b'},
-      {"channel-max", 1, NULL, 'c'}, {"frame-max", 1, NULL, 'f'},
-      {"read-size", 1, NULL, 'r'},  {"send-buffer", 1, NULL, 's'},
-      {"parent-death", 0, NULL, 'd'}, {"help", 0, NULL, 'h'},
-      {NULL, 0, NULL, 0}};
+      {"port", 1, NULL, 'p'},         {"heartbeat", 1, NULL, 'b'}, {"channel-max", 1, NULL, 'c'},
+      {"frame-max", 1, NULL, 'f'},    {"read-size", 1, NULL, 'r'}, {"send-buffer", 1, NULL, 's'},
+      {"parent-death", 0, NULL, 'd'}, {"help", 0, NULL, 'h'},      {NULL, 0, NULL, 0}};
   pid_t parent = getppid();
   for (int o; (o = getopt_long(argc, argv, "", known, NULL)) != -1;) {
     long v = optarg ? strtol(optarg, NULL, 10) : 0;

@@ -45,9 +45,12 @@ static inline peer_args peer_parse(int argc, char **argv) {
     fprintf(stderr, "usage: %s MODE URL SIZE COUNT WINDOW\n", argv[0]);
     exit(2);
   }
-  peer_args a = {argv[1], argv[2], strtoull(argv[3], NULL, 10),
+  peer_args a = {argv[1],
+                 argv[2],
+                 strtoull(argv[3], NULL, 10),
                  strtoull(argv[4], NULL, 10),
-                 (uint32_t)strtoul(argv[5], NULL, 10), ""};
+                 (uint32_t)strtoul(argv[5], NULL, 10),
+                 ""};
   const char *queue = getenv("BENCH_QUEUE");
   if (queue != NULL && queue[0] != 0) {
     snprintf(a.queue, sizeof a.queue, "%s", queue);
@@ -87,8 +90,7 @@ static inline void peer_report(uint64_t messages, double *trips) {
   double seconds = peer_now() - peer_started;
   double cpu = peer_cpu() - peer_cpu_started;
   printf("{\"messages\":%llu,\"seconds\":%.6f,\"cpu_us\":%.4f,\"rss_kb\":%ld",
-         (unsigned long long)messages, seconds, cpu / (double)messages * 1e6,
-         peer_rss_kb());
+         (unsigned long long)messages, seconds, cpu / (double)messages * 1e6, peer_rss_kb());
   if (trips != NULL) {
     qsort(trips, messages, sizeof *trips, peer_order);
     printf(",\"median_us\":%.1f", trips[messages / 2] * 1e6);

@@ -30,11 +30,9 @@ static void open_connection(char *url) {
   check(amqp_parse_url(url, &info) == AMQP_STATUS_OK, "url");
   conn = amqp_new_connection();
   amqp_socket_t *socket = amqp_tcp_socket_new(conn);
-  check(amqp_socket_open(socket, info.host, info.port) == AMQP_STATUS_OK,
-        "connect");
-  amqp_rpc_reply_t r =
-      amqp_login(conn, info.vhost[0] ? info.vhost : "/", 0, 131072, 0,
-                 AMQP_SASL_METHOD_PLAIN, info.user, info.password);
+  check(amqp_socket_open(socket, info.host, info.port) == AMQP_STATUS_OK, "connect");
+  amqp_rpc_reply_t r = amqp_login(conn, info.vhost[0] ? info.vhost : "/", 0, 131072, 0,
+                                  AMQP_SASL_METHOD_PLAIN, info.user, info.password);
   check(r.reply_type == AMQP_RESPONSE_NORMAL, "login");
   amqp_channel_open(conn, 1);
   rpc("channel");

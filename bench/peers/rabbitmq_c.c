@@ -33,16 +33,15 @@ static void open_connection(char *url) {
   conn = amqp_new_connection();
   amqp_socket_t *socket = amqp_tcp_socket_new(conn);
   check(amqp_socket_open(socket, info.host, info.port), "connect");
-  check_rpc(amqp_login(conn, info.vhost, 0, 131072, 60, AMQP_SASL_METHOD_PLAIN,
-                       info.user, info.password),
-            "login");
+  check_rpc(
+      amqp_login(conn, info.vhost, 0, 131072, 60, AMQP_SASL_METHOD_PLAIN, info.user, info.password),
+      "login");
   amqp_channel_open(conn, 1);
   check_rpc(amqp_get_rpc_reply(conn), "channel");
 }
 
 static void declare(const char *queue, bool passive) {
-  amqp_queue_declare(conn, 1, amqp_cstring_bytes(queue), passive, 1, 0, 0,
-                     amqp_empty_table);
+  amqp_queue_declare(conn, 1, amqp_cstring_bytes(queue), passive, 1, 0, 0, amqp_empty_table);
   check_rpc(amqp_get_rpc_reply(conn), "queue");
 }
 
@@ -54,8 +53,7 @@ static uint32_t window;
 static void wait_confirm(void) {
   amqp_frame_t frame;
   check(amqp_simple_wait_frame(conn, &frame), "wait");
-  if (frame.frame_type != AMQP_FRAME_METHOD ||
-      frame.payload.method.id != AMQP_BASIC_ACK_METHOD) {
+  if (frame.frame_type != AMQP_FRAME_METHOD || frame.payload.method.id != AMQP_BASIC_ACK_METHOD) {
     peer_die("something else than a confirm");
   }
   amqp_basic_ack_t *ack = frame.payload.method.decoded;
@@ -73,11 +71,10 @@ static void wait_confirm(void) {
 }
 
 static void publish_one(const peer_args *a, amqp_bytes_t body) {
-  amqp_basic_properties_t properties = {
-      ._flags = AMQP_BASIC_DELIVERY_MODE_FLAG, .delivery_mode = 2};
-  check(amqp_basic_publish(conn, 1, amqp_empty_bytes,
-                           amqp_cstring_bytes(a->queue), 1, 0, &properties,
-                           body),
+  amqp_basic_properties_t properties = {._flags = AMQP_BASIC_DELIVERY_MODE_FLAG,
+                                        .delivery_mode = 2};
+  check(amqp_basic_publish(conn, 1, amqp_empty_bytes, amqp_cstring_bytes(a->queue), 1, 0,
+                           &properties, body),
         "publish");
   next++;
 }
@@ -114,8 +111,8 @@ static void consume(const peer_args *a, uint64_t every) {
   amqp_basic_qos(conn, 1, 0, (uint16_t)a->window, 0);
   check_rpc(amqp_get_rpc_reply(conn), "qos");
   peer_start();
-  amqp_basic_consume(conn, 1, amqp_cstring_bytes(a->queue), amqp_empty_bytes, 0,
-                     0, 0, amqp_empty_table);
+  amqp_basic_consume(conn, 1, amqp_cstring_bytes(a->queue), amqp_empty_bytes, 0, 0, 0,
+                     amqp_empty_table);
   check_rpc(amqp_get_rpc_reply(conn), "consume");
   for (uint64_t i = 1; i <= a->count; i++) {
     amqp_envelope_t envelope;

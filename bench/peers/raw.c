@@ -21,9 +21,7 @@ static size_t in_start, in_end;
 
 static void put16(uint8_t *p, uint16_t v) { v = htons(v), memcpy(p, &v, 2); }
 static void put32(uint8_t *p, uint32_t v) { v = htonl(v), memcpy(p, &v, 4); }
-static void put64(uint8_t *p, uint64_t v) {
-  v = __builtin_bswap64(v), memcpy(p, &v, 8);
-}
+static void put64(uint8_t *p, uint64_t v) { v = __builtin_bswap64(v), memcpy(p, &v, 8); }
 static uint32_t get32(const uint8_t *p) {
   uint32_t v;
   memcpy(&v, p, 4);
@@ -129,8 +127,8 @@ static void declare(const char *queue, int bits) {
 }
 
 static void open_connection(const char *url) {
-  char user[128] = "guest", password[128] = "guest", host[256], port[8] = "5672",
-       vhost[256] = "/", decoded[256];
+  char user[128] = "guest", password[128] = "guest", host[256], port[8] = "5672", vhost[256] = "/",
+       decoded[256];
   const char *rest = strstr(url, "://");
   rest = rest ? rest + 3 : url;
   if (strchr(rest, '@') != NULL) {
@@ -143,8 +141,7 @@ static void open_connection(const char *url) {
   if (slash != NULL && slash[1] != 0) {
     snprintf(vhost, sizeof vhost, "%s", slash + 1);
   }
-  snprintf(decoded, sizeof decoded, "%s",
-           strcasecmp(vhost, "%2f") == 0 ? "/" : vhost);
+  snprintf(decoded, sizeof decoded, "%s", strcasecmp(vhost, "%2f") == 0 ? "/" : vhost);
 
   struct addrinfo *a, hints = {.ai_socktype = SOCK_STREAM};
   if (getaddrinfo(host, port, &hints, &a) != 0) {

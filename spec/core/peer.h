@@ -107,22 +107,28 @@ static inline void peer_frame_of(peer *p, uint8_t type, uint16_t channel, const 
   peer_bytes(&p->to_client, "\xCE", 1);
 }
 
+/* Tries with little room first: fuzzers come here millions of times. */
+static inline int peer_encode(peer_buffer *b, amqp_method_number_t method, void *decoded,
+                              size_t room) {
+  peer_room(b, room + 12);
+  return amqp_encode_method(method, decoded,
+                            (amqp_bytes_t){.len = room, .bytes = b->data + b->len + 11});
+}
+
 static inline void peer_method(peer *p, uint16_t channel, amqp_method_number_t method,
                                void *decoded) {
   peer_buffer *b = &p->to_client;
-  amqp_bytes_t space;
   uint8_t *head;
   int n = 0;
-  peer_room(b, 140000);
+  peer_room(b, 12);
+  if (decoded) n = peer_encode(b, method, decoded, 1000);
+  if (n < 0) n = peer_encode(b, method, decoded, 131000);
+  if (n < 0) FAIL("cannot encode method %08x: %s", (unsigned)method, amqp_error_string2(n));
   head = b->data + b->len;
   head[0] = AMQP_FRAME_METHOD;
   peer_be(head + 1, channel, 2);
-  peer_be(head + 7, method, 4);
-  space.bytes = head + 11;
-  space.len = 139000;
-  if (decoded) n = amqp_encode_method(method, decoded, space);
-  if (n < 0) FAIL("cannot encode method %08x: %s", (unsigned)method, amqp_error_string2(n));
   peer_be(head + 3, (uint64_t)n + 4, 4);
+  peer_be(head + 7, method, 4);
   head[11 + n] = 0xCE;
   b->len += (size_t)n + 12;
 }
@@ -141,19 +147,13 @@ static inline void peer_header_raw(peer *p, uint16_t channel, uint64_t body_size
 
 /* `props` may be NULL. */
 static inline void peer_header(peer *p, uint16_t channel, uint64_t body_size,
-                               amqp_basic_properties_t *props) {
-  uint8_t *space = malloc(70000);
-  amqp_basic_properties_t none = {._flags = 0};
-  amqp_bytes_t raw;
-  int n;
-  if (!space) abort();
-  raw.bytes = space;
-  raw.len = 70000;
-  n = amqp_encode_properties(AMQP_BASIC_CLASS, props ? props : &none, raw);
-  if (n < 0) FAIL("cannot encode properties: %s", amqp_error_string2(n));
-  raw.len = (size_t)n;
-  peer_header_raw(p, channel, body_size, raw);
-  free(space);
+                               const amqp_basic_properties_t *props) {
+  static const amqp_basic_properties_t NONE = {._flags = 0};
+  uint8_t *bytes = NULL;
+  size_t n = 0;
+  if (mr_props_encode(props ? props : &NONE, &bytes, &n) != MR_OK) FAIL("cannot encode properties");
+  peer_header_raw(p, channel, body_size, (amqp_bytes_t){.len = n, .bytes = bytes});
+  free(bytes);
 }
 
 static inline void peer_body(peer *p, uint16_t channel, const void *body, size_t n) {
