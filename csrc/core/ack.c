@@ -49,14 +49,15 @@ static mr_status make_room(mr_acks *a) {
 }
 
 mr_status mr_acks_add(mr_acks *a, uint64_t tag, bool no_ack) {
-  if (tag <= a->last_tag) return MR_BAD_ARGUMENT;
   if (!no_ack) {
+    if (tag <= a->last_held) return MR_BAD_ARGUMENT;
     mr_status status = make_room(a);
     if (status != MR_OK) return status;
     a->items[a->tail++] = (mr_delivery){tag, OUTSTANDING};
     a->outstanding++;
+    a->last_held = tag;
   }
-  a->last_tag = tag;
+  if (tag > a->last_tag) a->last_tag = tag;
   return MR_OK;
 }
 

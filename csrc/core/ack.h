@@ -16,7 +16,8 @@ typedef struct {
   size_t outstanding; /* neither settled nor gathered */
   size_t gathered;    /* acked by the user, not written yet */
   size_t hint;        /* while gathered acks are taken: none is left before this place */
-  uint64_t last_tag;  /* the newest delivery of the channel */
+  uint64_t last_tag;  /* the highest of the channel */
+  uint64_t last_held; /* the newest that was to be settled */
   bool tx;            /* acks are part of a transaction: written at once, restored by a rollback */
 } mr_acks;
 
@@ -31,7 +32,8 @@ typedef struct {
 enum { MR_SETTLEMENT_FRAME = 7 + 4 + 9 + 1 };
 
 void mr_acks_free(mr_acks *a);
-/* A delivery came. MR_BAD_ARGUMENT: its tag does not grow; MR_NO_MEMORY. */
+/* A delivery came. MR_BAD_ARGUMENT: its tag does not grow; MR_NO_MEMORY. RabbitMQ gives all answers of
+ * direct reply-to, which nobody settles, the tag that the next delivery will have. */
 mr_status mr_acks_add(mr_acks *a, uint64_t tag, bool no_ack);
 /* Settles one delivery: gathers an ack, or fills *out and answers MR_FLUSH when a frame must be
  * written now. MR_SETTLED or MR_UNKNOWN_TAG: nothing to settle. */

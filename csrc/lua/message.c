@@ -6,7 +6,7 @@
  */
 #include "lua/binding.h"
 
-enum { LARGE_BODY = 2048 };
+enum { LARGE_BODY = 256 };
 
 static mrl_message *check_message(lua_State *L) {
   return mrl_check(L, 1, MR_UP_MESSAGE, MR_MESSAGE_TYPE);

@@ -95,7 +95,9 @@ end
 
 --- Answers a request (Connection:call): publishes `body` to the queue named by properties.reply_to,
 --- with the request's correlation_id, on the message's own channel.
---- On a channel with confirms it waits, and err of kind `unroutable` tells that the caller is gone.
+--- On a channel with confirms it waits, and err of kind `unroutable` tells that the queue is gone. Not so
+--- for direct reply-to: the broker returns a mandatory publish there although the caller gets it, so
+--- such a reply is not mandatory.
 --- https://www.rabbitmq.com/docs/direct-reply-to
 ---@param body string
 ---@param opts table? as for Channel:publish; not persistent by default
@@ -109,6 +111,7 @@ function methods:reply(body, opts)
     return nil, channel._session:error("unroutable", "the message asks for no reply: it has no reply_to")
   end
   local all = { exchange = "", routing_key = reply_to, correlation_id = properties.correlation_id, persistent = false }
+  if reply_to:find("amq.rabbitmq.reply-to", 1, true) == 1 then all.mandatory = false end
   if opts ~= nil then
     options.check("Message:reply", opts, options.merge(options.publish, { timeout = seconds }))
     for key, value in pairs(opts) do all[key] = value end

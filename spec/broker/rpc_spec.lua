@@ -86,21 +86,28 @@ describe("rpc", function()
     assert.equal("closed", err.kind)
   end)
 
-  it("tells the one who answers that the caller is gone", function()
-    local outcome
-    local ch = ok(server:channel { confirm = true })
-    local name = ok(ch:queue_declare(broker.unique "rpc", { auto_delete = true })).queue
-    ok(ch:consume(name, {}, function(message)
-      while client:is_open() do moonrabbit.sleep(0.01) end
-      moonrabbit.sleep(0.1)
-      outcome = { message:reply "too late" }
+  it("answers on a channel with confirms", function()
+    local ch = ok(server:channel { confirm = true, prefetch = 5 })
+    local answered
+    ok(ch:consume(queue, {}, function(message)
+      answered = { message:reply("confirmed") }
       message:ack()
     end))
-    client:call("x", { routing_key = name, timeout = 0.2 })
-    ok(client:close())
-    broker.eventually(function() return outcome end)
-    assert.is_nil(outcome[1])
-    assert.equal("unroutable", outcome[2].kind)
+    assert.equal("confirmed", ok(client:call("hello", { routing_key = queue, timeout = 5 })).body)
+    broker.eventually(function() return answered end)
+    assert.same({ true }, answered)
+  end)
+
+  it("tells the one who answers that the queue for the answer is gone", function()
+    local ch = ok(server:channel { confirm = true })
+    local replies = ok(ch:queue_declare("", { exclusive = true })).queue
+    ok(ch:publish("hello", { routing_key = queue, reply_to = replies }))
+    local message = ok(ch:get(queue))
+    ok(ch:queue_delete(replies))
+    local sent, err = message:reply("too late")
+    assert.is_nil(sent)
+    assert.equal("unroutable", err.kind)
+    ok(message:ack())
   end)
 
   it("throws for mistakes", function()
