@@ -407,6 +407,27 @@ static void deliveries_without_ack_never_enter(void) {
   done(p, channel);
 }
 
+/* RabbitMQ does not count what it delivers by direct reply-to. */
+static void answers_of_direct_reply_to_share_a_tag(void) {
+  mr_channel *channel;
+  peer *p = consuming(&channel, 100);
+  peer_consume(p, channel, "replies", 2, true);
+  for (int i = 0; i < 2; i++) {
+    peer_deliver(p, 1, "replies", 1, "answer");
+    CHECK(expect_event(p, MR_EV_DELIVER)->content.no_ack);
+  }
+  deliver(p, channel, 1, 1);
+  CHECK_EQ(mr_unsettled(channel), 1);
+  peer_deliver(p, 1, "replies", 2, "answer");
+  expect_event(p, MR_EV_DELIVER);
+  deliver(p, channel, 2, 2);
+  ack(channel, 1);
+  ack(channel, 2);
+  write_acks(p, channel);
+  expect_ack(p, 1, 2, true);
+  done(p, channel);
+}
+
 static void tags_that_do_not_grow_are_a_protocol_error(void) {
   static const uint64_t tags[] = {3, 2, 1, 0};
   for (size_t i = 0; i < sizeof tags / sizeof *tags; i++) {
@@ -876,6 +897,7 @@ int main(int argc, char **argv) {
   RUN(a_second_settle_is_refused);
   RUN(an_unknown_tag_is_refused);
   RUN(deliveries_without_ack_never_enter);
+  RUN(answers_of_direct_reply_to_share_a_tag);
   RUN(tags_that_do_not_grow_are_a_protocol_error);
   RUN(settling_after_the_end_is_closed);
   RUN(settle_upto_acks_everything_before);
