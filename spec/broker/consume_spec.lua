@@ -373,7 +373,7 @@ describe("consuming", function()
       broker.eventually(function() return #reported == 3 end)
       assert.matches("boom in the handler", reported[1][1])
       assert.matches("consume_spec.lua", reported[1][1])
-      assert.matches("traceback", reported[1][1])
+      if _VERSION ~= "Lua 5.1" or rawget(_G, "jit") then assert.matches("traceback", reported[1][1]) end
       assert.equal("m1", reported[1][2].body)
       assert.matches("error object is a table", reported[2][1])
       assert.matches("after the ack", reported[3][1])
