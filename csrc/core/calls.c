@@ -25,9 +25,22 @@ mr_status mr_calls_reserve(mr_calls *calls) {
 
 void mr_calls_push(mr_calls *calls, mr_call_entry entry) { calls->items[calls->tail++] = entry; }
 
+/* RabbitMQ's queue process sends basic.consume-ok itself, so it may come before or after the answers
+ * to its neighbours. Everything else keeps its order. */
+static bool may_pass(amqp_method_number_t reply, amqp_method_number_t waiting) {
+  return reply == AMQP_BASIC_CONSUME_OK_METHOD || waiting == AMQP_BASIC_CONSUME_OK_METHOD;
+}
+
 bool mr_calls_take(mr_calls *calls, amqp_method_number_t reply, mr_call_entry *entry) {
-  if (calls->head == calls->tail || calls->items[calls->head].reply != reply) return false;
-  *entry = calls->items[calls->head++];
+  size_t at = calls->head;
+  while (at < calls->tail && calls->items[at].reply != reply) {
+    if (!may_pass(reply, calls->items[at].reply)) return false;
+    at++;
+  }
+  if (at == calls->tail) return false;
+  *entry = calls->items[at];
+  for (; at > calls->head; at--) calls->items[at] = calls->items[at - 1];
+  calls->head++;
   if (calls->head == calls->tail) calls->head = calls->tail = 0;
   return true;
 }

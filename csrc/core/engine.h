@@ -5,6 +5,7 @@
 #include "core/ack.h"
 #include "core/buffer.h"
 #include "core/confirm.h"
+#include "core/method.h"
 #include "core/moonrabbit.h"
 #include "core/table.h"
 #include "core/wire.h"
@@ -131,7 +132,7 @@ struct mr_engine {
   amqp_table_t server_properties;
 };
 
-/* ---- engine.c ---- */
+/* ---- end.c ---- */
 /* Ends the connection; the first reason wins. */
 void mr_end(mr_engine *e, mr_kind kind, uint16_t code, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
@@ -142,6 +143,8 @@ void mr_protocol_error(mr_engine *e, uint16_t code, const char *format, ...)
 void mr_error_text(mr_error *error, amqp_bytes_t text);
 /* Frees what an ended connection no longer needs; detaches its channels. */
 void mr_detach_channels(mr_engine *e);
+
+/* ---- send.c ---- */
 /* Encodes a method frame with rabbitmq-c. */
 mr_status mr_send_method(mr_engine *e, uint16_t channel, amqp_method_number_t method,
                          void *decoded);
@@ -160,16 +163,21 @@ bool mr_connection_method(mr_engine *e, amqp_method_number_t method, amqp_bytes_
 bool mr_greeting_ok(mr_engine *e);
 
 /* ---- channel.c ---- */
+mr_channel *mr_find_channel(const mr_engine *e, uint16_t id);
+/* Whether the channel is open, or will be, and not closing. */
+bool mr_takes_commands(const mr_channel *ch);
+/* The number becomes free; the handle is freed if the user gave it back, else it stays readable. */
+void mr_channel_end(mr_channel *ch);
+
+/* ---- replies.c ---- */
+/* One method on a channel. Fills *event and answers true when the user must know. */
 bool mr_channel_method(mr_channel *ch, amqp_method_number_t method, amqp_bytes_t args,
                        mr_event *event);
-mr_channel *mr_find_channel(const mr_engine *e, uint16_t id);
-void mr_channel_end(mr_channel *ch);
-void mr_channel_free(mr_channel *ch);
 
 /* ---- calls.c ---- */
 mr_status mr_calls_reserve(mr_calls *calls);
 void mr_calls_push(mr_calls *calls, mr_call_entry entry); /* after mr_calls_reserve */
-/* Takes the oldest call if `reply` answers it. */
+/* Takes the call that `reply` answers: the oldest, but for basic.consume. */
 bool mr_calls_take(mr_calls *calls, amqp_method_number_t reply, mr_call_entry *entry);
 void mr_calls_free(mr_calls *calls);
 

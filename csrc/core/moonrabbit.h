@@ -138,7 +138,7 @@ void mr_engine_pause(mr_engine *engine, bool paused, double now);
 typedef enum {
   MR_EV_NONE = 0,
   MR_EV_OPEN,    /* the handshake is done; see mr_engine_server_properties, mr_engine_tuned */
-  MR_EV_REPLY,   /* `method` answers the oldest call of `channel` (NULL: of the connection) */
+  MR_EV_REPLY,   /* `method` answers the oldest such call of `channel` (NULL: of the connection) */
   MR_EV_DELIVER, /* content */
   MR_EV_GET_OK,  /* content; answers the oldest call, a basic.get */
   MR_EV_RETURN,  /* content with reply_code, reply_text and, if it was ours, seq */

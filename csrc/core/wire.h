@@ -1,4 +1,4 @@
-/* Bytes on the wire: big-endian numbers, frames, and the shape of every method of a broker. */
+/* Bytes on the wire: big-endian numbers, strings and frames. */
 #ifndef MR_WIRE_H
 #define MR_WIRE_H
 
@@ -93,12 +93,5 @@ uint32_t mr_read32(mr_reader *r);
 uint64_t mr_read64(mr_reader *r);
 amqp_bytes_t mr_read_shortstr(mr_reader *r);
 amqp_bytes_t mr_read_longstr(mr_reader *r);
-
-/* Whether the arguments of a method that a broker sends are well-formed, to the last byte: what
- * rabbitmq-c's decoder may then see. NULL, or what is wrong (static). */
-const char *mr_method_check(amqp_method_number_t method, amqp_bytes_t args);
-
-/* What the broker answers to a method; 0: nothing. */
-amqp_method_number_t mr_method_reply(amqp_method_number_t method);
 
 #endif
