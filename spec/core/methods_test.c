@@ -215,6 +215,30 @@ static void nowait_expects_no_reply(void) {
   peer_free(p);
 }
 
+/* RabbitMQ's queue process sends consume-ok itself. */
+static void a_consume_ok_may_pass_its_neighbours(void) {
+  peer *p = peer_open();
+  mr_channel *channel = peer_channel(p);
+  amqp_basic_consume_t consume = {.queue = BYTES("q"), .consumer_tag = BYTES("me")};
+  for (int late = 0; late < 2; late++) {
+    CHECK_EQ(mr_get(channel, BYTES("q"), false), MR_OK);
+    CHECK_EQ(mr_consume(channel, &consume, 1), MR_OK);
+    CHECK_EQ(mr_get(channel, BYTES("q"), false), MR_OK);
+    if (late) peer_send(p, 1, BASIC_GET_EMPTY, basic_get_empty, .cluster_id = BYTES(""));
+    if (late) peer_send(p, 1, BASIC_GET_EMPTY, basic_get_empty, .cluster_id = BYTES(""));
+    peer_send(p, 1, BASIC_CONSUME_OK, basic_consume_ok, .consumer_tag = consume.consumer_tag);
+    if (!late) peer_send(p, 1, BASIC_GET_EMPTY, basic_get_empty, .cluster_id = BYTES(""));
+    if (!late) peer_send(p, 1, BASIC_GET_EMPTY, basic_get_empty, .cluster_id = BYTES(""));
+    if (!late) expect_reply(p, channel, BASIC_CONSUME_OK);
+    expect_reply(p, channel, BASIC_GET_EMPTY);
+    expect_reply(p, channel, BASIC_GET_EMPTY);
+    if (late) expect_reply(p, channel, BASIC_CONSUME_OK);
+    consume.consumer_tag = (amqp_bytes_t)BYTES("you");
+  }
+  mr_channel_release(channel);
+  peer_free(p);
+}
+
 static void pipelined_calls_are_answered_in_order(void) {
   peer *p = peer_open();
   mr_channel *a = peer_channel(p), *b = peer_channel(p);
@@ -493,6 +517,7 @@ int main(int argc, char **argv) {
   RUN(a_consumer_needs_its_tag_and_a_ref);
   RUN(get_answers_with_content_or_empty);
   RUN(nowait_expects_no_reply);
+  RUN(a_consume_ok_may_pass_its_neighbours);
   RUN(pipelined_calls_are_answered_in_order);
   RUN(calls_overlap_for_long);
   RUN(a_wrong_reply_is_a_protocol_error);
