@@ -5,7 +5,7 @@
 #include "core/engine.h"
 
 enum {
-  FLUSH_AT = 65536, /* this much output should leave before more is added */
+  FLUSH_AT = 262144, /* this much output should leave before more is added */
   SEQ_NAME = sizeof MR_SEQ_HEADER - 1,
   SEQ_ENTRY = 1 + SEQ_NAME + 1 + 8,
   MANDATORY_BIT = 1

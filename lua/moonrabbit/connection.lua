@@ -2,7 +2,7 @@
 --
 -- A connection is used from one thread; its tasks read and write whenever the event loop turns. In a
 -- plain script with the native runtime the loop runs while a call waits, and only then: publishes and
--- acks leave with the next call that waits, when 64 KiB are waiting, or with `flush`.
+-- acks leave with the next call that waits, when 256 KiB are waiting, or with `flush`.
 --
 -- @module moonrabbit.connection
 
@@ -427,7 +427,7 @@ function Connection:_closed_error()
 end
 
 --- Runs `fn` and lets everything it publishes and settles leave together at its end, whatever its
---- size (else 64 KiB leave as soon as they are there).
+--- size (else 256 KiB leave as soon as they are there).
 ---@param fn function
 ---@return true|nil, moonrabbit.Error?
 function Connection:batch(fn, ...)

@@ -97,7 +97,7 @@ local function check_body(body, level)
 end
 
 --- Publishes and returns at once; the Confirmation tells later how it ended. On a channel without
---- confirms it returns true. Bytes leave with the next turn of the event loop, or when 64 KiB are
+--- confirms it returns true. Bytes leave with the next turn of the event loop, or when 256 KiB are
 --- waiting: in a plain script that does nothing else, call `wait`, `wait_for_confirms` or `flush`.
 --- It waits only where there is no room: the window is full, the buffer is full, or the broker has
 --- blocked publishing; `err.kind` is then `overflow` or `blocked` after `timeout`, and nothing was sent.
