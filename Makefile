@@ -1,7 +1,7 @@
 # moonrabbit: make help
 #
 # Honoured: CC CFLAGS LDFLAGS LIBFLAG LUA LUA_INCDIR RABBITMQ_INCDIR RABBITMQ_LIBDIR OPENSSL_INCDIR
-# OPENSSL_LIBDIR PREFIX DESTDIR. BUILD is the folder everything goes into; SAN=1 is the variant with
+# OPENSSL_LIBDIR PREFIX DESTDIR WERROR (-Werror in lint). BUILD is the folder everything goes into; SAN=1 is the variant with
 # AddressSanitizer and UBSan, in $(BUILD)/san. DEPS=no leaves the system's packages unchecked; V=1 shows whole commands.
 
 BUILD    ?= build
@@ -10,7 +10,7 @@ INSTALL  ?= install
 CC       ?= cc
 CLANG    ?= clang
 LIBFLAG  ?= -shared
-WERROR   ?= -Werror
+WERROR   ?=
 DEPS     ?= yes
 
 ifdef SAN
