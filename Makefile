@@ -156,13 +156,13 @@ $(BUILD)/fuzz/obj/%.o: csrc/%.c Makefile
 	$(say) '  clang $@'
 	$(Q)$(CLANG) $(fuzz_flags) $(depflags) -fsanitize=fuzzer-no-link,address,undefined -c -o $@ $<
 
-$(BUILD)/fuzz/lua_%: spec/fuzz/lua_%.c $(fuzz_obj) $(fuzz_bind) Makefile
+$(filter $(BUILD)/fuzz/lua_%,$(fuzzers)): $(BUILD)/fuzz/%: spec/fuzz/%.c $(fuzz_obj) $(fuzz_bind) Makefile
 	@mkdir -p $(@D)
 	$(say) '  clang $@'
 	$(Q)$(CLANG) $(fuzz_flags) $(depflags) -isystem $(call lua_incdir,5.4) -fsanitize=fuzzer,address,undefined \
 	  -o $@ $< $(fuzz_obj) $(fuzz_bind) -llua5.4 $(fuzz_libs)
 
-$(BUILD)/fuzz/%: spec/fuzz/%.c $(fuzz_obj) Makefile
+$(filter-out $(BUILD)/fuzz/lua_%,$(fuzzers)): $(BUILD)/fuzz/%: spec/fuzz/%.c $(fuzz_obj) Makefile
 	@mkdir -p $(@D)
 	$(say) '  clang $@'
 	$(Q)$(CLANG) $(fuzz_flags) $(depflags) -fsanitize=fuzzer,address,undefined -o $@ $< $(fuzz_obj) $(fuzz_libs)

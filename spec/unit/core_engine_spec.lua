@@ -448,7 +448,7 @@ describe("publish #smoke", function()
 
   it("asks to flush when much is waiting", function()
     local flush
-    for _ = 1, 200 do
+    for _ = 1, 300 do
       local _, now = channel:publish(("x"):rep(1000))
       flush = flush or now
     end
