@@ -52,6 +52,8 @@ describe("nginx #resty", function()
     local probe = assert(native.listen("127.0.0.1", 0))
     port = probe:port()
     probe:close()
+    -- Workers of a master that runs as root would be another user, who may not read the checkout.
+    local owner = shell "id -un" .. " " .. shell "id -gn"
     local locations = {}
     for _, name in ipairs { "work", "slow", "ping", "errors", "timer" } do
       locations[#locations + 1] =
@@ -62,6 +64,7 @@ describe("nginx #resty", function()
 load_module MODULES/ndk_http_module.so;
 load_module MODULES/ngx_http_lua_module.so;
 daemon on;
+user OWNER;
 worker_processes 1;
 pid PREFIX/nginx.pid;
 error_log PREFIX/logs/error.log info;
@@ -83,6 +86,7 @@ http {
   }
 }
 ]]):gsub("%u%u%u%u+", { MODULES = MODULES, PREFIX = prefix, HERE = here, BUILD = build, PORT = tostring(port),
+      OWNER = owner,
       LOCATIONS = table.concat(locations, "\n    ") })
     file:write(configuration)
     file:close()
