@@ -195,6 +195,8 @@ bench: ## against rabbitmq-c, amqp091-go, pika and amqplib; QUICK=1 for under fi
 	@$(call check_deps,build $(broker_deps) bench)
 	@$(MAKE) --no-print-directory all
 	@QUICK='$(QUICK)' bench/run
+	@bench/with-null lua5.4 bench/many.lua
+	@bench/with-null lua5.4 bench/soak.lua -- $(if $(QUICK),1000000)
 
 fuzz: ## run every fuzzer for FUZZ_SECONDS (60)
 	@scripts/fuzz
