@@ -20,7 +20,7 @@ local shortstr, boolean, seconds, integer = options.shortstr, options.boolean, o
 
 ---@class moonrabbit.Channel
 ---@field connection moonrabbit.Connection
----@field timeout number         seconds; the default of this channel's methods
+---@field timeout number         seconds that its calls wait unless they say otherwise
 ---@field confirm boolean        whether publishes are confirmed
 ---@field package _core moonrabbit.core.Channel
 ---@field package _session moonrabbit.Session
@@ -31,7 +31,7 @@ Channel.__name = "moonrabbit.Channel"
 topology.extend(Channel)
 publishing.extend(Channel)
 
--- ---- Making one -------------------------------------------------------------------------------------
+-- ---- Opening -------------------------------------------------------------------------------------
 
 local channel_options = {
   confirm = boolean,
@@ -134,13 +134,16 @@ end
 
 -- ---- Consuming --------------------------------------------------------------------------------------
 
+---@class moonrabbit.GetOptions
+---@field no_ack boolean?  the broker forgets the message as it sends it; false by default
+---@field timeout number?  seconds
+
 local get_options = options.merge(common, { no_ack = boolean })
 
---- Takes one message, if there is one: a message, or false when the queue is empty. basic.get;
---- to take many, consume is far better.
+--- Takes one message, if there is one. basic.get; to take many, Channel:consume is far better.
 ---@param queue string
----@param opts { no_ack: boolean?, timeout: number? }?
----@return moonrabbit.Message|false|nil, moonrabbit.Error?
+---@param opts moonrabbit.GetOptions?
+---@return moonrabbit.Message|false|nil message, moonrabbit.Error? false: the queue is empty
 function Channel:get(queue, opts)
   argument("Channel:get", "queue", queue, shortstr)
   opts = check("Channel:get", opts, get_options)
@@ -167,19 +170,20 @@ end
 
 --- Starts a consumer. With a handler, it runs in tasks, at most `concurrency` at once; without one,
 --- take messages by `consumer:messages()` or `consumer:receive()`. See moonrabbit.consumer.
---- basic.consume, https://www.rabbitmq.com/docs/consumers
+--- basic.consume, https://www.rabbitmq.com/docs/consumers. err.code: 404 no such queue, 403 it is
+--- consumed exclusively, 405 another connection's exclusive queue; all of them end the channel.
 ---@param queue string
----@param opts moonrabbit.ConsumeOptions?
----@param handler fun(message: moonrabbit.Message)?
+---@param opts moonrabbit.ConsumeOptions? may be left out before a handler
+---@param handler fun(message: moonrabbit.Message)? settles its message itself
 ---@return moonrabbit.Consumer|nil, moonrabbit.Error?
 function Channel:consume(queue, opts, handler)
   local consumer, err = require("moonrabbit.consumer").start(self, queue, opts, handler, 2)
   return consumer, err
 end
 
---- Cancels a consumer, as consumer:cancel does.
+--- Cancels a consumer, as Consumer:cancel does. err.kind `cancelled`: the channel has none with that tag.
 ---@param consumer moonrabbit.Consumer|string a Consumer or its tag
----@param opts table?
+---@param opts moonrabbit.CancelOptions? as for Consumer:cancel
 ---@return true|nil, moonrabbit.Error?
 function Channel:cancel(consumer, opts)
   if type(consumer) == "string" then
@@ -194,6 +198,16 @@ function Channel:cancel(consumer, opts)
 end
 
 -- ---- Settling ---------------------------------------------------------------------------------------
+
+---@class moonrabbit.AckOptions
+---@field multiple boolean?  every earlier one that is outstanding too; false by default
+
+---@class moonrabbit.NackOptions
+---@field multiple boolean?  every earlier one that is outstanding too; false by default
+---@field requeue boolean?   true by default
+
+---@class moonrabbit.RejectOptions
+---@field requeue boolean?   false by default
 
 local multiple_options = { multiple = boolean }
 local nack_options = { multiple = boolean, requeue = boolean }
@@ -225,7 +239,7 @@ end
 --- Settling twice throws; for a message of a closed channel the answer is nil, err of kind `closed`
 --- (the broker has requeued it). basic.ack
 ---@param tag integer|moonrabbit.Message
----@param opts { multiple: boolean? }?
+---@param opts moonrabbit.AckOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:ack(tag, opts)
   tag = tag_of("Channel:ack", tag, 2)
@@ -244,7 +258,7 @@ end
 --- Refuses a delivery; it goes back to its queue unless `requeue = false` (then it is dead-lettered
 --- or dropped). basic.nack, https://www.rabbitmq.com/docs/nack
 ---@param tag integer|moonrabbit.Message
----@param opts { multiple: boolean?, requeue: boolean? }? requeue: true by default
+---@param opts moonrabbit.NackOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:nack(tag, opts)
   tag = tag_of("Channel:nack", tag, 2)
@@ -263,7 +277,7 @@ end
 
 --- Rejects a delivery; it is dead-lettered or dropped unless `requeue = true`. basic.reject
 ---@param tag integer|moonrabbit.Message
----@param opts { requeue: boolean? }? requeue: false by default
+---@param opts moonrabbit.RejectOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:reject(tag, opts)
   tag = tag_of("Channel:reject", tag, 2)
@@ -284,12 +298,15 @@ end
 
 local events = { close = true, ["return"] = true, flow = true, cancel = true }
 
---- Calls `fn` on an event, in a task of its own: "close" (err), "return" (message: an unroutable
---- publish came back; message.reply_code, message.reply_text), "flow" (active),
---- "cancel" (consumer: the broker cancelled it). Returns a function that takes it off again.
+--- Calls `fn` on an event. The calls come one after the other, in a task of their own:
+---
+--- * "close" (err): the broker closed the channel, or the connection ended
+--- * "return" (message): an unroutable publish came back; message.reply_code, message.reply_text
+--- * "flow" (active): the broker stopped publishing on this channel, or allowed it again
+--- * "cancel" (consumer): the broker cancelled it, for its queue was deleted
 ---@param event "close"|"return"|"flow"|"cancel"
----@param fn function
----@return function off
+---@param fn function   it may wait; what it throws is logged
+---@return function off takes `fn` off again
 function Channel:on(event, fn)
   if not events[event] then
     error("Channel:on: there is no event '" .. tostring(event) .. "' (close, return, flow, cancel)", 2)
@@ -328,7 +345,7 @@ function Channel:_consumer_cancelled(consumer_tag, queue)
   end
 end
 
--- ---- The end ----------------------------------------------------------------------------------------
+-- ---- Closing ----------------------------------------------------------------------------------------
 
 --- The channel is over. `quiet`: by this side, so it is no event.
 ---@package
@@ -352,13 +369,15 @@ function Channel:_ended(err, quiet)
   if not quiet then self:_emit("close", err) end
 end
 
+--- Whether it is open.
 ---@return boolean
 function Channel:is_open()
   return not self._closed
 end
 
 --- Closes the channel: gathered acks leave first, unsettled deliveries go back to their queues,
---- the outcome of unconfirmed publishes stays unknown (wait_for_confirms before). channel.close
+--- the outcome of unconfirmed publishes stays unknown (Channel:wait_for_confirms before). Closing again
+--- does nothing. channel.close
 ---@param timeout number? seconds
 ---@return true|nil, moonrabbit.Error?
 function Channel:close(timeout)

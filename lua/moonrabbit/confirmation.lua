@@ -22,20 +22,21 @@ function methods:wait(timeout)
   return core_owner(self):_wait(self, timeout, false)
 end
 
---- "pending", "acked", "nacked", "unroutable" or "lost" (the connection or channel ended first).
----@return string
+--- How it ended, in a word.
+---@return "pending"|"acked"|"nacked"|"unroutable"|"lost" outcome lost: the connection or channel ended first
 function methods:outcome()
   return (core_outcome(self))
 end
 
---- Its number on the channel: 1, 2, ...
+--- Its number on the channel, counted from 1.
 ---@return integer
 function methods:seq()
   local _, seq = core_outcome(self)
   return seq
 end
 
---- true, or nil, err once it is settled; false while it is not.
+--- Looks and does not wait: true once the broker has the message, false while it is not settled;
+--- err.kind as for Confirmation:wait.
 ---@return boolean|nil, moonrabbit.Error?
 function methods:poll()
   local acked = core_acked(self)

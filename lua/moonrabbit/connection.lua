@@ -20,25 +20,25 @@ require "moonrabbit.confirmation"
 local check, argument = options.check, options.argument
 
 ---@class moonrabbit.ConnectOptions
----@field uri string?              amqp[s]://user:password@host:port/vhost?query
+---@field uri string?              `amqp[s]://user:password@host:port/vhost?query`; "amqp://" by default. See moonrabbit.uri
 ---@field endpoints string[]?      URIs instead of `uri`; tried in order until one takes us
----@field vhost string?            over the URI's; "/" by default
----@field user string?             over the URI's; "guest" by default
----@field password (string|fun(): string|nil, string?)?  over the URI's; a function is called at each connect
----@field mechanism ("PLAIN"|"AMQPLAIN"|"EXTERNAL")?     PLAIN by default
+---@field vhost string?            instead of the URI's; "/" by default
+---@field user string?             instead of the URI's; "guest" by default
+---@field password (string|fun(): string|nil, string?)?  instead of the URI's; "guest" by default. A function is called at each connect, and answers the password, or nil and why there is none
+---@field mechanism ("PLAIN"|"AMQPLAIN"|"EXTERNAL")?     "PLAIN" by default; "EXTERNAL" is for client certificates
 ---@field heartbeat integer?       seconds, 0: none; 60 by default. The smaller of ours and the broker's counts. https://www.rabbitmq.com/docs/heartbeats
----@field frame_max integer?       bytes; 0, the default: what the broker says
----@field channel_max integer?     0, the default: what the broker says
+---@field frame_max integer?       bytes, at least 4096; 0, the default: 131072. The smaller of ours and the broker's counts
+---@field channel_max integer?     0, the default: what the broker says. The smaller of ours and the broker's counts
 ---@field connect_timeout number?  seconds for all of it: name, TCP, TLS, AMQP; 10 by default
----@field timeout number?          seconds that a call waits by default; 30
----@field tls (boolean|moonrabbit.TlsOptions)?
+---@field timeout number?          seconds that a call waits unless it says otherwise; 30 by default
+---@field tls (boolean|moonrabbit.TlsOptions)?  on with `amqps://`, else off by default; the fields are over the URI's
 ---@field name string?             shown by the management UI (connection_name)
----@field client_properties table? further client properties
----@field max_message_size integer? bytes of a body, both ways; 128 MiB by default
----@field max_buffer integer?      bytes of output that may wait; 16 MiB by default
----@field ack_delay number?        seconds that an ack may wait to be gathered; 0.001 by default
----@field runtime (string|table)?  "native" by default
----@field log fun(level: string, text: string)?  level: "debug" "info" "warn" "error"; by default warnings and errors go to stderr
+---@field client_properties table? further client properties; they go over ours
+---@field max_message_size integer? bytes of a body, both ways; 128 MiB by default. A larger one to send is `overflow`, one that comes ends the connection
+---@field max_buffer integer?      bytes of output that may wait; 16 MiB by default. Past it a publish waits
+---@field ack_delay number?        seconds that an ack may wait for others to go with; 0.001 by default
+---@field runtime (string|table)?  a name or a runtime (docs/internals.md); "native" by default, and never guessed
+---@field log fun(level: string, text: string)?  level: "debug", "info", "warn" or "error"; by default warnings and errors go to stderr
 
 ---@class moonrabbit.TlsOptions
 ---@field ca string?           file or folder of trusted certificates (PEM); the system's by default
@@ -46,10 +46,10 @@ local check, argument = options.check, options.argument
 ---@field key string?          its key (PEM)
 ---@field verify boolean?      certificate and host name; true by default
 ---@field server_name string?  name to verify and to send as SNI; the host by default
----@field min_version ("1.2"|"1.3")?
+---@field min_version ("1.2"|"1.3")?  "1.2" by default
 
 ---@class moonrabbit.Connection
----@field timeout number
+---@field timeout number     seconds that its calls wait unless they say otherwise
 ---@field endpoint string     "host:port" of the broker
 ---@field package _session moonrabbit.Session
 local Connection = {}
@@ -171,7 +171,8 @@ local function dial(self, to)
   }
 end
 
---- Connects.
+--- Connects; used by moonrabbit.connect.
+---@package
 ---@param given string|moonrabbit.ConnectOptions a URI or options
 ---@param level integer? of the caller, for errors
 ---@return moonrabbit.Connection|nil, moonrabbit.Error?
@@ -222,18 +223,16 @@ local events = {
   open = true, closed = true, state = true, blocked = true, unblocked = true, ["return"] = true, error = true,
 }
 
---- Calls `fn` on an event, one after the other, in a task of their own:
+--- Calls `fn` on an event. The calls come one after the other, in a task of their own:
 ---
 --- * "open" (); "closed" (err): err.temporary tells whether connecting again can help
 --- * "state" (state, err): "open", "closing", "closed"
 --- * "blocked" (reason), "unblocked" (): https://www.rabbitmq.com/docs/connection-blocked
 --- * "return" (message, channel): an unroutable publish came back
 --- * "error" (text, message): a handler threw; with no listener it is logged
----
---- Returns a function that takes `fn` off again.
 ---@param event "open"|"closed"|"state"|"blocked"|"unblocked"|"return"|"error"
----@param fn function
----@return function off
+---@param fn function   it may wait; what it throws is logged
+---@return function off takes `fn` off again
 function Connection:on(event, fn)
   if not events[event] then
     local hint = type(event) == "string" and options.nearest(event, events)
@@ -310,10 +309,18 @@ function Connection:_report(event, text, message)
   end
 end
 
--- ---- What it is for ---------------------------------------------------------------------------------
+-- ---- Channels, publishers, consumers, calls ---------------------------------------------------------------------------------
 
---- Opens a channel.
----@param opts { confirm: boolean?, prefetch: integer?, window: integer?, timeout: number? }? confirm: publishes are confirmed by the broker; prefetch: as in Channel:qos; window: the most publishes that may be unconfirmed (65536; 0: no bound)
+---@class moonrabbit.ChannelOptions
+---@field confirm boolean?   the broker confirms publishes; false by default
+---@field prefetch integer?  as in Channel:qos; by default each consumer chooses
+---@field window integer?    the most publishes that may be unconfirmed, counted from the oldest such; 65536 by default, 0: no bound
+---@field timeout number?    seconds, of this call and of the channel's; the connection's by default
+
+--- Opens a channel. A connection may have many, and each task should have its own: an error of kind
+--- `channel` ends all that a channel was used for.
+--- err.kind: `overflow` when as many channels as the broker allows are open; `timeout`, `closed`.
+---@param opts moonrabbit.ChannelOptions?
 ---@return moonrabbit.Channel|nil, moonrabbit.Error?
 function Connection:channel(opts)
   local Channel = require "moonrabbit.channel"
@@ -321,7 +328,7 @@ function Connection:channel(opts)
   return channel, err
 end
 
---- A publisher on a channel of its own: a route prepared once. See moonrabbit.publisher.
+--- A publisher on a confirm channel of its own: a route prepared once. See moonrabbit.publisher.
 ---@param opts moonrabbit.PublisherOptions?
 ---@return moonrabbit.Publisher|nil, moonrabbit.Error?
 function Connection:publisher(opts)
@@ -331,8 +338,8 @@ end
 
 --- A consumer on a channel of its own, which is closed when it is cancelled.
 ---@param queue string
----@param opts moonrabbit.ConsumeOptions?
----@param handler fun(message: moonrabbit.Message)?
+---@param opts moonrabbit.ConsumeOptions? as for Channel:consume; may be left out before a handler
+---@param handler fun(message: moonrabbit.Message)? runs in tasks; without one take messages from the consumer
 ---@return moonrabbit.Consumer|nil, moonrabbit.Error?
 function Connection:consume(queue, opts, handler)
   local Consumer = require "moonrabbit.consumer"
@@ -352,12 +359,19 @@ function Connection:consume(queue, opts, handler)
   return consumer
 end
 
+---@class moonrabbit.CallOptions : moonrabbit.PublishOptions
+---@field reply_to nil
+---@field correlation_id nil
+---@field mandatory nil
+---@field persistent boolean?  false by default
+---@field timeout number?      seconds until the reply must be there; the connection's by default
+
 --- A remote call: publishes a request and waits for its reply, over direct reply-to (no reply queue
 --- is declared; https://www.rabbitmq.com/docs/direct-reply-to). Whoever consumes the request answers
 --- with `msg:reply(body)`.
 --- err.kind: `timeout`, `unroutable` (at once, when no queue takes the request), `closed`, `channel`.
 ---@param body string
----@param opts table routing_key; exchange; timeout (seconds); properties as for Channel:publish
+---@param opts moonrabbit.CallOptions
 ---@return moonrabbit.Message|nil reply, moonrabbit.Error?
 function Connection:call(body, opts)
   argument("Connection:call", "body", body, options.string)
@@ -375,6 +389,7 @@ function Connection:state()
   return session.state, session.reason
 end
 
+--- Whether it is open.
 ---@return boolean
 function Connection:is_open()
   return self._session.state == "open"
@@ -386,7 +401,8 @@ function Connection:blocked()
   return self._session.blocked
 end
 
---- What the broker said about itself.
+--- What the broker said about itself (`product`, `version`, `cluster_name`, `platform`, and all of it in
+--- `properties`), and what both sides agreed on: `channel_max`, `frame_max` (bytes), `heartbeat` (seconds).
 ---@return { product: string?, version: string?, cluster_name: string?, platform: string?, properties: table, channel_max: integer, frame_max: integer, heartbeat: integer }
 function Connection:server()
   local session = self._session
@@ -402,10 +418,14 @@ function Connection:server()
   return self._server
 end
 
+---@class moonrabbit.UpdateSecretOptions
+---@field reason string?   for the broker's log; "refresh" by default
+---@field timeout number?  seconds
+
 --- Gives the broker a new password or token without reconnecting (RabbitMQ 3.8 and later, OAuth 2).
 --- connection.update-secret
 ---@param secret string
----@param opts { reason: string?, timeout: number? }?
+---@param opts moonrabbit.UpdateSecretOptions?
 ---@return true|nil, moonrabbit.Error?
 function Connection:update_secret(secret, opts)
   argument("Connection:update_secret", "secret", secret, options.string)
@@ -429,6 +449,7 @@ end
 --- Runs `fn` and lets everything it publishes and settles leave together at its end, whatever its
 --- size (else 256 KiB leave as soon as they are there).
 ---@param fn function
+---@param ... any its arguments
 ---@return true|nil, moonrabbit.Error?
 function Connection:batch(fn, ...)
   argument("Connection:batch", "fn", fn, options.callback)

@@ -10,8 +10,7 @@
 --
 -- A handler settles its message itself. When it throws, the error is reported with its traceback (the
 -- connection's "error" event, or the log), and if the message is not settled yet it goes back to its
--- queue after `error_delay` seconds: at once it would come back at once. (`moonrabbit.app` has policies
--- for retries and dead letters.)
+-- queue after `error_delay` seconds: at once it would come back at once.
 -- @module moonrabbit.consumer
 
 local core = require "moonrabbit.core"
@@ -21,21 +20,21 @@ local yielding_pcall = require "moonrabbit.protect"
 local huge = math.huge
 
 ---@class moonrabbit.ConsumeOptions
----@field tag string?         consumer tag; chosen when nil
----@field no_ack boolean?     the broker forgets each message as it sends it: a crash loses some
----@field exclusive boolean?  no other consumer on the queue
+---@field tag string?         consumer tag; one is made up by default
+---@field no_ack boolean?     the broker forgets each message as it sends it: a crash loses some; false by default
+---@field exclusive boolean?  no other consumer on the queue; false by default
 ---@field no_local boolean?   ignored by RabbitMQ
----@field priority integer?   https://www.rabbitmq.com/docs/consumer-priority
----@field prefetch integer?   unsettled deliveries the broker may have out to it; 0: no bound. Default: the channel's, else 250
----@field concurrency integer? how many handlers run at once; default: the prefetch
+---@field priority integer?   of a lower one messages come only while the others have all they may; 0 by default. https://www.rabbitmq.com/docs/consumer-priority
+---@field prefetch integer?   unsettled deliveries the broker may have out to it; 0: no bound; the channel's by default, else 250
+---@field concurrency integer? how many handlers run at once; the prefetch by default
 ---@field error_delay number? seconds before the message of a handler that threw is requeued; 1 by default
----@field arguments table?
----@field timeout number?     seconds to wait for the broker's answer
+---@field arguments table?    such as `x-stream-offset`
+---@field timeout number?     seconds to wait for the broker's answer; the channel's by default
 
 ---@class moonrabbit.Consumer
 ---@field channel moonrabbit.Channel
 ---@field queue string
----@field tag string
+---@field tag string           what the broker calls it
 ---@field prefetch integer     0: no bound
 ---@field concurrency integer? with a handler
 local Consumer = {}
@@ -204,7 +203,7 @@ local function receive(self, timeout)
 end
 
 --- Takes the next message, waiting for one. err.kind `timeout`: none came; anything else: the
---- consumer has ended, as reason() says.
+--- consumer has ended, as Consumer:reason says.
 ---@param timeout number? seconds; nil: for ever; 0: only what has arrived
 ---@return moonrabbit.Message|nil, moonrabbit.Error?
 function Consumer:receive(timeout)
@@ -217,7 +216,7 @@ end
 -- heartbeats, from running. A turn at least so often:
 local TURN_EVERY = 0.25
 
---- Iterates over the messages until the consumer ends; reason() tells why it did. Waits for each in
+--- Iterates over the messages until the consumer ends; Consumer:reason tells why it did. Waits for each in
 --- the way of the runtime: in a task it yields, in a plain script it runs the event loop.
 ---@return fun(): moonrabbit.Message?
 function Consumer:messages()
@@ -355,7 +354,7 @@ function Consumer:_wake_worker()
   end
 end
 
--- ---- The end ----------------------------------------------------------------------------------------
+-- ---- Ending -----------------------------------------------------------------------------------------
 
 -- What came and was not taken goes back, and so does what still comes.
 function Consumer:_discard()
@@ -376,12 +375,15 @@ function Consumer:_finish(err, keep)
   self._ready:broadcast()
 end
 
+---@class moonrabbit.CancelOptions
+---@field drain boolean?   what has arrived can still be taken, or is still handled; false by default
+---@field timeout number?  seconds; the channel's by default
+
 local cancel_options = { drain = options.boolean, timeout = options.seconds }
 
---- Stops it. Messages that have arrived and were not taken yet go back to the queue; with
---- `drain = true` they can still be taken (or are still handled), and with a handler the call then
---- also waits until the last one has been. basic.cancel
----@param opts { drain: boolean?, timeout: number? }?
+--- Stops it. Messages that have arrived and were not taken yet go back to the queue, unless told to
+--- `drain`; with a handler the call then also waits until the last one has been handled. basic.cancel
+---@param opts moonrabbit.CancelOptions?
 ---@return true|nil, moonrabbit.Error?
 function Consumer:cancel(opts)
   opts = options.check("Consumer:cancel", opts, cancel_options)

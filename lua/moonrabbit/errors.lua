@@ -26,7 +26,7 @@
 ---@alias moonrabbit.ErrorKind "refused"|"timeout"|"dns"|"tls"|"auth"|"vhost"|"protocol"|"closed"|"channel"|"nacked"|"unroutable"|"blocked"|"cancelled"|"overflow"|"shutdown"
 
 ---@class moonrabbit.Error
----@field kind moonrabbit.ErrorKind
+---@field kind moonrabbit.ErrorKind  one of the table above
 ---@field message string      one sentence, without secrets
 ---@field code integer?       AMQP reply code, e.g. 404 (https://www.rabbitmq.com/amqp-0-9-1-reference#constants)
 ---@field class integer?      AMQP class id of the method complained about
@@ -89,8 +89,8 @@ function errors.method_name(class, method)
   return name .. "." .. (methods[method] or tostring(method))
 end
 
---- Makes an error. `fields.temporary` is filled in from the code or the kind where it is nil.
----@param fields table
+--- Makes an error. `temporary` is filled in from the code or the kind where it is nil.
+---@param fields table the fields of an Error
 ---@return moonrabbit.Error
 function errors.new(fields)
   if fields.temporary == nil then
@@ -104,6 +104,7 @@ function errors.new(fields)
 end
 
 --- Makes an error from what the engine reports: { kind, code, text, class, method }.
+---@package
 ---@param report table
 ---@param endpoint string?
 ---@return moonrabbit.Error
@@ -126,6 +127,7 @@ function errors.from_engine(report, endpoint)
   }
 end
 
+--- Whether a value is an error of moonrabbit.
 ---@param value any
 ---@return boolean
 function errors.is(value)

@@ -13,19 +13,21 @@
 --
 -- Errors: mistakes of the program throw; everything the world can do returns `nil, err`, with
 -- err.kind, err.message and err.temporary (moonrabbit.errors). Timeouts are in seconds everywhere, and
--- every call that waits has one.
+-- every call that waits has one; math.huge is for ever.
 --
 -- The parts are loaded when they are first used.
 -- @module moonrabbit
 
 ---@class moonrabbit
 ---@field null userdata                   AMQP's void, in headers and arguments
----@field types table<string, function>   exact wire types: timestamp bytes decimal int8 … uint64 float double
----@field errors table
----@field uri table
+---@field types table<string, function>   exact wire types of headers and arguments: `types.int64 "9007199254740993"`. timestamp bytes decimal boolean int8 uint8 int16 uint16 int32 uint32 int64 uint64 float double; integers take a number or a string of digits, `decimal(1234, 2)` is 12.34
+---@field errors table                    the module moonrabbit.errors
+---@field uri table                       the module moonrabbit.uri
 local moonrabbit = { _VERSION = "moonrabbit scm" }
 
---- Connects to a broker. See moonrabbit.connection.
+--- Connects to a broker. What a URI and an option both say, the option decides.
+--- err.kind: `dns`, `refused`, `timeout`, `tls`, `auth`, `vhost`, `protocol`, `closed`; of several
+--- endpoints the last one's.
 ---@param options string|moonrabbit.ConnectOptions a URI, or options
 ---@return moonrabbit.Connection|nil, moonrabbit.Error?
 function moonrabbit.connect(options)
@@ -33,8 +35,8 @@ function moonrabbit.connect(options)
   return connection, err
 end
 
---- A pool of connections and channels. See moonrabbit.pool.
----@param options string|moonrabbit.PoolOptions
+--- A pool of connections and channels. See moonrabbit.pool. Nothing is connected yet.
+---@param options string|moonrabbit.PoolOptions a URI stands for { connect = URI }
 ---@return moonrabbit.Pool
 function moonrabbit.pool(options)
   local pool = require("moonrabbit.pool").new(options, 2)
@@ -46,23 +48,34 @@ local function native()
 end
 
 --- Runs `fn` as a task of the native runtime, and the event loop until it ends. Returns its results,
---- or throws its error.
+--- or throws its error. Other tasks go on when the loop runs again.
+---@param fn function
+---@param ... any its arguments
+---@return any ... what fn returned
 function moonrabbit.run(fn, ...)
   return native().run(fn, ...)
 end
 
---- Starts a task of the native runtime.
+--- Starts a task of the native runtime, at the next turn of its event loop. An error that leaves `fn` is
+--- reported on stderr, with its traceback.
+---@param fn function
+---@param ... any its arguments
+---@return table task
 function moonrabbit.spawn(fn, ...)
   return native().spawn(fn, ...)
 end
 
 --- Waits in the way of the native runtime: others run meanwhile.
----@param seconds number
+---@param seconds number 0: until the next turn of the event loop
 function moonrabbit.sleep(seconds)
   return native().sleep(seconds)
 end
 
 --- pcall that what it calls may yield through, on PUC Lua 5.1 too.
+---@param fn function
+---@param ... any its arguments
+---@return boolean ok
+---@return any ... what fn returned, or its error
 function moonrabbit.pcall(fn, ...)
   return require("moonrabbit.protect")(fn, ...)
 end

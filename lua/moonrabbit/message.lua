@@ -1,9 +1,6 @@
 --- Message: what a consumer, `get` or a returned publish yields.
 --
--- Fields, each made when it is first read: `body`, `exchange`, `routing_key`, `redelivered`,
--- `delivery_tag`, `consumer_tag`, `properties` (a table), `headers` (a table, maybe empty),
--- `channel`; of `get` also `message_count` (how many are left); of a returned publish `reply_code`
--- and `reply_text`.
+-- An object of the C core. Its fields are made when they are first read, and cannot be set.
 -- @module moonrabbit.message
 
 local core = require "moonrabbit.core"
@@ -13,18 +10,18 @@ local core_ack, core_settle, core_owner = core.ack, core.settle, core.owner
 local boolean, shortstr, seconds = options.boolean, options.shortstr, options.seconds
 
 ---@class moonrabbit.Message
----@field body string
----@field exchange string
+---@field body string          any bytes
+---@field exchange string      where it was published to
 ---@field routing_key string
----@field redelivered boolean
----@field delivery_tag integer
----@field consumer_tag string
----@field properties table<string, any>
----@field headers table<string, any>
+---@field redelivered boolean  whether it has been delivered before
+---@field delivery_tag integer its number on the channel
+---@field consumer_tag string  of a consumer's
+---@field properties table<string, any> the names are Channel:publish's: content_type, correlation_id, …
+---@field headers table<string, any>    empty when it has none
 ---@field channel moonrabbit.Channel
----@field message_count integer?
----@field reply_code integer?
----@field reply_text string?
+---@field message_count integer? of `get`: how many are left
+---@field reply_code integer?    of a returned publish: why, such as 312
+---@field reply_text string?     of a returned publish: why, such as "NO_ROUTE"
 local methods = core.message_methods
 
 -- `level`: of whoever called the method, for error().
@@ -60,6 +57,9 @@ function methods:ack()
   return none, err
 end
 
+---@class moonrabbit.RequeueOptions
+---@field requeue boolean?  true by default
+
 local settle_options = { requeue = boolean }
 
 local function settle(message, kind, requeue, what)
@@ -75,7 +75,7 @@ end
 
 --- Gives this delivery back: to its queue, or with `requeue = false` to the dead-letter exchange of
 --- the queue, if it has one. basic.nack
----@param opts { requeue: boolean? }? requeue: true by default
+---@param opts moonrabbit.RequeueOptions?
 ---@return true|nil, moonrabbit.Error?
 function methods:nack(opts)
   if opts ~= nil then options.check("Message:nack", opts, settle_options) end
@@ -85,7 +85,7 @@ end
 
 --- Rejects this delivery: it is dead-lettered or dropped, or with `requeue = true` goes back to its
 --- queue. basic.reject
----@param opts { requeue: boolean? }? requeue: false by default
+---@param opts moonrabbit.RejectOptions?
 ---@return true|nil, moonrabbit.Error?
 function methods:reject(opts)
   if opts ~= nil then options.check("Message:reject", opts, settle_options) end
@@ -100,7 +100,7 @@ end
 --- such a reply is not mandatory.
 --- https://www.rabbitmq.com/docs/direct-reply-to
 ---@param body string
----@param opts table? as for Channel:publish; not persistent by default
+---@param opts moonrabbit.PublishOptions? as for Channel:publish; not persistent by default
 ---@return true|nil, moonrabbit.Error?
 function methods:reply(body, opts)
   local properties = self.properties
@@ -119,18 +119,25 @@ function methods:reply(body, opts)
   return channel:publish(body, all)
 end
 
+---@class moonrabbit.ForwardOptions
+---@field set table?                headers to add or to replace
+---@field remove string[]?          names of headers to leave out
+---@field remove_properties string[]? names of properties to leave out, such as "expiration"
+---@field mandatory boolean?        true by default on a confirm channel, else false
+---@field channel moonrabbit.Channel? the message's own by default
+---@field timeout number?           seconds; the channel's by default
+
 local forward_options = {
   set = options.table, remove = options.table, remove_properties = options.table, mandatory = boolean,
   timeout = seconds, channel = options.table,
 }
 
 --- Sends this message on: body, properties and headers byte for byte as they came, but for the
---- headers in `set` (added or replaced) and `remove` (a list of names), and the properties named in
---- `remove_properties`. It is not settled by this. On a channel with confirms it waits for the
---- confirm, and is mandatory unless told otherwise.
+--- headers and properties named in `opts`. It is not settled by this. On a channel with confirms it waits
+--- for the confirm, and err.kind is as for Channel:publish.
 ---@param exchange string
 ---@param routing_key string? the message's own by default
----@param opts { set: table?, remove: string[]?, remove_properties: string[]?, mandatory: boolean?, channel: moonrabbit.Channel?, timeout: number? }? channel: the message's own by default
+---@param opts moonrabbit.ForwardOptions?
 ---@return true|nil, moonrabbit.Error?
 function methods:forward(exchange, routing_key, opts)
   options.argument("Message:forward", "exchange", exchange, shortstr)

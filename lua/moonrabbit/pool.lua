@@ -3,7 +3,8 @@
 -- A channel belongs to one task between `acquire` and `release`. Channels are opened when they are
 -- needed, at most `channels` on each of at most `connections`; who finds all taken waits. What was
 -- closed meanwhile is never handed out: it is replaced, connections too. A channel that comes back with
--- a transaction, consumers or unsettled deliveries is closed instead of being used again.
+-- a transaction, consumers, unsettled deliveries or unconfirmed publishes is closed instead of being used
+-- again.
 -- @module moonrabbit.pool
 
 local errors = require "moonrabbit.errors"
@@ -15,11 +16,11 @@ local pcall = require "moonrabbit.protect"
 local huge = math.huge
 
 ---@class moonrabbit.PoolOptions
----@field connect string|moonrabbit.ConnectOptions  what to connect to
+---@field connect string|moonrabbit.ConnectOptions  what to connect to, as for moonrabbit.connect
 ---@field connections integer?  at most so many; 1 by default
 ---@field channels integer?     at most so many on each connection; 16 by default
----@field confirm boolean?      of its channels; true by default
----@field prefetch integer?     of its channels
+---@field confirm boolean?      its channels confirm publishes; true by default
+---@field prefetch integer?     of its channels, as in Channel:qos
 ---@field timeout number?       seconds to wait for a channel; 30 by default
 
 ---@class moonrabbit.Pool
@@ -36,7 +37,8 @@ local pool_options = {
   timeout = options.seconds,
 }
 
---- Makes a pool; nothing is connected yet.
+--- Makes a pool; used by moonrabbit.pool.
+---@package
 ---@param opts string|moonrabbit.PoolOptions a URI stands for { connect = URI }
 ---@param level integer?
 ---@return moonrabbit.Pool
@@ -93,8 +95,9 @@ local function roomiest(self)
   return best
 end
 
---- Takes a channel, waiting until there is one.
----@param timeout number? seconds
+--- Takes a channel, waiting until there is one. Pool:with gives it back by itself.
+--- err.kind: `timeout` when none became free; `closed` when the pool is; else why it could not connect.
+---@param timeout number? seconds; the pool's by default
 ---@return moonrabbit.Channel|nil, moonrabbit.Error?
 function Pool:acquire(timeout)
   if timeout ~= nil then options.argument("Pool:acquire", "timeout", timeout, options.seconds) end
@@ -163,7 +166,7 @@ local function clean(channel)
     and channel:unsettled() == 0 and channel:unconfirmed() == 0
 end
 
---- Gives a channel back.
+--- Gives a channel back. It throws when the channel is not one that is out of this pool.
 ---@param channel moonrabbit.Channel
 function Pool:release(channel)
   local member = self._of[channel]
@@ -181,6 +184,7 @@ end
 
 --- Takes a channel, calls `fn(channel, ...)` and gives the channel back, also when fn throws.
 ---@param fn fun(channel: moonrabbit.Channel, ...): ...
+---@param ... any further arguments of fn
 ---@return ... what fn returned; or nil, err when there was no channel
 function Pool:with(fn, ...)
   options.argument("Pool:with", "fn", fn, options.callback)

@@ -7,17 +7,14 @@
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
 
----@class moonrabbit.PublisherOptions
----@field exchange string?      "" by default
----@field routing_key string?   "" by default
----@field persistent boolean?   true by default
----@field mandatory boolean?    true by default
----@field window integer?       the most messages that may be unconfirmed; 65536 by default, 0: no bound
----@field timeout number?       seconds; the connection's by default
----@field headers table?        and every other property of Channel:publish
+---@class moonrabbit.PublisherOptions : moonrabbit.PublishOptions
+---@field persistent boolean?   a durable queue keeps the messages on disk; true by default
+---@field mandatory boolean?    a message that no queue takes comes back, as a failure of kind `unroutable`; true by default
+---@field window integer?       the most messages that may be unconfirmed, counted from the oldest such; 65536 by default, 0: no bound
+---@field timeout number?       seconds, of this call and of the publisher's; the connection's by default
 
 ---@class moonrabbit.Publisher
----@field channel moonrabbit.Channel
+---@field channel moonrabbit.Channel its own
 local Publisher = {}
 Publisher.__index = Publisher
 Publisher.__name = "moonrabbit.Publisher"
@@ -27,6 +24,7 @@ local publisher_options = options.merge(options.publish, {
 })
 local send_options = options.merge(options.publish, { timeout = options.seconds })
 
+--- Used by Connection:publisher.
 ---@package
 function Publisher.new(connection, opts, level)
   level = level + 1
@@ -57,7 +55,7 @@ end
 
 --- Sends and returns at once, as Channel:publish_async does.
 ---@param body string
----@param overrides table? options of Channel:publish, for this message
+---@param overrides moonrabbit.PublishOptions? as for Channel:publish, for this message; headers are merged
 ---@return moonrabbit.Confirmation|nil, moonrabbit.Error?
 function Publisher:send_async(body, overrides)
   local channel = self.channel
@@ -70,7 +68,7 @@ end
 
 --- Sends and waits for the broker's confirm, as Channel:publish does.
 ---@param body string
----@param overrides table?
+---@param overrides moonrabbit.PublishOptions? as for Channel:publish, for this message; headers are merged
 ---@return true|nil, moonrabbit.Error?
 function Publisher:send(body, overrides)
   local channel = self.channel

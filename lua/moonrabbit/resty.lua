@@ -30,8 +30,8 @@ local function with_runtime(options, what)
   return all
 end
 
---- Connects, as moonrabbit.connect does.
----@param options string|moonrabbit.ConnectOptions
+--- Connects, as moonrabbit.connect does, over a cosocket. The option `runtime` is not for this one.
+---@param options string|moonrabbit.ConnectOptions as for moonrabbit.connect
 ---@return moonrabbit.Connection|nil, moonrabbit.Error?
 function resty.connect(options)
   local connection, err = Connection.connect(with_runtime(options, "connect"), 2)

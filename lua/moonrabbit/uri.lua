@@ -29,15 +29,15 @@ local tonumber = tonumber
 ---@field host string            "localhost" when the URI has none
 ---@field port integer           5672, or 5671 for amqps
 ---@field path string?           of a unix socket, instead of host and port
----@field vhost string
----@field user string?
----@field password string?
+---@field vhost string          "/" when the URI has none
+---@field user string?           nil when the URI has none
+---@field password string?       nil when the URI has none
 ---@field tls table?             present for amqps: { ca, cert, key, verify, server_name }
----@field heartbeat integer?
----@field connect_timeout number?
+---@field heartbeat integer?     seconds
+---@field connect_timeout number? seconds
 ---@field channel_max integer?
----@field frame_max integer?
----@field mechanism string?
+---@field frame_max integer?     bytes
+---@field mechanism string?      "PLAIN", "AMQPLAIN" or "EXTERNAL"
 
 -- Decodes %XX. nil, what is wrong.
 local function decode(text, what)
@@ -256,7 +256,7 @@ local function encode(text)
   return (text:gsub("[^%w%-%._~]", function(c) return ("%%%02X"):format(c:byte()) end))
 end
 
---- "host:port" of a parsed URI (brackets around IPv6), or the path of its socket.
+--- The "host:port" of a parsed URI (brackets around IPv6), or the path of its socket.
 ---@param parsed moonrabbit.Uri
 ---@return string
 function uri.endpoint(parsed)

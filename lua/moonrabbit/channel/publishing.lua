@@ -8,6 +8,27 @@ local core_acked, core_outcome = core.acked, core.outcome
 local huge = math.huge
 local argument, seconds = options.argument, options.seconds
 
+---@class moonrabbit.PublishOptions
+---@field exchange string?          "" by default: the routing key is the name of a queue
+---@field routing_key string?       "" by default
+---@field mandatory boolean?        a message that no queue takes comes back, as a failure of kind `unroutable`; true by default on a confirm channel, else false
+---@field persistent boolean?       a durable queue keeps the message on disk; true by default on a confirm channel, else false
+---@field headers table?            names to values: strings, numbers, booleans, lists, tables, `moonrabbit.null`, `moonrabbit.types`
+---@field message_id string?        for consumers, to tell a message that comes twice
+---@field correlation_id string?    of a reply: which request it answers
+---@field reply_to string?          the queue that a reply is to go to
+---@field content_type string?      a MIME type
+---@field content_encoding string?  such as "gzip"
+---@field expiration (string|number)?  milliseconds after which a queue drops the message
+---@field priority integer?         0 to 255, in a queue with `x-max-priority`
+---@field timestamp (integer|userdata)?  seconds since 1970, or a `types.timestamp`
+---@field type string?              what kind of message it is, for the application
+---@field user_id string?           the broker refuses any but the connection's user
+---@field app_id string?            the application that publishes
+---@field cluster_id string?        deprecated by AMQP
+---@field delivery_mode integer?    1: transient, 2: persistent; over `persistent`
+---@field timeout number?           seconds; the channel's by default
+
 ---@class moonrabbit.Channel
 local Channel = {}
 
@@ -100,12 +121,12 @@ end
 --- confirms it returns true. Bytes leave with the next turn of the event loop, or when 256 KiB are
 --- waiting: in a plain script that does nothing else, call `wait`, `wait_for_confirms` or `flush`.
 --- It waits only where there is no room: the window is full, the buffer is full, or the broker has
---- blocked publishing; `err.kind` is then `overflow` or `blocked` after `timeout`, and nothing was sent.
+--- blocked publishing; `err.kind` is then `overflow` or `blocked` after `timeout` (0: it never waits), and
+--- nothing was sent.
 --- basic.publish, https://www.rabbitmq.com/docs/confirms#publisher-confirms
 ---@param body string
----@param opts table? exchange, routing_key ("" by default); mandatory, persistent (true on confirm channels, else false); content_type, content_encoding, headers, delivery_mode, priority, correlation_id, reply_to, expiration (ms, a string), message_id, timestamp, type, user_id, app_id; timeout (seconds; 0: never wait)
----@return moonrabbit.Confirmation|true|nil
----@return moonrabbit.Error?
+---@param opts moonrabbit.PublishOptions? as for Channel:publish
+---@return moonrabbit.Confirmation|true|nil confirmation, moonrabbit.Error?
 function Channel:publish_async(body, opts)
   local confirmation, flush = core_publish(self._core, body, opts)
   if confirmation then
@@ -127,8 +148,8 @@ end
 --- soon as the message is on its way.
 --- err.kind: `nacked`, `unroutable` (with the broker's code and text), `timeout` (unknown: the
 --- message may arrive), `closed` or `channel` (unknown), `overflow`, `blocked` (not sent).
----@param body string
----@param opts table? as for publish_async
+---@param body string any bytes
+---@param opts moonrabbit.PublishOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:publish(body, opts)
   check_body(body, 2)
@@ -342,8 +363,10 @@ end
 
 --- Waits until every publish of this channel is settled: true when all since the last call were
 --- acked. Else err.failed is a list of { seq, outcome, err }, without those whose failure `publish`
---- has returned already; on a `timeout`, err.pending tells how many are not settled yet.
----@param timeout number? seconds
+--- has returned already; on a `timeout`, err.pending tells how many are not settled yet. err.kind is
+--- otherwise the first failure's, or what ended the channel (`closed`, `channel`). On a channel without
+--- confirms it throws.
+---@param timeout number? seconds; the channel's by default
 ---@return true|nil, moonrabbit.Error?
 function Channel:wait_for_confirms(timeout)
   if timeout ~= nil then argument("Channel:wait_for_confirms", "timeout", timeout, seconds) end
@@ -384,7 +407,7 @@ function Channel:wait_for_confirms(timeout)
   return nil, err
 end
 
---- How many publishes are not settled yet.
+--- How many publishes are not settled yet; 0 on a channel without confirms.
 ---@return integer
 function Channel:unconfirmed()
   return self._core:unconfirmed()
@@ -393,11 +416,13 @@ end
 local publishing = {}
 
 --- Adds the methods to the class.
+---@package
 function publishing.extend(class)
   for name, method in pairs(Channel) do class[name] = method end
 end
 
 --- Takes the engine's methods from a channel of it.
+---@package
 function publishing.bind(core_channel)
   core_publish = core_publish or core_channel.publish
   core_publish_route = core_publish_route or core_channel.publish_route

@@ -9,6 +9,12 @@ local shortstr, boolean, seconds, integer = options.shortstr, options.boolean, o
 ---@class moonrabbit.Channel
 local Channel = {}
 
+---@class moonrabbit.TimeoutOptions
+---@field timeout number?  seconds; the channel's by default
+
+---@class moonrabbit.NoWaitOptions : moonrabbit.TimeoutOptions
+---@field no_wait boolean?  the broker does not answer: `true` at once, and a failure ends the channel; false by default
+
 -- Options of every call.
 local common = { timeout = seconds }
 local with_nowait = { timeout = seconds, no_wait = boolean }
@@ -20,6 +26,14 @@ end
 
 -- ---- Exchanges --------------------------------------------------------------------------------------
 
+---@class moonrabbit.ExchangeDeclareOptions : moonrabbit.NoWaitOptions
+---@field type string?          "direct" (the default), "fanout", "topic", "headers", or a plugin's
+---@field durable boolean?      outlives a restart of the broker; false by default
+---@field auto_delete boolean?  goes when the last binding from it does; false by default
+---@field internal boolean?     nobody may publish to it, only exchanges bound to it; false by default
+---@field passive boolean?      only checks that it exists; false by default
+---@field arguments table?      such as `alternate-exchange`
+
 local exchange_declare_options = options.merge(with_nowait, {
   type = shortstr, passive = boolean, durable = boolean, auto_delete = boolean, internal = boolean,
   arguments = options.table,
@@ -28,7 +42,7 @@ local exchange_declare_options = options.merge(with_nowait, {
 --- Declares an exchange, or with `passive` only checks that it exists.
 --- exchange.declare; 406 when it exists with other properties, 404 when passive and unknown.
 ---@param exchange string
----@param opts { type: string?, durable: boolean?, auto_delete: boolean?, internal: boolean?, passive: boolean?, arguments: table?, no_wait: boolean?, timeout: number? }? type "direct" by default; the rest false
+---@param opts moonrabbit.ExchangeDeclareOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:exchange_declare(exchange, opts)
   argument("Channel:exchange_declare", "exchange", exchange, shortstr)
@@ -39,11 +53,15 @@ function Channel:exchange_declare(exchange, opts)
   }, opts))
 end
 
+---@class moonrabbit.ExchangeDeleteOptions : moonrabbit.NoWaitOptions
+---@field if_unused boolean?  not while something is bound to it; false by default
+
 local exchange_delete_options = options.merge(with_nowait, { if_unused = boolean })
 
---- Deletes an exchange. exchange.delete; with `if_unused` 406 while something is bound to it.
+--- Deletes an exchange; one that is not there is as good as deleted. exchange.delete; with `if_unused` 406
+--- while something is bound to it.
 ---@param exchange string
----@param opts { if_unused: boolean?, no_wait: boolean?, timeout: number? }?
+---@param opts moonrabbit.ExchangeDeleteOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:exchange_delete(exchange, opts)
   argument("Channel:exchange_delete", "exchange", exchange, shortstr)
@@ -51,6 +69,15 @@ function Channel:exchange_delete(exchange, opts)
   return done(self:_rpc("exchange.delete", { exchange = exchange, if_unused = opts.if_unused, nowait = opts.no_wait },
     opts))
 end
+
+---@class moonrabbit.BindOptions : moonrabbit.NoWaitOptions
+---@field arguments table?  what a headers exchange matches, with `x-match`
+
+---@class moonrabbit.UnbindOptions : moonrabbit.TimeoutOptions
+---@field arguments table?  the binding's
+
+---@class moonrabbit.ExchangeUnbindOptions : moonrabbit.NoWaitOptions
+---@field arguments table?  the binding's
 
 local bind_options = options.merge(with_nowait, { arguments = options.table })
 local unbind_options = options.merge(common, { arguments = options.table })
@@ -67,11 +94,11 @@ local function exchange_binding(self, what, method, destination, source, routing
 end
 
 --- Binds an exchange to an exchange: what `source` routes there goes on to `destination`.
---- https://www.rabbitmq.com/docs/e2e
+--- exchange.bind, https://www.rabbitmq.com/docs/e2e; 404 when one of them is unknown.
 ---@param destination string
 ---@param source string
 ---@param routing_key string?  "" by default
----@param opts { arguments: table?, no_wait: boolean?, timeout: number? }?
+---@param opts moonrabbit.BindOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:exchange_bind(destination, source, routing_key, opts)
   local ok, err = exchange_binding(self, "Channel:exchange_bind", "exchange.bind", destination, source, routing_key,
@@ -79,10 +106,12 @@ function Channel:exchange_bind(destination, source, routing_key, opts)
   return ok, err
 end
 
+--- Takes a binding between exchanges away: the one with the same source, destination, key and arguments;
+--- one that is not there is as good as gone. exchange.unbind
 ---@param destination string
 ---@param source string
----@param routing_key string?
----@param opts { arguments: table?, no_wait: boolean?, timeout: number? }?
+---@param routing_key string?  "" by default
+---@param opts moonrabbit.ExchangeUnbindOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:exchange_unbind(destination, source, routing_key, opts)
   local ok, err = exchange_binding(self, "Channel:exchange_unbind", "exchange.unbind", destination, source, routing_key,
@@ -92,15 +121,23 @@ end
 
 -- ---- Queues -----------------------------------------------------------------------------------------
 
+---@class moonrabbit.QueueDeclareOptions : moonrabbit.NoWaitOptions
+---@field durable boolean?      outlives a restart of the broker; false by default
+---@field exclusive boolean?    for this connection only, and gone with it; false by default
+---@field auto_delete boolean?  goes when its last consumer does; false by default
+---@field passive boolean?      only asks about it; false by default
+---@field arguments table?      such as `x-queue-type`, `x-dead-letter-exchange`, `x-message-ttl`, `x-max-length`: https://www.rabbitmq.com/docs/queues#optional-arguments
+
 local queue_declare_options = options.merge(with_nowait, {
   passive = boolean, durable = boolean, exclusive = boolean, auto_delete = boolean, arguments = options.table,
 })
 
 --- Declares a queue, or with `passive` only asks about it. An empty or nil name lets the broker choose one.
 --- queue.declare; 406 when it exists with other properties, 405 when it is another connection's
---- exclusive queue, 404 when passive and unknown.
+--- exclusive queue, 404 when passive and unknown. The answer tells its name, how many messages are ready
+--- and how many consumers it has; with `no_wait` only the name.
 ---@param queue string?
----@param opts { durable: boolean?, exclusive: boolean?, auto_delete: boolean?, passive: boolean?, arguments: table?, no_wait: boolean?, timeout: number? }?
+---@param opts moonrabbit.QueueDeclareOptions?
 ---@return { queue: string, message_count: integer, consumer_count: integer }|nil, moonrabbit.Error?
 function Channel:queue_declare(queue, opts)
   if queue ~= nil then argument("Channel:queue_declare", "queue", queue, shortstr) end
@@ -113,11 +150,11 @@ function Channel:queue_declare(queue, opts)
   return result, err
 end
 
---- Binds a queue to an exchange. queue.bind
+--- Binds a queue to an exchange. queue.bind; 404 when one of them is unknown.
 ---@param queue string
 ---@param exchange string
 ---@param routing_key string? "" by default
----@param opts { arguments: table?, no_wait: boolean?, timeout: number? }?
+---@param opts moonrabbit.BindOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:queue_bind(queue, exchange, routing_key, opts)
   argument("Channel:queue_bind", "queue", queue, shortstr)
@@ -130,11 +167,12 @@ function Channel:queue_bind(queue, exchange, routing_key, opts)
   }, opts))
 end
 
---- queue.unbind
+--- Takes a binding of a queue away: the one with the same exchange, key and arguments; one that is not
+--- there is as good as gone. queue.unbind
 ---@param queue string
 ---@param exchange string
----@param routing_key string?
----@param opts { arguments: table?, timeout: number? }?
+---@param routing_key string? "" by default
+---@param opts moonrabbit.UnbindOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:queue_unbind(queue, exchange, routing_key, opts)
   argument("Channel:queue_unbind", "queue", queue, shortstr)
@@ -152,9 +190,10 @@ local function counted(result, err)
   return nil, err
 end
 
---- Removes every message that is ready. queue.purge
+--- Removes every message that is ready, not those that wait for their ack. queue.purge; 404 when it is
+--- unknown. Answers how many messages went; `true` with `no_wait`.
 ---@param queue string
----@param opts { no_wait: boolean?, timeout: number? }?
+---@param opts moonrabbit.NoWaitOptions?
 ---@return integer|true|nil count, moonrabbit.Error?
 function Channel:queue_purge(queue, opts)
   argument("Channel:queue_purge", "queue", queue, shortstr)
@@ -162,13 +201,17 @@ function Channel:queue_purge(queue, opts)
   return counted(self:_rpc("queue.purge", { queue = queue, nowait = opts.no_wait }, opts))
 end
 
+---@class moonrabbit.QueueDeleteOptions : moonrabbit.NoWaitOptions
+---@field if_unused boolean?  not while it has consumers; false by default
+---@field if_empty boolean?   not while messages are ready; false by default
+
 local queue_delete_options = options.merge(with_nowait, { if_unused = boolean, if_empty = boolean })
 
---- Deletes a queue. queue.delete; 406 when `if_unused` or `if_empty` does not hold.
+--- Deletes a queue; one that is not there is as good as deleted. queue.delete; 406 when `if_unused` or
+--- `if_empty` does not hold. Answers how many messages went with it; `true` with `no_wait`.
 ---@param queue string
----@param opts { if_unused: boolean?, if_empty: boolean?, no_wait: boolean?, timeout: number? }?
----@return integer|true|nil count how many messages went with it
----@return moonrabbit.Error?
+---@param opts moonrabbit.QueueDeleteOptions?
+---@return integer|true|nil count, moonrabbit.Error?
 function Channel:queue_delete(queue, opts)
   argument("Channel:queue_delete", "queue", queue, shortstr)
   opts = check("Channel:queue_delete", opts, queue_delete_options)
@@ -179,13 +222,16 @@ end
 
 -- ---- Flow and transactions --------------------------------------------------------------------------
 
+---@class moonrabbit.QosOptions : moonrabbit.TimeoutOptions
+---@field global boolean?  for the whole channel; false by default
+
 local qos_options = options.merge(common, { global = boolean })
 
 --- How many unsettled deliveries the broker may have out: for each consumer started from now on, or
 --- with `global` for the whole channel. 0: no bound. basic.qos,
 --- https://www.rabbitmq.com/docs/consumer-prefetch
----@param prefetch_count integer
----@param opts { global: boolean?, timeout: number? }?
+---@param prefetch_count integer 0 to 65535
+---@param opts moonrabbit.QosOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:qos(prefetch_count, opts)
   argument("Channel:qos", "prefetch_count", prefetch_count, integer(0, 65535))
@@ -196,11 +242,14 @@ function Channel:qos(prefetch_count, opts)
   return true
 end
 
+---@class moonrabbit.RecoverOptions : moonrabbit.TimeoutOptions
+---@field requeue boolean?  true by default; on `false` RabbitMQ closes the connection (540)
+
 local recover_options = options.merge(common, { requeue = boolean })
 
 --- Gives every unsettled delivery of the channel back to its queue. basic.recover; RabbitMQ knows
 --- only `requeue = true`, the default.
----@param opts { requeue: boolean?, timeout: number? }?
+---@param opts moonrabbit.RecoverOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:recover(opts)
   opts = check("Channel:recover", opts, recover_options)
@@ -209,8 +258,9 @@ function Channel:recover(opts)
   return done(self:_rpc("basic.recover", { requeue = requeue }, opts))
 end
 
---- Makes the channel transactional. tx.select; 406 on a confirm channel.
----@param opts { timeout: number? }?
+--- Makes the channel transactional: publishes and acks count from the next Channel:tx_commit on.
+--- Confirms are faster and usually what is wanted. tx.select; 406 on a confirm channel.
+---@param opts moonrabbit.TimeoutOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:tx_select(opts)
   opts = check("Channel:tx_select", opts, common)
@@ -220,24 +270,26 @@ function Channel:tx_select(opts)
   return true
 end
 
---- tx.commit; 406 without tx_select.
----@param opts { timeout: number? }?
+--- Commits: publishes and acks since the last commit or rollback take effect. tx.commit; 406 without
+--- Channel:tx_select.
+---@param opts moonrabbit.TimeoutOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:tx_commit(opts)
   return done(self:_rpc("tx.commit", {}, check("Channel:tx_commit", opts, common)))
 end
 
---- tx.rollback: takes back publishes and acks since the last commit; the deliveries stay out, and
---- can be settled again by the channel's ack, nack and reject.
----@param opts { timeout: number? }?
+--- Takes back publishes and acks since the last commit; the deliveries stay out, and can be settled
+--- again by the channel's ack, nack and reject. tx.rollback; 406 without Channel:tx_select.
+---@param opts moonrabbit.TimeoutOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:tx_rollback(opts)
   return done(self:_rpc("tx.rollback", {}, check("Channel:tx_rollback", opts, common)))
 end
 
---- channel.flow. RabbitMQ takes only `true`; on `false` it closes the connection (540).
+--- Asks the broker to stop or go on with deliveries. channel.flow; RabbitMQ takes only `true`, on `false`
+--- it closes the connection (540): bound deliveries by Channel:qos.
 ---@param active boolean
----@param opts { timeout: number? }?
+---@param opts moonrabbit.TimeoutOptions?
 ---@return boolean|nil active, moonrabbit.Error?
 function Channel:flow(active, opts)
   argument("Channel:flow", "active", active, boolean)
@@ -250,6 +302,7 @@ end
 local topology = {}
 
 --- Adds the methods to the class.
+---@package
 function topology.extend(class)
   for name, method in pairs(Channel) do class[name] = method end
 end
