@@ -368,6 +368,112 @@ describe("the native runtime", function()
     end)
   end)
 
+  describe("where nothing can yield", function()
+    local old = _VERSION == "Lua 5.1" and not rawget(_G, "jit") -- its pcall and generic for cannot either
+
+    local function in_gsub(fn)
+      return function() string.gsub("x", "x", function() fn() end) end
+    end
+
+    local function in_sort(fn)
+      return function() table.sort({ 1, 2, 3 }, function(a, b) fn() return a < b end) end
+    end
+
+    local function in_index(fn)
+      return function() return setmetatable({}, { __index = function() fn() end }).x end
+    end
+
+    local function in_for(fn)
+      return function() for _ in function() fn() end do end end -- luacheck: ignore 512
+    end
+
+    local ways = { ["string.gsub"] = in_gsub, ["table.sort"] = in_sort }
+    if old then ways["generic for"] = in_for end
+
+    for name, way in pairs(ways) do
+      it("a wait throws in " .. name .. ", says why, and leaves nothing behind", function()
+        local condition, elsewhere = rt.condition(), rt.condition()
+        local texts, woken = {}, {}
+        local function attempt(fn)
+          local ok, text = yieldable.pcall(way(fn))
+          texts[#texts + 1] = ok and "it waited" or text
+        end
+        rt.run(function()
+          rt.spawn(function()
+            attempt(function() condition:wait(0.001) end)
+            attempt(function() rt.sleep(0) end)
+            attempt(function() rt.sleep(0.001) end)
+            woken.first = elsewhere:wait(0.1)
+          end)
+          rt.spawn(function() woken.second = condition:wait(20) end)
+          rt.sleep(0)
+          rt.sleep(0)
+          condition:signal() -- is the second's: the first never waited
+          eventually(function() return woken.second ~= nil and woken.first ~= nil end)
+        end)
+        assert.same({ first = false, second = true }, woken)
+        assert.equal(3, #texts)
+        for _, text in ipairs(texts) do
+          assert.matches("this call waits, and .* cannot", text)
+          assert.matches(old and "use moonrabbit%.pcall, and consumer:receive" or "wait before or after it", text)
+        end
+        assert.is_nil(condition.first)
+        assert.equal(0, timers.count())
+      end)
+
+      it("a task that dies of it in " .. name .. " is reported, and the loop goes on", function()
+        local condition = rt.condition()
+        local reported = {}
+        rt.on_error = function(text) reported[#reported + 1] = text end
+        rt.run(function()
+          rt.spawn(way(function() condition:wait(0.001) end))
+          rt.spawn(way(function() rt.sleep(0) end))
+          rt.sleep(0.005)
+          condition:signal()
+          rt.sleep(0.005)
+        end)
+        assert.equal(2, #reported)
+        for _, text in ipairs(reported) do assert.matches("this call waits, and .* cannot", text) end
+        assert.is_nil(condition.first)
+        local ok, text = pcall(rt.run, way(function() rt.sleep(0.001) end))
+        assert.is_false(ok)
+        assert.matches("this call waits, and .* cannot", text)
+      end)
+    end
+
+    it("pcall and metamethods are such places on PUC 5.1, and nowhere else", function()
+      local condition = rt.condition()
+      rt.run(function()
+        local ok, text = pcall(function()
+          local signalled = condition:wait(0.001)
+          return signalled
+        end)
+        assert.equal(not old, ok)
+        if old then
+          assert.matches("native_spec%.lua:%d+: .*moonrabbit%.pcall", text)
+        else
+          assert.is_false(text)
+        end
+        -- It cannot be told beforehand there, but the words are the same, and nothing is left.
+        ok, text = yieldable.pcall(in_index(function() condition:wait(0.001) end))
+        assert.equal(not old, ok)
+        if old then assert.matches("this call waits, and .*metamethod", text) end
+        local other = rt.spawn(function() assert(condition:wait(20)) end)
+        rt.sleep(0)
+        rt.sleep(0)
+        condition:signal()
+        eventually(function() return other.over end)
+        assert.is_nil(condition.first)
+      end)
+    end)
+
+    it("the main chunk is none: there the loop runs below", function()
+      local condition = rt.condition()
+      in_gsub(function() assert.is_false(condition:wait(0.001)) end)()
+      assert.is_nil(condition.first)
+    end)
+  end)
+
   describe("moonrabbit.runtime.pcall", function()
     it("passes yields on, results and errors back, and current stays right", function()
       rt.run(function()

@@ -6,9 +6,18 @@
 
 local create, resume, yield = coroutine.create, coroutine.resume, coroutine.yield
 local running, status = coroutine.running, coroutine.status
-local plain_pcall = pcall
+local getinfo, plain_pcall = debug.getinfo, pcall
 
-local M = {}
+--- How many waits of each task are looked at (see no_c_in): that makes garbage, so that a program which
+--- waits where it may pays for the first few only.
+local LOOKS = 16
+
+--- `give_way(value)`: yield, in a wait.
+local M = { give_way = yield }
+
+--- Why a waiting call throws where it may not yield.
+M.refusal = "this call waits, and it cannot inside a function that C calls (a callback of string.gsub or table.sort, "
+  .. "a metamethod): wait before or after it"
 
 local function yields_across_pcall()
   local probe = create(function() return plain_pcall(yield, "across") end)
@@ -18,8 +27,16 @@ end
 
 local outer_of = setmetatable({}, { __mode = "k" })
 
+--- The error of a yield that could not, in words that help; any other as it is.
+function M.explain(err)
+  if type(err) ~= "string" or not err:find("attempt to yield across", 1, true) then return err end
+  M.suspicious = true
+  return M.refusal
+end
+
 local function forward(co, ok, ...)
-  if not ok or status(co) == "dead" then return ok, ... end
+  if not ok then return false, M.explain((...)) end
+  if status(co) == "dead" then return true, ... end
   return forward(co, resume(co, yield(...)))
 end
 
@@ -42,12 +59,63 @@ local function owner_of_emulated(co)
   return co
 end
 
+-- ---- May the task yield in this coroutine, where it is now? -----------------------------------------------------------------
+
+local is_c = setmetatable({}, { __mode = "k" })
+
+--- PUC 5.1 does not tell, so the stack is looked through: a function of C there, or the call of a
+--- generic for, is in the way. A metamethod is too, and cannot be seen.
+local function no_c_in(co)
+  local level, info = 1, getinfo(co, 1, "nf") -- 0 is getinfo here, and resume in those below
+  while info do
+    local fn = info.func
+    if fn then
+      local c = is_c[fn]
+      if c == nil then
+        c = getinfo(fn, "S").what == "C"
+        is_c[fn] = c
+      end
+      if c or info.name == "(for generator)" then return false end
+    end
+    level = level + 1
+    info = getinfo(co, level, "nf")
+  end
+  return true
+end
+
+local function no_c_below(co)
+  repeat
+    if not no_c_in(co) then return false end
+    co = outer_of[co]
+  until not co
+  return true
+end
+
 if yields_across_pcall() then
   M.pcall = plain_pcall
   M.owner = function(co) return co end
+  M.may_yield = not rawget(_G, "jit") and coroutine.isyieldable -- luacheck: ignore 143
+  if not M.may_yield then -- 5.2 cannot tell, LuaJIT cannot compile it: they try
+    M.may_yield = function() return true end
+    M.give_way = function(value)
+      local ok, err = plain_pcall(yield, value)
+      if not ok then error(M.explain(err), 0) end
+    end
+  end
 else
   M.pcall = emulated
   M.owner = owner_of_emulated
+  M.may_yield = function(co, task)
+    if not M.suspicious then
+      local looks = task.looks or 0
+      if looks == LOOKS then return true end
+      task.looks = looks + 1
+    end
+    return no_c_below(co)
+  end
+  M.refusal = "this call waits, and on this Lua it cannot inside pcall, a generic for or another function that C calls "
+    .. "(a callback of string.gsub or table.sort, a metamethod): use moonrabbit.pcall, and consumer:receive in a "
+    .. "while loop"
 end
 
 return M

@@ -10,9 +10,10 @@
 
 local net = require "moonrabbit.net"
 local timers = require "moonrabbit.runtime.native.timers"
-local owner_of = require("moonrabbit.runtime.pcall").owner
+local yielding = require "moonrabbit.runtime.pcall"
 
 local create, resume, yield = coroutine.create, coroutine.resume, coroutine.yield
+local owner_of, may_yield, give_way = yielding.owner, yielding.may_yield, yielding.give_way
 local running_coroutine = coroutine.running
 local now = net.now
 
@@ -68,12 +69,36 @@ local function detach(task)
   end
 end
 
+--- Takes a task out of whatever it waits in, when its yield threw instead of waiting.
+local function withdraw(task)
+  task.yields = false
+  task.parked, task.deadline = false, false
+  detach(task)
+  local kept = 0
+  for i = 1, queued do
+    local other = queue[i]
+    queue[i] = nil
+    if other ~= task then
+      kept = kept + 1
+      queue[kept] = other
+    end
+  end
+  queued = kept
+end
+
 --- The task that a waiting call is for. Throws where nothing may wait.
 function M.enter()
   local task = running
   if task then
     local co = running_coroutine()
-    if co == task.co or owner_of(co) == task.co then return task end
+    if co == task.co or owner_of(co) == task.co then
+      if task.yields then -- its last wait threw, and that was caught
+        withdraw(task)
+        yielding.suspicious = true
+      end
+      if not may_yield(co, task) then error(yielding.refusal, 3) end
+      return task
+    end
     error("this call waits, and a coroutine of your own inside a running loop cannot: "
       .. "start it with moonrabbit.spawn", 3)
   end
@@ -85,7 +110,13 @@ end
 
 --- Gives way until the task is taken from the queue.
 local function suspend(task, quiet)
-  if task == outside then M.drive(task) else yield(PARKED) end
+  if task == outside then
+    M.drive(task)
+  else
+    task.yields = true -- and stays so when this throws, where may_yield cannot tell beforehand
+    give_way(PARKED)
+    task.yields = false
+  end
   if not task.cancelling then return task.value end
   task.cancelling = false
   if quiet then return nil, "cancelled" end
@@ -159,6 +190,7 @@ function M.spawn(fn, ...)
   local task = {
     co = coroutine_for_task(), fn = fn, value = nil, on = nil, prev = nil, next = nil,
     deadline = false, entry = false, entry_at = 0, parked = false, cancelling = false, over = false,
+    yields = false,
   }
   resume(task.co, task, fn, ...)
   ready(task, true)
@@ -166,6 +198,7 @@ function M.spawn(fn, ...)
 end
 
 local function over(task)
+  if task.yields then withdraw(task) end
   task.over = true
   timers.forget(task)
 end
@@ -183,6 +216,7 @@ local function report(task, text)
 end
 
 local function failed(task, err)
+  if task.yields then err = yielding.explain(err) end
   over(task)
   task.failed = true
   task.error = err
