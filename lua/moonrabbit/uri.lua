@@ -28,6 +28,7 @@ local tonumber = tonumber
 ---@class moonrabbit.Uri
 ---@field host string            "localhost" when the URI has none
 ---@field port integer           5672, or 5671 for amqps
+---@field port_given boolean     whether the URI names a port: false, the one in `port` is the default
 ---@field path string?           of a unix socket, instead of host and port
 ---@field vhost string          "/" when the URI has none
 ---@field user string?           nil when the URI has none
@@ -198,6 +199,7 @@ local function parse_host(result, text)
       return "the port is not a number from 1 to 65535 (is a character of the password not percent-encoded?)"
     end
     result.port = port
+    result.port_given = true
   end
   if result.path then
     result.port = nil
@@ -224,7 +226,7 @@ function uri.parse(text)
   end
   local before, query = rest:match "^([^?]*)%??(.*)$"
   local authority, path = before:match "^([^/]*)(.*)$"
-  local result = { vhost = "/" }
+  local result = { vhost = "/", port_given = false }
   if scheme == "amqps" then
     result.tls = { verify = true }
     result.port = 5671

@@ -31,6 +31,17 @@ describe("uri", function()
     assert.is_true(parse("amqps://h").tls.verify)
   end)
 
+  it("tells a port that is named from the default", function()
+    for _, text in ipairs { "amqp://h:5672", "amqps://h:5671/v", "amqp://u:p@:1", "amqp://[::1]:5672" } do
+      assert.is_true(parse(text).port_given, text)
+    end
+    -- A password that looks like a port is none, nor is a colon without one.
+    for _, text in ipairs { "amqp://", "amqps://h/v", "amqp://guest:5672@h/", "amqp://h:/", "amqp://[::1]",
+      "amqp://%2Frun%2Frabbit.sock" } do
+      assert.is_false(parse(text).port_given, text)
+    end
+  end)
+
   it("takes an empty path, / and /%2f for the vhost /", function()
     for _, path in ipairs { "", "/", "/%2f", "/%2F" } do assert.equal("/", parse("amqp://h" .. path).vhost) end
     assert.equal("a b", parse("amqp://h/a%20b").vhost)
