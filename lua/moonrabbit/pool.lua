@@ -133,6 +133,7 @@ function Pool:acquire(timeout)
       else
         new.connection = connection
         member = new
+        self._freed:broadcast() -- it has room for others too
       end
     end
     if member and member.connection then

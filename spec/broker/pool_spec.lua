@@ -116,4 +116,18 @@ describe("pool", function()
     assert.is_nil(none)
     assert.equal("closed", err.kind)
   end)
+
+  it("wakes those who wait for a connection that another task makes", function()
+    pool = moonrabbit.pool { connect = broker.url, connections = 1, channels = 4, timeout = 10 }
+    moonrabbit.run(function()
+      local n = 0
+      for _ = 1, 4 do
+        moonrabbit.spawn(function()
+          ok(pool:acquire()) -- and keeps it
+          n = n + 1
+        end)
+      end
+      broker.eventually(function() return n == 4 end, 5)
+    end)
+  end)
 end)
