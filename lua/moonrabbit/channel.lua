@@ -62,7 +62,8 @@ function Channel.open(connection, session, opts, level)
     _order = {}, _head = 1, _tail = 0,      -- waiters as they came; false: gone
     _waiters = 0,
     _spare = {},
-    _failures = {}, _failures_lost = 0,
+    _failures = {},              -- of publishes whose caller does not wait; `more`: beyond those kept
+    _unsure = false,             -- published since everything was last settled
     _prefetch = opts.prefetch,   -- what basic.qos was last told, nil: nothing
     _window = opts.window or 65536,
   }, Channel)
@@ -103,16 +104,28 @@ end
 -- Closes without waiting: what is to be said to the broker is said, whatever it answers is dropped.
 function Channel:_abandon()
   if self._closed then return end
-  if self._core:close(200, "Goodbye") then
-    self._session:expect(self._calls, "channel.close").abandoned = true
-  end
-  self:_ended(self._session:error("closed", "the channel was closed by this side", { temporary = false }), true)
+  local unconfirmed = self._core:unconfirmed()
+  if unconfirmed > 0 then self._lost = unconfirmed end
+  local err = self._session:error("closed", "the channel was closed by this side", { temporary = false })
+  local said = self._core:close(200, "Goodbye")
+  self._calls:fail(err)
+  if said then self._session:expect(self._calls, "channel.close").abandoned = true end
+  self:_ended(err, true)
 end
 
 -- ---- Calls ------------------------------------------------------------------------------------------
 
 function Channel:_closed_error()
   return self._closed or self._session.reason or self._session:error("closed", "the channel is closed")
+end
+
+-- What settling a delivery of a channel that has ended answers: `closed`, whatever ended it.
+---@package
+function Channel:_gone()
+  local reason = self:_closed_error()
+  if reason.kind == "closed" then return reason end
+  return self._session:error("closed", "the channel has ended, and its deliveries have gone back: " .. reason.message,
+    { code = reason.code, class = reason.class, method = reason.method, temporary = reason.temporary })
 end
 
 -- Sends a method and waits for its reply: fields, or nil, err.
@@ -223,13 +236,23 @@ local function settled(self, ok, flush, what, tag, level)
   elseif flush == "unknown_tag" then
     error(("%s: no delivery %s is outstanding on this channel"):format(what, tostring(tag)), level + 1)
   elseif flush == "closed" then
-    return nil, self:_closed_error()
+    return nil, self:_gone()
   end
   return nil, self._session:refusal(flush, what, level + 1)
 end
 
-local function tag_of(what, value, level)
-  if core.is_message(value) then return value.delivery_tag end
+-- The tag of a delivery of this channel; nil, err for a message of a channel that has ended, whose tag may
+-- be another delivery's here.
+local function tag_of(self, what, value, level)
+  if core.is_message(value) then
+    local owner = core.owner(value)
+    if owner ~= self then
+      if owner._closed then return nil, owner:_gone() end
+      error(("%s: the message is of another channel, %s: settle it there, or by its own methods"):format(what,
+        tostring(owner)), level + 1)
+    end
+    return value.delivery_tag
+  end
   argument(what, "delivery tag", value, integer(0, 9007199254740991), level + 1)
   return value
 end
@@ -242,9 +265,11 @@ end
 ---@param opts moonrabbit.AckOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:ack(tag, opts)
-  tag = tag_of("Channel:ack", tag, 2)
   opts = check("Channel:ack", opts, multiple_options)
-  if self._closed then return nil, self:_closed_error() end
+  local gone
+  tag, gone = tag_of(self, "Channel:ack", tag, 2)
+  if not tag then return nil, gone end
+  if self._closed then return nil, self:_gone() end
   if opts.multiple then
     local ok, flush = self._core:settle_upto(tag, "ack", false)
     local result, err = settled(self, ok, flush, "Channel:ack", tag, 2)
@@ -261,9 +286,11 @@ end
 ---@param opts moonrabbit.NackOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:nack(tag, opts)
-  tag = tag_of("Channel:nack", tag, 2)
   opts = check("Channel:nack", opts, nack_options)
-  if self._closed then return nil, self:_closed_error() end
+  local gone
+  tag, gone = tag_of(self, "Channel:nack", tag, 2)
+  if not tag then return nil, gone end
+  if self._closed then return nil, self:_gone() end
   local requeue = opts.requeue ~= false
   local ok, flush
   if opts.multiple then
@@ -280,9 +307,11 @@ end
 ---@param opts moonrabbit.RejectOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:reject(tag, opts)
-  tag = tag_of("Channel:reject", tag, 2)
   opts = check("Channel:reject", opts, reject_options)
-  if self._closed then return nil, self:_closed_error() end
+  local gone
+  tag, gone = tag_of(self, "Channel:reject", tag, 2)
+  if not tag then return nil, gone end
+  if self._closed then return nil, self:_gone() end
   local ok, flush = self._core:settle(tag, "reject", opts.requeue or false)
   local result, err = settled(self, ok, flush, "Channel:reject", tag, 2)
   return result, err
@@ -355,7 +384,7 @@ function Channel:_ended(err, quiet)
   self._session.channels[self] = nil
   if not quiet then self._calls:fail(err) end
   -- How many were unsettled when it ended, where that is known.
-  if not quiet then self._lost = self.confirm and (self._pending or true) end
+  if not quiet and self.confirm and self._unsure then self._lost = self._pending or true end
   for _, waiter in pairs(self._waiting) do waiter.condition:broadcast() end
   self._waiting, self._order, self._head, self._tail, self._waiters = {}, {}, 1, 0, 0
   for _, consumer in pairs(self._consumers) do consumer:_finish(err, false) end
@@ -366,6 +395,7 @@ function Channel:_ended(err, quiet)
   self._receivers = {}
   self._room:broadcast()
   self._settled:broadcast()
+  self._session.room:broadcast() -- its publishers may wait there
   if not quiet then self:_emit("close", err) end
 end
 

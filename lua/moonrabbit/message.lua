@@ -27,7 +27,7 @@ local methods = core.message_methods
 -- `level`: of whoever called the method, for error().
 local function not_settled(message, status, what, level)
   local owner = core_owner(message)
-  if status == "closed" then return nil, owner:_closed_error() end
+  if status == "closed" then return nil, owner:_gone() end
   if status == "settled" then
     error(("%s: delivery %s was settled before"):format(what, tostring(message.delivery_tag)), level)
   elseif status == "unknown_tag" then

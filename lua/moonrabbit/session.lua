@@ -29,6 +29,8 @@ local max, min, huge = math.max, math.min, math.huge
 
 -- After a write failed, what the broker said before is still read, for so long.
 local LAST_WORDS = 1
+-- So much is read past what a full consumer may hold, for those who wait for an answer behind it.
+local MOST_ADMITTED = 64 * 1024 * 1024
 -- What is left to write when a session ends has so long to leave.
 local LAST_FLUSH = 2
 
@@ -99,10 +101,9 @@ end
 --- Waits on a condition for something that only reading can bring.
 function Session:block(condition, left)
   self.awaiting = self.awaiting + 1
-  if self.paused then
-    self.engine:admit()
-    self.drained:signal()
-  end
+  local until_then = self.runtime.now() + left
+  if until_then > self.awaiting_until then self.awaiting_until = until_then end
+  if self.paused and self.admitted < MOST_ADMITTED then self.drained:signal() end
   condition:wait(left < huge and left or nil)
   self.awaiting = self.awaiting - 1
 end
@@ -261,8 +262,10 @@ end
 -- waits for an answer that only reading can bring.
 local function hold(self)
   local engine, now = self.engine, self.runtime.now
-  if self.awaiting > 0 then
+  if self.awaiting > 0 and self.admitted < MOST_ADMITTED and now() < self.awaiting_until then
     engine:admit()
+    self.admitting = true
+    self.runtime.sleep(0) -- what waits has its deadline, and consumers want their turn
     return
   end
   engine:pause(true, now())
@@ -276,6 +279,10 @@ local function read_loop(self)
   local engine, transport = self.engine, self.transport
   while self.state ~= "closed" do
     local n, kind, text = transport:fill(engine)
+    if n then
+      self.admitted = self.admitting and self.admitted + n or 0
+      self.admitting = false
+    end
     if not n and kind ~= "full" then
       engine:eof(text or kind)
       n = 0
@@ -453,7 +460,10 @@ function Session.open(config)
     engine = engine, transport = transport, runtime = runtime, state = "connecting",
     endpoint = config.label, secret = config.secret, log = config.log, emit = config.emit,
     channels = {}, calls = Calls.new(),
-    dirty = false, corked = false, flushing = false, paused = false, awaiting = 0, heartbeat = 0,
+    dirty = false, corked = false, flushing = false, paused = false, heartbeat = 0,
+    awaiting = 0,          -- tasks in `block`, and those that were cancelled there
+    awaiting_until = 0,    -- the latest that one of them waits
+    admitting = false, admitted = 0, -- bytes read past a full consumer
     wake = condition(),    -- the writer
     drained = condition(), -- the reader, while it is paused
     room = condition(),    -- publishers that wait for buffer space or for the broker to unblock

@@ -1,6 +1,8 @@
 -- Consumers, settling, handlers.
 local moonrabbit = require "moonrabbit"
 local broker = require "support.broker"
+local fake = require "support.fake_broker"
+local scripted = require "support.scripted"
 local native = require "moonrabbit.runtime.native"
 local ok = broker.ok
 
@@ -195,7 +197,11 @@ describe("consuming", function()
     local acked
     acked, err = message:ack()
     assert.is_nil(acked)
-    assert.equal("channel", err.kind)
+    assert.equal("closed", err.kind)
+    assert.equal(404, err.code)
+    acked, err = ch:ack(message)
+    assert.is_nil(acked)
+    assert.equal("closed", err.kind)
   end)
 
   it("says no to an exclusive consumer beside another, and to an unknown queue", function()
@@ -408,5 +414,58 @@ describe("consuming", function()
       broker.eventually(function() return ok(ch:queue_declare(out, { passive = true })).message_count == 50 end)
       ok(consumer:cancel())
     end)
+  end)
+
+  it("settles nothing of its own for a message of another channel", function()
+    fill(4)
+    local other = ok(conn:channel())
+    local theirs = ok(ok(other:consume(queue, { prefetch = 1 })):receive(5))
+    local mine = ok(ok(ch:consume(queue, { prefetch = 1 })):receive(5))
+    assert.equal(theirs.delivery_tag, mine.delivery_tag)
+    for _, method in ipairs { "ack", "nack", "reject" } do
+      local good, message = pcall(ch[method], ch, theirs)
+      assert.is_false(good)
+      assert.matches("another channel", message)
+    end
+    assert.equal(1, ch:unsettled())
+    assert.equal(1, other:unsettled())
+    ok(other:close())
+    for _, method in ipairs { "ack", "nack", "reject" } do
+      local settled, err = ch[method](ch, theirs)
+      assert.is_nil(settled)
+      assert.equal("closed", err.kind)
+    end
+    assert.equal(1, ch:unsettled())
+    assert.is_true(ok(ch:ack(mine)))
+  end)
+
+  it("lets a call time out, and others run, while more comes than a consumer takes", function()
+    local other = scripted.start()
+    local line = broker.connect { uri = "amqp://127.0.0.1/", runtime = other.runtime }
+    local channel = ok(line:channel())
+    ok(channel:consume("q", { no_ack = true, tag = "t" }))
+    local chunk, fed = fake.deliver(1, "t", 1, ("x"):rep(60000)), 0
+    local ticks, result = 0, nil
+    moonrabbit.run(function()
+      other.flood = function()
+        fed = fed + #chunk
+        return fed < 500e6 and chunk or nil
+      end
+      other.more:signal()
+      local ticking = moonrabbit.spawn(function()
+        while true do
+          moonrabbit.sleep(0.01)
+          ticks = ticks + 1
+        end
+      end)
+      result = { channel:queue_declare("x", { timeout = 0.3 }) }
+      native.cancel(ticking)
+    end)
+    other.flood = nil
+    assert.is_nil(result[1])
+    assert.equal("timeout", result[2].kind)
+    assert.truthy(ticks >= 5, ticks .. " ticks")
+    assert.truthy(fed < 150e6, fed .. " bytes read")
+    line:close(0.1)
   end)
 end)

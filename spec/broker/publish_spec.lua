@@ -2,6 +2,8 @@
 local moonrabbit = require "moonrabbit"
 local broker = require "support.broker"
 local native = require "moonrabbit.runtime.native"
+local scripted = require "support.scripted"
+local fake = require "support.fake_broker"
 local ok = broker.ok
 
 describe("publishing", function()
@@ -398,6 +400,124 @@ describe("publishing", function()
       local publisher = ok(conn:publisher { routing_key = queue })
       assert.has_error(function() publisher:send("x", { window = 5 }) end)
       assert.has_error(function() publisher:send(5) end)
+    end)
+  end)
+
+  it("throws for options that are none", function()
+    local good, message = pcall(ch.publish, ch, "x", 5)
+    assert.is_false(good)
+    assert.matches("opts", message)
+  end)
+
+  describe("to a broker that does not answer", function()
+    local function open()
+      local other = scripted.start()
+      local line = broker.connect { uri = "amqp://127.0.0.1/", runtime = other.runtime }
+      return ok(line:channel { confirm = true }), other, line
+    end
+
+    it("never calls what was lost confirmed", function()
+      local channel = open()
+      local confirmation = ok(channel:publish_async("x", { routing_key = "q" }))
+      channel:__close()
+      for _ = 1, 3 do
+        local all, err = channel:wait_for_confirms(1)
+        assert.is_nil(all)
+        assert.equal("closed", err.kind)
+        assert.equal(1, err.pending)
+      end
+      local acked, err = confirmation:wait(5)
+      assert.is_nil(acked)
+      assert.equal("closed", err.kind)
+    end)
+
+    it("tells everyone who waits when another task closes the channel", function()
+      for _, close in ipairs { "__close", "close" } do
+        local channel = open()
+        local results, n = {}, 0
+        moonrabbit.run(function()
+          local function start(name, fn)
+            moonrabbit.spawn(function()
+              results[name] = { fn() }
+              n = n + 1
+            end)
+          end
+          local confirmation = ok(channel:publish_async("x", { routing_key = "q" }))
+          local started = native.now()
+          start("all", function() return channel:wait_for_confirms(10) end)
+          start("all again", function() return channel:wait_for_confirms(10) end)
+          start("one", function() return confirmation:wait(10) end)
+          start("publish", function() return channel:publish("y", { routing_key = "q", timeout = 10 }) end)
+          moonrabbit.sleep(0.02)
+          channel[close](channel)
+          broker.eventually(function() return n == 4 end, 5)
+          assert(native.now() - started < 5)
+        end)
+        for name, result in pairs(results) do
+          assert.is_nil(result[1], name)
+          assert.equal("closed", result[2].kind, name)
+        end
+      end
+    end)
+
+    it("tells each task that waits for all of them of the same loss", function()
+      local channel, other = open()
+      local results = {}
+      moonrabbit.run(function()
+        channel:publish_async("x", { routing_key = "q" })
+        for i = 1, 2 do moonrabbit.spawn(function() results[i] = { channel:wait_for_confirms(10) } end) end
+        moonrabbit.sleep(0.02)
+        other:cut()
+        broker.eventually(function() return results[1] and results[2] end)
+      end)
+      assert.is_nil(results[1][1])
+      assert.is_nil(results[2][1])
+      assert.equal("closed", results[2][2].kind)
+    end)
+
+    it("tells each task that waits for all of them of the same nack", function()
+      local channel, other = open()
+      local results = {}
+      moonrabbit.run(function()
+        channel:publish_async("x", { routing_key = "q" })
+        for i = 1, 2 do moonrabbit.spawn(function() results[i] = { channel:wait_for_confirms(10) } end) end
+        moonrabbit.sleep(0.02)
+        other:say(fake.nack(1, 1))
+        broker.eventually(function() return results[1] and results[2] end)
+      end)
+      for i = 1, 2 do
+        assert.is_nil(results[i][1])
+        assert.equal("nacked", results[i][2].kind)
+        assert.equal(1, #results[i][2].failed)
+      end
+      assert.is_true(channel:wait_for_confirms(1))
+    end)
+
+    it("knows that nothing is lost when all was confirmed before the end", function()
+      local channel, other = open()
+      channel:publish_async("x", { routing_key = "q" })
+      moonrabbit.run(function()
+        moonrabbit.sleep(0.01)
+        other:say(fake.ack(1, 1))
+        broker.eventually(function() return channel:unconfirmed() == 0 end)
+        other:cut()
+        broker.eventually(function() return not channel:is_open() end)
+      end)
+      assert.is_true(channel:wait_for_confirms(1))
+    end)
+
+    it("knows that something is lost when the confirms of others came with the end", function()
+      local channel, other = open()
+      channel:publish_async("x", { routing_key = "q" })
+      channel:publish_async("y", { routing_key = "q" })
+      moonrabbit.run(function()
+        moonrabbit.sleep(0.01)
+        other:say(fake.ack(1, 1) .. fake.method(1, 20, 40, fake.u16(404) .. fake.short "no" .. fake.u32(0)))
+        broker.eventually(function() return not channel:is_open() end)
+      end)
+      local all, err = channel:wait_for_confirms(1)
+      assert.is_nil(all)
+      assert.equal("channel", err.kind)
     end)
   end)
 end)

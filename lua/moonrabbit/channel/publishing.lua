@@ -103,6 +103,7 @@ local function publish_slow(self, again, x, y, status, timeout, level)
     session:block(condition, left)
     confirmation, flush = again(self, x, y)
     if confirmation then
+      self._unsure = true
       if flush then session:try_flush() else session:touch() end
       condition:signal() -- there may be room for the next one too
       return confirmation
@@ -111,9 +112,12 @@ local function publish_slow(self, again, x, y, status, timeout, level)
   until false
 end
 
-local function check_body(body, level)
+local function check_publish(body, opts, level)
   if type(body) ~= "string" then
     error("publish: the body must be a string, not a " .. type(body), level + 1)
+  end
+  if opts ~= nil and type(opts) ~= "table" then
+    error("publish: opts must be a table, not a " .. type(opts), level + 1)
   end
 end
 
@@ -131,6 +135,7 @@ function Channel:publish_async(body, opts)
   local confirmation, flush = core_publish(self._core, body, opts)
   if confirmation then
     local session = self._session
+    self._unsure = true
     if flush then
       session:try_flush()
     elseif not session.dirty then
@@ -152,7 +157,7 @@ end
 ---@param opts moonrabbit.PublishOptions?
 ---@return true|nil, moonrabbit.Error?
 function Channel:publish(body, opts)
-  check_body(body, 2)
+  check_publish(body, opts, 2)
   local timeout = opts and opts.timeout
   if timeout then argument("Channel:publish", "option 'timeout'", timeout, seconds) end
   local confirmation, flush = core_publish(self._core, body, opts)
@@ -161,6 +166,7 @@ function Channel:publish(body, opts)
       if flush then self._session:try_flush() else self._session:touch() end
       return true
     end
+    self._unsure = true
     return self:_wait(confirmation, timeout, true)
   end
   local now = self._runtime.now
@@ -179,6 +185,7 @@ function Channel:_publish_route(route, body, timeout)
   local confirmation, flush = core_publish_route(self._core, route, body)
   if confirmation then
     local session = self._session
+    self._unsure = true
     if flush then
       session:try_flush()
     elseif not session.dirty then
@@ -200,6 +207,7 @@ function Channel:_forward(message, exchange, routing_key, opts, timeout)
   end
   local confirmation, flush = again()
   if confirmation then
+    self._unsure = true
     if flush then self._session:try_flush() else self._session:touch() end
     return confirmation
   end
@@ -275,6 +283,15 @@ local function wake_settled(self, limit)
   return true
 end
 
+-- Whoever waits for the last confirm goes on. A core channel that has ended has none left either: what it
+-- left behind is for _ended to say.
+local function all_settled(self)
+  local core_channel = self._core
+  if core_channel:unconfirmed() > 0 then return end
+  if core_channel:is_open() then self._unsure = false end
+  self._settled:broadcast()
+end
+
 ---@package
 function Channel:_confirmed()
   if self._waiters > 0 and not wake_settled(self, SCAN) and not self._sweeping then
@@ -286,7 +303,7 @@ function Channel:_confirmed()
     end)
   end
   self._room:signal()
-  if self._core:unconfirmed() == 0 then self._settled:broadcast() end
+  all_settled(self)
 end
 
 ---@package
@@ -301,9 +318,9 @@ end
 ---@package
 function Channel:_failed(seq, outcome, confirmation)
   local err
+  local returned = self._returns and self._returns[seq]
+  if returned then self._returns[seq] = nil end
   if outcome == "unroutable" then
-    local returned = self._returns and self._returns[seq]
-    if returned then self._returns[seq] = nil end
     err = self._session:error("unroutable", ("no queue takes the message: %s (%s)"):format(
       returned and returned[2] or "NO_ROUTE", returned and returned[1] or 312),
       { code = returned and returned[1] or 312, class = 60, method = 40 })
@@ -317,14 +334,14 @@ function Channel:_failed(seq, outcome, confirmation)
     if #failures < MAX_FAILURES then
       failures[#failures + 1] = { seq = seq, outcome = outcome, err = err }
     else
-      self._failures_lost = self._failures_lost + 1
+      failures.more = (failures.more or 0) + 1
     end
   end
   if waiter then settle_waiter(self, waiter) end
   local rpc_call = self._rpc_failed
   if rpc_call then rpc_call(seq, err) end
   self._room:signal()
-  if self._core:unconfirmed() == 0 then self._settled:broadcast() end
+  all_settled(self)
 end
 
 --- Waits for one confirmation. `own`: the failure is the caller's alone to hear of.
@@ -332,7 +349,7 @@ end
 function Channel:_wait(confirmation, timeout, own)
   local acked = core_acked(confirmation)
   if acked then return true end
-  if acked == nil then return nil, self:_failure(confirmation) end
+  if acked == nil or self._closed then return nil, self:_failure(confirmation) end
   timeout = timeout or self.timeout
   if timeout > 0 then
     local now = self._runtime.now
@@ -346,7 +363,7 @@ function Channel:_wait(confirmation, timeout, own)
       if left <= 0 then break end
       session:block(condition, left)
       acked = core_acked(confirmation)
-    until acked ~= false
+    until acked ~= false or self._closed
     waiter.count = waiter.count - 1
     if waiter.count == 0 then
       remove_waiter(self, waiter)
@@ -356,7 +373,7 @@ function Channel:_wait(confirmation, timeout, own)
     end
   end
   if acked then return true end
-  if acked == nil then return nil, self:_failure(confirmation) end
+  if acked == nil or self._closed then return nil, self:_failure(confirmation) end
   return nil, self._session:error("timeout", ("the broker has not confirmed the message within %g s"):format(timeout)
     .. (self._session.blocked and " (it has blocked publishing)" or ""))
 end
@@ -376,7 +393,8 @@ function Channel:wait_for_confirms(timeout)
   local deadline = now() + timeout
   session:touch()
   local pending = self._core:unconfirmed()
-  while pending > 0 do
+  local failed = self._failures
+  while pending > 0 and not self._closed do
     local left = deadline - now()
     if left <= 0 then break end
     self._pending = pending
@@ -384,25 +402,26 @@ function Channel:wait_for_confirms(timeout)
     pending = self._core:unconfirmed()
   end
   self._pending = nil
-  local failed, lost = self._failures, self._failures_lost
+  -- Another task that waited may have taken them, and left new ones.
+  if #failed == 0 then failed = self._failures end
   local err
   if self._closed and self._lost then
     local reason = self._closed
     err = session:error(reason.kind, "publishes may not have been settled: " .. reason.message,
       { code = reason.code, class = reason.class, method = reason.method, temporary = reason.temporary })
     if type(self._lost) == "number" then err.pending = self._lost end
-    self._lost = nil
   elseif pending > 0 then
     err = session:error("timeout", ("%d publishes were not confirmed within %g s"):format(pending, timeout))
     err.pending = pending
   elseif #failed > 0 then
     local first = failed[1].err
-    err = session:error(first.kind, ("%d publishes failed; the first: %s"):format(#failed + lost, first.message),
+    err = session:error(first.kind, ("%d publishes failed; the first: %s"):format(#failed + (failed.more or 0),
+      first.message),
       { code = first.code, class = first.class, method = first.method, temporary = first.temporary })
   else
     return true
   end
-  self._failures, self._failures_lost = {}, 0
+  if self._failures == failed then self._failures = {} end
   err.failed = failed
   return nil, err
 end
