@@ -41,8 +41,8 @@ function connect.open(args, extra)
 end
 
 --- Opens a connection and a channel, runs fn(channel, connection), closes both.
--- fn returns an exit code, or nil, err.
-function connect.with_channel(args, channel_options, fn)
+-- fn returns an exit code, or nil, err. `at_stake`: what may be lost when the close fails, which then is a failure.
+function connect.with_channel(args, channel_options, fn, at_stake)
   local conn, code = connect.open(args)
   if not conn then return code end
   local ch, err = conn:channel(channel_options)
@@ -51,8 +51,12 @@ function connect.with_channel(args, channel_options, fn)
     return connect.fail(err)
   end
   local result, problem = fn(ch, conn)
-  conn:close(conn.timeout)
+  local closed, why = conn:close(conn.timeout)
   if result == nil then return connect.fail(problem) end
+  if at_stake and not closed then
+    output.complain(("%s may not have reached the broker: %s"):format(at_stake, tostring(why)))
+    if result == exit.ok then return exit.failed end
+  end
   return result
 end
 

@@ -36,16 +36,23 @@ function consume.check(args)
   end
 end
 
+local at_stake = { ack = "the last acks", reject = "the last rejects" }
+
 -- Settles what was written. Written is what the system has taken, not what waits in a buffer.
-local function settle(held, args)
+local function settle(state, args)
+  local held = state.held
   local ok, err = output.flush()
   if not ok then return nil, err end
   if args.ack_mode == "requeue" then return true end
   for i = 1, #held do
     local msg = held[i]
     held[i] = nil
-    if args.ack_mode == "ack" then msg:ack()
-    elseif args.ack_mode == "reject" then msg:reject { requeue = false } end
+    if args.ack_mode == "ack" then ok, err = msg:ack()
+    elseif args.ack_mode == "reject" then ok, err = msg:reject { requeue = false } end
+    if not ok then
+      state.unsettled = err
+      return nil, err
+    end
   end
   return true
 end
@@ -58,7 +65,7 @@ local function pump(consumer, args, state)
   while not state.stopped and seen ~= args.count do
     local msg, err = consumer:receive(0)
     if not msg and err.kind == "timeout" then
-      local ok, broken = settle(held, args)
+      local ok, broken = settle(state, args)
       if not ok then return seen, broken end
       msg, err = consumer:receive(args.timeout)
     end
@@ -70,16 +77,21 @@ local function pump(consumer, args, state)
     seen = seen + 1
     if args.ack_mode ~= "none" then held[#held + 1] = msg end
     if #held >= batch and args.ack_mode ~= "requeue" then
-      local ok, broken = settle(held, args)
+      local ok, broken = settle(state, args)
       if not ok then return seen, broken end
     end
   end
-  local ok, broken = settle(held, args)
+  local ok, broken = settle(state, args)
   if not ok then return seen, broken end
   return seen
 end
 
 local function finish(args, state, seen, err)
+  if state.unsettled then
+    output.complain(("%s could not be sent, the broker delivers the messages again: %s")
+      :format(at_stake[args.ack_mode], tostring(state.unsettled)))
+    return state.stopped or exit.failed
+  end
   if state.stopped then return state.stopped end
   if type(err) == "string" then
     output.complain("stdout cannot be written: " .. err)
@@ -116,7 +128,7 @@ function consume.run(args)
     end
     unwatch()
     return finish(args, state, seen, problem)
-  end)
+  end, at_stake[args.ack_mode])
 end
 
 return consume

@@ -25,13 +25,20 @@ function get.check(args)
   if args.raw and args.json then return "--raw and --json: give one of them" end
 end
 
+local at_stake = { ack = "the acks", reject = "the rejects" }
+
+-- The first error counts: those that follow are the same. One of requeue does not: the broker puts them back itself.
 local function settle(held, mode)
+  local problem
   for i = #held, 1, -1 do
     local msg = held[i]
-    if mode == "ack" then msg:ack()
-    elseif mode == "reject" then msg:reject { requeue = false }
+    local ok, err = true, nil
+    if mode == "ack" then ok, err = msg:ack()
+    elseif mode == "reject" then ok, err = msg:reject { requeue = false }
     elseif mode == "requeue" then msg:nack { requeue = true } end
+    if not ok and not problem then problem = err end
   end
+  return problem
 end
 
 function get.run(args)
@@ -56,10 +63,15 @@ function get.run(args)
     end
     local flushed, problem = output.flush()
     if not flushed then output.complain("stdout cannot be written: " .. tostring(problem)) end
-    settle(held, flushed and args.ack_mode or "requeue")
+    local unsettled = settle(held, flushed and args.ack_mode or "requeue")
+    if unsettled then
+      output.complain(("%s could not be sent, the broker delivers the messages again: %s")
+        :format(at_stake[args.ack_mode], tostring(unsettled)))
+      return exit.failed
+    end
     if seen == 0 then output.note(("queue %s is empty"):format(args.queue)) end
     return seen > 0 and flushed and exit.ok or exit.failed
-  end)
+  end, at_stake[args.ack_mode])
 end
 
 return get

@@ -6,6 +6,8 @@ local output = require "moonrabbit.cli.output"
 local progress = require "moonrabbit.cli.progress"
 local values = require "moonrabbit.cli.values"
 
+local STOP = 1 -- seconds that SIGINT leaves for the confirms
+
 local publish = {
   summary = "Publish messages and wait for the broker's confirms.",
   description = "Publishes a message given as an argument, the bytes of a file, or a message for every line of "
@@ -117,13 +119,28 @@ function Pending:push(confirmation)
   self[self.last] = confirmation
 end
 
--- Settles until no more than `most` are left.
-function Pending:reap(most, tally, timeout)
+-- How long to wait for an answer: until the time is up without one, and not at all after that.
+local function patience(job, deadline)
+  if job.gave_up then return 0 end
+  if job.stop_at and job.stop_at < deadline then deadline = job.stop_at end
+  return math.max(0, deadline - connect.now())
+end
+
+-- Settles until no more than `most` are left. Each answer gives the broker the whole time again; once it was too
+-- slow, what is left is taken as it is.
+function Pending:reap(most, job)
+  local deadline = connect.now() + job.timeout
   while self.last - self.first + 1 > most do
     local confirmation = self[self.first]
     self[self.first] = nil
     self.first = self.first + 1
-    tally:take(confirmation:wait(timeout))
+    local ok, err = confirmation:wait(patience(job, deadline))
+    if not ok and err.kind == "timeout" then
+      job.gave_up = true
+    elseif not job.gave_up then
+      deadline = connect.now() + job.timeout
+    end
+    job.tally:take(ok, err)
   end
 end
 
@@ -140,7 +157,9 @@ end
 -- Reading stdin blocks, so everything published so far is sent before it may.
 local function lines(conn)
   local poller = require "moonrabbit.net".poller()
-  local watched = pcall(poller.set, poller, 0, "r")
+  -- A regular file cannot be watched (nil, text), and never makes anyone wait.
+  local ok, set = pcall(poller.set, poller, 0, "r")
+  local watched = ok and set
   return function()
     if watched and poller:wait(0) == 0 then conn:flush() end
     return io.stdin:read "*l"
@@ -165,10 +184,13 @@ local function report(tally, seconds, code)
   return code
 end
 
--- Publishes until the bodies end, the connection breaks or somebody says stop.
+-- After these nothing further would leave either, or only after as long a wait.
+local ends = { closed = true, channel = true, blocked = true, overflow = true, timeout = true }
+
+-- Publishes until the bodies end, the connection breaks, the broker takes no more or somebody says stop.
 local function send_all(publisher, next_body, job)
   local tally, pending = job.tally, job.pending
-  while not job.stopped do
+  while not job.stopped and not job.gave_up do
     local body = next_body()
     if not body then break end
     tally.published = tally.published + 1
@@ -177,12 +199,12 @@ local function send_all(publisher, next_body, job)
       pending:push(confirmation)
     else
       tally:fail(err)
-      if err.kind == "closed" or err.kind == "channel" then break end
+      if ends[err.kind] then break end
     end
-    pending:reap(job.window - 1, tally, job.timeout)
+    pending:reap(job.window - 1, job)
     if tally.published % 256 == 0 then job.bar:update(tally.confirmed) end
   end
-  pending:reap(0, tally, job.timeout)
+  pending:reap(0, job)
   job.bar:finish()
 end
 
@@ -212,11 +234,19 @@ function publish.run(args)
     timeout = args.timeout or 10, bar = progress.new("confirmed", body and (args.count or 1), connect.now),
   }
   local unwatch
-  if body then unwatch = connect.on_stop(function(why) job.stopped = why end) end
+  if body then
+    unwatch = connect.on_stop(function(why)
+      if job.stopped then return end
+      job.stopped, job.stop_at = why, connect.now() + STOP
+      -- A wait that has begun knows nothing of it: the close ends that.
+      require "moonrabbit.runtime.native".sleep(STOP)
+      conn:close(0)
+    end)
+  end
   -- A read of stdin cannot be woken: there SIGINT ends the process in its own way.
   send_all(publisher, body and repeated(body, args.count or 1) or lines(conn), job)
   if unwatch then unwatch() end
-  conn:close(job.timeout)
+  conn:close(job.stop_at and math.max(0, job.stop_at - connect.now()) or job.timeout)
   return report(job.tally, connect.now() - began, job.stopped or exit.ok)
 end
 
