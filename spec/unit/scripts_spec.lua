@@ -1,0 +1,89 @@
+-- The scripts on a machine that lacks something: they say what, and what to do, and exit with 1.
+local process = require "support.process"
+
+-- A folder of links to these programs only, as the whole PATH.
+local function folder(programs)
+  local path = os.tmpname()
+  os.remove(path)
+  assert(os.execute("mkdir " .. path))
+  for _, name in ipairs(programs) do
+    os.execute(("ln -s $(command -v %s) %s/%s"):format(name, path, name))
+  end
+  return path
+end
+
+local function run(words, env)
+  local result = process.run(words, { raw = true, env = env, timeout = 20 })
+  return result
+end
+
+describe("scripts/deps", function()
+  local shell = { "sh", "sed", "tr", "id", "timeout" }
+
+  it("lists what is missing where there is neither dpkg-query nor a compiler", function()
+    local bin = folder(shell)
+    local result = run({ "/bin/sh", "scripts/deps", "build", "broker" }, { PATH = bin })
+    os.execute("rm -r " .. bin)
+    assert.equal(1, result.code, result.err)
+    assert.equal("", result.out)
+    local missing = result.err:match "not found here:([^\n]*)"
+    assert.truthy(missing, result.err)
+    for _, what in ipairs { "cc", "make", "lua", "luajit", "rabbitmq%-c%-headers", "openssl%-headers" } do
+      assert.matches(what, missing)
+    end
+    assert.matches("rabbitmq%-server", result.err)
+    assert.matches("librabbitmq%-dev", result.err)
+  end)
+
+  it("says what to install where there is no apt-get", function()
+    local bin = folder(shell)
+    -- A dpkg-query that knows of one package.
+    local file = assert(io.open(bin .. "/dpkg-query", "w"))
+    file:write "#!/bin/sh\necho 'installed gcc'\nexit 1\n"
+    file:close()
+    os.execute("chmod 755 " .. bin .. "/dpkg-query")
+    local result = run({ "/bin/sh", "scripts/deps", "build", "broker" }, { PATH = bin })
+    os.execute("rm -r " .. bin)
+    assert.equal(1, result.code, result.err)
+    assert.equal("", result.out)
+    assert.matches("no apt%-get", result.err)
+    local missing = result.err:match "missing: ([^\n]*)"
+    assert.matches("librabbitmq%-dev", missing)
+    assert.matches("rabbitmq%-server", missing)
+    assert.falsy((" " .. missing .. " "):find(" gcc ", 1, true))
+    assert.matches("sudo apt%-get update && sudo apt%-get install", result.err)
+    assert.matches("AMQP_URL=", result.err)
+  end)
+
+  it("knows its groups", function()
+    local result = run { "/bin/sh", "scripts/deps", "nonsense" }
+    assert.equal(2, result.code)
+    assert.matches("no group 'nonsense'", result.err)
+  end)
+end)
+
+describe("scripts/broker", function()
+  it("says what to do when a pinned port is taken", function()
+    if not io.open "/proc/net/tcp" then pending "looks at /proc/net/tcp" return end
+    local server = assert(require "moonrabbit.net".listen("127.0.0.1", 0))
+    local root = folder {}
+    local bin = folder {}
+    -- Never gets as far as to start them.
+    for _, name in ipairs { "rabbitmq-server", "rabbitmqctl", "rabbitmq-plugins" } do
+      local file = assert(io.open(bin .. "/" .. name, "w"))
+      file:write "#!/bin/sh\nexit 1\n"
+      file:close()
+      os.execute("chmod 755 " .. bin .. "/" .. name)
+    end
+    local port = server:port()
+    local result = run({ "scripts/broker", "start", "single", "--name", "pinned" }, {
+      MOONRABBIT_BROKER_DIR = root, MOONRABBIT_AMQP_PORT = tostring(port), MOONRABBIT_RABBITMQ_BIN = bin,
+    })
+    server:close()
+    os.execute("rm -r " .. root .. " " .. bin)
+    assert.equal(1, result.code, result.err)
+    assert.matches(("port %d %%(MOONRABBIT_AMQP_PORT%%) is taken"):format(port), result.err)
+    assert.matches("unset MOONRABBIT_AMQP_PORT", result.err)
+    assert.falsy(result.err:find("unbound variable", 1, true), result.err)
+  end)
+end)
