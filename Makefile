@@ -28,7 +28,7 @@ flags    := -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -Icsrc $(warnings) 
 depflags  = -MMD -MP
 
 rabbitmq_inc := $(if $(RABBITMQ_INCDIR),-I$(RABBITMQ_INCDIR))
-rabbitmq_lib := $(if $(RABBITMQ_LIBDIR),-L$(RABBITMQ_LIBDIR)) -lrabbitmq
+rabbitmq_lib := $(if $(RABBITMQ_LIBDIR),-L$(RABBITMQ_LIBDIR)) -lrabbitmq -lm
 openssl_inc  := $(if $(OPENSSL_INCDIR),-I$(OPENSSL_INCDIR))
 openssl_lib  := $(if $(OPENSSL_LIBDIR),-L$(OPENSSL_LIBDIR)) -lssl -lcrypto -lpthread
 

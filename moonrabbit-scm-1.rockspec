@@ -77,7 +77,7 @@ build = {
         "csrc/lua/values.c",
       },
       defines = { "_GNU_SOURCE" },
-      libraries = { "rabbitmq" },
+      libraries = { "rabbitmq", "m" },
       incdirs = { "csrc", "$(RABBITMQ_INCDIR)" },
       libdirs = { "$(RABBITMQ_LIBDIR)" },
     },

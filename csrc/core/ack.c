@@ -7,11 +7,9 @@
  * (406), so each state says exactly what the broker knows. */
 enum {
   OUTSTANDING,
-  GATHERED,    /* acked here, not written */
-  DONE,        /* the broker was told */
-  IN_TX,       /* told, in a transaction that is still open */
-  COMMITTING,  /* in a transaction whose commit was sent */
-  ROLLING_BACK /* in a transaction whose rollback was sent */
+  GATHERED, /* acked here, not written */
+  DONE,     /* the broker was told */
+  IN_TX     /* told, in a transaction that is still open */
 };
 
 enum { FIRST_CAP = 16, COMPACT_AT = 64 };
@@ -87,11 +85,13 @@ mr_status mr_acks_settle(mr_acks *a, uint64_t tag, mr_settle_kind kind, bool req
                          mr_settlement *out) {
   if (tag == 0 || tag > a->last_tag) return MR_UNKNOWN_TAG;
   mr_delivery *d = find(a, tag);
+  if (!d && tag <= a->recovered) return MR_CLOSED;
   if (!d || d->state != OUTSTANDING) return MR_SETTLED;
   a->outstanding--;
   if (kind == MR_SETTLE_ACK && !a->tx) {
     d->state = GATHERED;
     a->gathered++;
+    a->hint = 0;
     return MR_OK;
   }
   d->state = a->tx ? IN_TX : DONE;
@@ -118,6 +118,7 @@ static void mark_upto(mr_acks *a, uint64_t tag, uint8_t state) {
     a->outstanding--;
     if (state == GATHERED) a->gathered++;
   }
+  a->hint = 0;
 }
 
 void mr_acks_settle_upto(mr_acks *a, uint64_t tag) {
@@ -166,19 +167,18 @@ bool mr_acks_next(mr_acks *a, mr_settlement *out) {
   return true;
 }
 
-void mr_acks_clear(mr_acks *a) { a->head = a->tail = a->outstanding = a->gathered = a->hint = 0; }
-
-void mr_acks_tx_end(mr_acks *a, bool commit) {
-  for (size_t i = a->head; i < a->tail; i++)
-    if (a->items[i].state == IN_TX) a->items[i].state = commit ? COMMITTING : ROLLING_BACK;
+void mr_acks_clear(mr_acks *a) {
+  a->head = a->tail = a->outstanding = a->gathered = a->hint = 0;
+  a->recovered = a->last_tag;
 }
 
-void mr_acks_tx_done(mr_acks *a, bool commit) {
+/* The broker takes the commands of a channel in order, so what was asked holds for all that is sent
+ * from now on. */
+void mr_acks_tx_end(mr_acks *a, bool commit) {
   for (size_t i = a->head; i < a->tail; i++) {
-    if (commit && a->items[i].state == COMMITTING) a->items[i].state = DONE;
-    if (commit || a->items[i].state != ROLLING_BACK) continue;
-    a->items[i].state = OUTSTANDING;
-    a->outstanding++;
+    if (a->items[i].state != IN_TX) continue;
+    a->items[i].state = commit ? DONE : OUTSTANDING;
+    if (!commit) a->outstanding++;
   }
   drop_done_head(a);
 }

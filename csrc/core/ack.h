@@ -18,6 +18,7 @@ typedef struct {
   size_t hint;        /* while gathered acks are taken: none is left before this place */
   uint64_t last_tag;  /* the highest of the channel */
   uint64_t last_held; /* the newest that was to be settled */
+  uint64_t recovered; /* deliveries up to this were given back by basic.recover */
   bool tx;            /* acks are part of a transaction: written at once, restored by a rollback */
 } mr_acks;
 
@@ -49,8 +50,7 @@ void mr_acks_gather_upto(mr_acks *a, uint64_t tag);
 bool mr_acks_next(mr_acks *a, mr_settlement *out);
 /* basic.recover: the broker takes everything back. */
 void mr_acks_clear(mr_acks *a);
-/* A commit or rollback is sent; later, it is answered. */
+/* A commit or rollback is sent. */
 void mr_acks_tx_end(mr_acks *a, bool commit);
-void mr_acks_tx_done(mr_acks *a, bool commit);
 
 #endif

@@ -3,10 +3,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/wire.h"
+
 enum { FIRST_CAP = 1024 };
 
 static void forget(const mr_buffer *b, uint8_t *from, size_t n) {
-  if (b->secret && b->data && n) explicit_bzero(from, n);
+  if (b->secret && b->data && n) mr_wipe(from, n);
 }
 
 void mr_buffer_compact(mr_buffer *b) {

@@ -25,10 +25,14 @@ mr_status mr_calls_reserve(mr_calls *calls) {
 
 void mr_calls_push(mr_calls *calls, mr_call_entry entry) { calls->items[calls->tail++] = entry; }
 
-/* RabbitMQ's queue process sends basic.consume-ok itself, so it may come before or after the answers
- * to its neighbours. Everything else keeps its order. */
+/* RabbitMQ's queue process sends these two itself, so they may come before or after the answers to
+ * their neighbours (or, behind a channel.close, never). Everything else keeps its order. */
+static bool sent_by_queue(amqp_method_number_t reply) {
+  return reply == AMQP_BASIC_CONSUME_OK_METHOD || reply == AMQP_BASIC_CANCEL_OK_METHOD;
+}
+
 static bool may_pass(amqp_method_number_t reply, amqp_method_number_t waiting) {
-  return reply == AMQP_BASIC_CONSUME_OK_METHOD || waiting == AMQP_BASIC_CONSUME_OK_METHOD;
+  return sent_by_queue(reply) || sent_by_queue(waiting);
 }
 
 bool mr_calls_take(mr_calls *calls, amqp_method_number_t reply, mr_call_entry *entry) {

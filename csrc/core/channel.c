@@ -132,6 +132,10 @@ uint64_t mr_confirm_unsettled(const mr_channel *ch) {
   return ch->state == MR_CH_CLOSED ? 0 : ch->confirms.unsettled;
 }
 
+uint64_t mr_confirm_lost(const mr_channel *ch) {
+  return ch->state == MR_CH_CLOSED ? ch->confirms.unsettled : 0;
+}
+
 mr_outcome mr_confirm_outcome(const mr_channel *ch, uint64_t seq) {
   mr_outcome outcome = mr_confirms_outcome(&ch->confirms, seq);
   bool unsettled = outcome == MR_PENDING || outcome == MR_RETURNED;

@@ -139,7 +139,7 @@ void mr_engine_free(mr_engine *e) {
   mr_calls_free(&e->calls);
   free(e->vhost.bytes);
   free(e->user.bytes);
-  if (e->password.bytes) explicit_bzero(e->password.bytes, e->password.len);
+  if (e->password.bytes) mr_wipe(e->password.bytes, e->password.len);
   free(e->password.bytes);
   mr_buffer_free(&e->client_properties);
   mr_buffer_free(&e->rx);

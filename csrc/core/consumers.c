@@ -74,4 +74,12 @@ void mr_consumers_remove(mr_channel *ch, amqp_bytes_t tag) {
   ch->last_consumer = SIZE_MAX;
 }
 
+/* A cancel that crossed one of the broker's finds no consumer, or one that took the tag since. */
+void mr_consumers_cancelled(mr_channel *ch, amqp_bytes_t tag) {
+  size_t i = find_among_all(ch, tag);
+  if (i == SIZE_MAX || !ch->consumers[i].cancelling) return;
+  ch->consumers[i] = ch->consumers[--ch->n_consumers];
+  ch->last_consumer = SIZE_MAX;
+}
+
 void mr_consumers_undo_add(mr_channel *ch) { ch->n_consumers--; }

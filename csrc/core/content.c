@@ -130,6 +130,7 @@ static uint64_t returned_seq(mr_channel *ch, amqp_bytes_t props) {
 static bool count_delivery(mr_channel *ch, const mr_content *c) {
   bool not_ours = c->no_ack || ch->recovering;
   mr_status status = mr_acks_add(&ch->acks, c->delivery_tag, not_ours);
+  if (ch->recovering) ch->acks.recovered = ch->acks.last_tag;
   if (status == MR_NO_MEMORY) out_of_memory(ch);
   if (status == MR_BAD_ARGUMENT)
     mr_protocol_error(ch->engine, AMQP_COMMAND_INVALID, "channel %u: delivery tags do not grow",

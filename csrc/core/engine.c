@@ -44,6 +44,7 @@ uint8_t *mr_engine_rx_reserve(mr_engine *e, size_t *space) {
 void mr_engine_rx_commit(mr_engine *e, size_t n, double now) {
   e->rx.tail += n;
   e->last_rx = now;
+  e->reprieved = false;
   if (n == e->rx_space && e->rx_target < RX_LARGEST) e->rx_target *= 2;
 }
 
@@ -121,7 +122,8 @@ static void send_heartbeat(mr_engine *e, double now) {
 static void check_silence(mr_engine *e, double now) {
   double half = e->tuned.heartbeat / 2.0;
   if (now < silence_deadline(e)) return;
-  if (now - e->last_tick > half * 1.5) {
+  if (!e->reprieved && now - e->last_tick > half * 1.5) {
+    e->reprieved = true;
     e->last_rx = now - 3 * half;
     return;
   }
@@ -148,7 +150,9 @@ void mr_engine_tick(mr_engine *e, double now) {
 
 void mr_engine_pause(mr_engine *e, bool paused, double now) {
   e->paused = paused;
-  if (!paused) e->last_rx = now;
+  if (paused) return;
+  e->last_rx = now;
+  e->reprieved = false;
 }
 
 /* ---- the connection ---- */

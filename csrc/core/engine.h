@@ -90,6 +90,7 @@ struct mr_engine {
   bool eof;
   bool blocked;
   bool paused;
+  bool reprieved;          /* the present silence was excused once */
   bool close_reports_auth; /* the broker promised to say when it refuses credentials */
   mr_error error;          /* why it ended */
   char eof_text[128];
@@ -177,7 +178,7 @@ bool mr_channel_method(mr_channel *ch, amqp_method_number_t method, amqp_bytes_t
 /* ---- calls.c ---- */
 mr_status mr_calls_reserve(mr_calls *calls);
 void mr_calls_push(mr_calls *calls, mr_call_entry entry); /* after mr_calls_reserve */
-/* Takes the call that `reply` answers: the oldest, but for basic.consume. */
+/* Takes the call that `reply` answers: the oldest, but for consume and cancel. */
 bool mr_calls_take(mr_calls *calls, amqp_method_number_t reply, mr_call_entry *entry);
 void mr_calls_free(mr_calls *calls);
 
@@ -185,6 +186,8 @@ void mr_calls_free(mr_calls *calls);
 mr_status mr_consumers_add(mr_channel *ch, amqp_bytes_t tag, bool no_ack, uint32_t ref);
 /* basic.cancel was sent. */
 void mr_consumers_cancel(mr_channel *ch, amqp_bytes_t tag);
+/* basic.cancel was answered. */
+void mr_consumers_cancelled(mr_channel *ch, amqp_bytes_t tag);
 mr_consumer *mr_consumers_find(mr_channel *ch, amqp_bytes_t tag);
 /* Takes the last addition back. */
 void mr_consumers_undo_add(mr_channel *ch);

@@ -77,7 +77,7 @@ static uint8_t *put_response(const mr_engine *e, uint8_t *p) {
 }
 
 static void forget_password(mr_engine *e) {
-  if (e->password.bytes) explicit_bzero(e->password.bytes, e->password.len);
+  if (e->password.bytes) mr_wipe(e->password.bytes, e->password.len);
   free(e->password.bytes);
   e->password = mr_bytes(NULL, 0);
 }

@@ -273,13 +273,16 @@ mr_outcome mr_confirm_outcome(const mr_channel *channel, uint64_t seq);
 uint64_t mr_confirm_unsettled(const mr_channel *channel);
 uint64_t mr_confirm_oldest(const mr_channel *channel);
 uint64_t mr_confirm_next(const mr_channel *channel);
+/* Publishes that were unsettled when the channel or connection ended; 0 before. */
+uint64_t mr_confirm_lost(const mr_channel *channel);
 /* Slots of the ring, a power of two: seq & (capacity - 1) is unique among the unsettled. */
 uint64_t mr_confirm_capacity(const mr_channel *channel);
 
 /* ---- settling ---- */
 typedef enum { MR_SETTLE_ACK, MR_SETTLE_NACK, MR_SETTLE_REJECT } mr_settle_kind;
 /* Settles one delivery. Acks are gathered; nacks and rejects are written at once. MR_FLUSH: a
- * quarter of the prefetch is gathered, write now. MR_SETTLED, MR_UNKNOWN_TAG, MR_CLOSED otherwise. */
+ * quarter of the prefetch is gathered, write now. MR_SETTLED, MR_UNKNOWN_TAG, MR_CLOSED otherwise;
+ * MR_CLOSED too for what a basic.recover gave back. */
 mr_status mr_settle(mr_channel *channel, uint64_t tag, mr_settle_kind kind, bool requeue);
 /* Settles every outstanding delivery up to and including `tag` (0: all, which may be none). Not for
  * rejects. */

@@ -76,11 +76,9 @@ static void note_reply(mr_channel *ch, amqp_method_number_t method, const void *
       if (ch->state == MR_CH_OPENING) ch->state = MR_CH_OPEN;
       break;
     case AMQP_BASIC_CANCEL_OK_METHOD:
-      mr_consumers_remove(ch, ((const amqp_basic_cancel_ok_t *)decoded)->consumer_tag);
+      mr_consumers_cancelled(ch, ((const amqp_basic_cancel_ok_t *)decoded)->consumer_tag);
       break;
     case AMQP_BASIC_RECOVER_OK_METHOD: ch->recovering--; break;
-    case AMQP_TX_COMMIT_OK_METHOD: mr_acks_tx_done(&ch->acks, true); break;
-    case AMQP_TX_ROLLBACK_OK_METHOD: mr_acks_tx_done(&ch->acks, false); break;
     default: break;
   }
 }
@@ -128,6 +126,8 @@ bool mr_channel_method(mr_channel *ch, amqp_method_number_t method, amqp_bytes_t
                       method >> 16, method & 0xFFFF, wrong);
     return false;
   }
+  /* Its end was told; only the answer to our own close is still due. */
+  if (ch->state == MR_CH_CLOSED && method != AMQP_CHANNEL_CLOSE_OK_METHOD) return false;
   switch (method) {
     case AMQP_BASIC_ACK_METHOD:
     case AMQP_BASIC_NACK_METHOD: confirmed_by_broker(ch, method, args); return false;

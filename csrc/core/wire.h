@@ -68,6 +68,12 @@ static inline uint8_t *mr_put_frame_header(uint8_t *p, uint8_t type, uint16_t ch
   return mr_put32(mr_put16(mr_put8(p, type), channel), size);
 }
 
+/* Overwrites secrets in a way that a compiler may not leave out. */
+static inline void mr_wipe(void *bytes, size_t n) {
+  volatile uint8_t *p = bytes;
+  while (n--) *p++ = 0;
+}
+
 static inline bool mr_bytes_equal(amqp_bytes_t a, amqp_bytes_t b) {
   return a.len == b.len && (a.len == 0 || memcmp(a.bytes, b.bytes, a.len) == 0);
 }

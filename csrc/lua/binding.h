@@ -58,7 +58,7 @@ enum {
 enum { MR_LARGE_BODY = 3 };
 
 /* Slots of the table kept by an engine userdata. */
-enum { MR_ENGINE_CHANNELS = 1, MR_ENGINE_QUEUES, MR_ENGINE_OUTBOX, MR_ENGINE_FULL };
+enum { MR_ENGINE_CHANNELS = 1, MR_ENGINE_QUEUES, MR_ENGINE_OUTBOX };
 
 /* Slots of a queue's ring table: the anchor, then the messages. */
 enum { MR_RING_ANCHOR = 1, MR_RING_FIRST };
@@ -119,7 +119,8 @@ typedef struct {
   bool busy;         /* pump is looking at an event */
   uint32_t next_ref;
   int out_first, out_last; /* the outbox holds [first, last] */
-  struct mrl_queue *full;  /* input waits for it; kept alive by slot MR_ENGINE_FULL */
+  uint32_t n_full;         /* queues that hold input up */
+  bool admitted; /* input is taken all the same, until a full queue gets its next delivery */
 } mrl_engine;
 
 typedef struct {
@@ -133,6 +134,7 @@ typedef struct {
 
 typedef struct mrl_queue {
   mrl_tag tag;
+  mrl_engine *engine; /* kept alive by the ring's anchor */
   uint32_t ref;
   uint32_t head, count, capacity; /* of the ring; capacity is a power of two */
   size_t bytes;                   /* of the bodies in the ring */
@@ -265,7 +267,10 @@ void mrl_forget_channel(lua_State *L, int anchor, int queues);
 /* The queue of a consumer tag is about to be cancelled. The channel is at index 1. */
 void mrl_end_queue(lua_State *L, amqp_bytes_t consumer_tag);
 /* Takes the queue of a consumer tag out of the channel and the engine, and pushes it (or nil). */
-void mrl_take_queue(lua_State *L, int anchor, int queues, amqp_bytes_t consumer_tag);
+void mrl_take_queue(lua_State *L, int anchor, int queues, amqp_bytes_t consumer_tag,
+                    bool only_ending);
+/* The queue no longer holds input up. */
+void mrl_queue_unfill(mrl_queue *q);
 
 /* ---- queue.c ---- */
 

@@ -58,7 +58,7 @@ static int channel_gc(lua_State *L) {
 
 static void end_queue(mrl_queue *q) {
   q->ending = true;
-  q->full = false;
+  mrl_queue_unfill(q);
 }
 
 void mrl_end_queue(lua_State *L, amqp_bytes_t consumer_tag) {
@@ -87,13 +87,14 @@ void mrl_forget_channel(lua_State *L, int anchor, int queues) {
   lua_rawseti(L, anchor, MR_ANCHOR_PENDING);
 }
 
-void mrl_take_queue(lua_State *L, int anchor, int queues, amqp_bytes_t consumer_tag) {
+void mrl_take_queue(lua_State *L, int anchor, int queues, amqp_bytes_t consumer_tag,
+                    bool only_ending) {
   lua_rawgeti(L, anchor, MR_ANCHOR_TAGS);
   mrl_push_bytes(L, consumer_tag);
   lua_pushvalue(L, -1);
   lua_rawget(L, -3); /* tags, tag, queue */
   mrl_queue *q = lua_touserdata(L, -1);
-  if (q) {
+  if (q && (q->ending || !only_ending)) {
     end_queue(q);
     lua_pushnil(L);
     lua_rawseti(L, queues, (int)q->ref);
@@ -159,12 +160,13 @@ static int channel_consume(lua_State *L) {
   push_queues(L, 3);
   mrl_queue *q = mrl_queue_new(L, 3);
   q->no_ack = consume.no_ack;
+  q->engine = channel->engine;
   register_queue(L, channel->engine, q);
   mrl_read_consume(L, 2,
                    &consume); /* again: what allocates may run finalizers, which use the arena */
   mr_status status = channel->handle ? mr_consume(channel->handle, &consume, q->ref) : MR_CLOSED;
   if (status >= 0) return 1;
-  mrl_take_queue(L, 3, 4, consume.consumer_tag);
+  mrl_take_queue(L, 3, 4, consume.consumer_tag, false);
   return mrl_push_refusal(L, status);
 }
 
@@ -205,7 +207,7 @@ static int channel_flush_acks(lua_State *L) {
 
 static int channel_unsettled(lua_State *L) {
   mrl_channel *channel = mrl_check_channel(L, 1);
-  lua_pushinteger(L, channel->handle ? (lua_Integer)mr_unsettled(channel->handle) : 0);
+  mr_push_int64(L, channel->handle ? (int64_t)mr_unsettled(channel->handle) : 0);
   return 1;
 }
 
@@ -240,7 +242,13 @@ static int channel_set_window(lua_State *L) {
 
 static int channel_unconfirmed(lua_State *L) {
   mrl_channel *channel = mrl_check_channel(L, 1);
-  lua_pushinteger(L, channel->handle ? (lua_Integer)mr_confirm_unsettled(channel->handle) : 0);
+  mr_push_int64(L, channel->handle ? (int64_t)mr_confirm_unsettled(channel->handle) : 0);
+  return 1;
+}
+
+static int channel_lost(lua_State *L) {
+  const mrl_channel *channel = mrl_check_channel(L, 1);
+  mr_push_int64(L, channel->handle ? (int64_t)mr_confirm_lost(channel->handle) : 0);
   return 1;
 }
 
@@ -255,6 +263,7 @@ const luaL_Reg mrl_channel_functions[] = {{"id", channel_id},
                                           {"forward", mrl_forward},
                                           {"set_window", channel_set_window},
                                           {"unconfirmed", channel_unconfirmed},
+                                          {"lost", channel_lost},
                                           {"settle", channel_settle},
                                           {"settle_upto", channel_settle_upto},
                                           {"flush_acks", channel_flush_acks},

@@ -41,7 +41,7 @@ int mrl_push_flush(lua_State *L, mr_status status) {
 /* Too large for a lua_Integer: the nearest float. */
 void mrl_push_uint64(lua_State *L, uint64_t n) {
   if (n <= INT64_MAX)
-    lua_pushinteger(L, (lua_Integer)n);
+    mr_push_int64(L, (int64_t)n);
   else
     lua_pushnumber(L, (lua_Number)n);
 }

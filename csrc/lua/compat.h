@@ -96,6 +96,15 @@ static MR_UNUSED void mr_new_type(lua_State *L, const char *type, const luaL_Reg
   lua_pop(L, 1);
 }
 
+/* A lua_Integer may be narrower than 64 bits where Lua has no integers of its own. */
+static MR_UNUSED void mr_push_int64(lua_State *L, int64_t n) {
+#if MR_HAS_INTEGERS
+  lua_pushinteger(L, n);
+#else
+  lua_pushnumber(L, (lua_Number)n);
+#endif
+}
+
 /* A userdata with room for one table (its "environment" before 5.2, its uservalue since). */
 static MR_UNUSED void *mr_new_userdata(lua_State *L, size_t size) {
 #if LUA_VERSION_NUM >= 504

@@ -2,6 +2,8 @@
  * Confirmation: one publish of a confirm channel. The core knows what is unsettled, and counts the
  * rest as acked; so failures are noted here when the pump meets them (see pump.c).
  */
+#include <stdio.h>
+
 #include "lua/binding.h"
 
 static mrl_confirmation *check_confirmation(lua_State *L) {
@@ -41,14 +43,16 @@ static const char *outcome_name(mr_outcome outcome) {
 int mrl_outcome(lua_State *L) {
   mrl_confirmation *c = check_confirmation(L);
   lua_pushstring(L, outcome_name(outcome_of(c)));
-  lua_pushinteger(L, (lua_Integer)c->seq);
+  mr_push_int64(L, (int64_t)c->seq);
   return 2;
 }
 
 static int confirmation_tostring(lua_State *L) {
   mrl_confirmation *c = check_confirmation(L);
-  lua_pushfstring(L, "moonrabbit.confirmation: channel %d, %f %s", (int)c->channel->id,
-                  (lua_Number)c->seq, outcome_name(outcome_of(c)));
+  char text[80];
+  snprintf(text, sizeof text, "moonrabbit.confirmation: channel %u, %llu %s", c->channel->id,
+           (unsigned long long)c->seq, outcome_name(outcome_of(c)));
+  lua_pushstring(L, text);
   return 1;
 }
 

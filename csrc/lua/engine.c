@@ -4,7 +4,7 @@
 /* ---- the port: how moonrabbit.net moves bytes ---- */
 
 /* No input while an event is looked at, which lies in the buffer, and while a queue is full. */
-static bool is_held(const mrl_engine *e) { return e->busy || (e->full && e->full->full); }
+static bool is_held(const mrl_engine *e) { return e->busy || (e->n_full && !e->admitted); }
 
 static uint8_t *port_rx_reserve(void *ctx, size_t *space) {
   mrl_engine *e = ctx;
@@ -191,7 +191,7 @@ static int engine_pending(lua_State *L) {
 /* Lifts the hold of a full queue for one more buffer, until its next delivery. */
 static int engine_admit(lua_State *L) {
   mrl_engine *e = mrl_check_engine(L, 1);
-  if (e->full) e->full->full = false;
+  e->admitted = true;
   return 0;
 }
 
@@ -216,7 +216,7 @@ static int engine_deadline(lua_State *L) {
 
 static int engine_tick(lua_State *L) {
   mrl_engine *e = mrl_check_engine(L, 1);
-  mr_engine_tick(e->handle, luaL_checknumber(L, 2));
+  if (!e->busy) mr_engine_tick(e->handle, luaL_checknumber(L, 2));
   return 0;
 }
 

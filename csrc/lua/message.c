@@ -117,11 +117,12 @@ mrl_message *mrl_message_new(lua_State *L, const mr_event *event, mrl_channel *c
 /* Results: whether to flush, and the owner, which the caller needs at once. The message is at 1. */
 static int settle(lua_State *L, mrl_message *m, mr_settle_kind kind, bool requeue) {
   if (MR_UNLIKELY(m->no_ack)) return mrl_push_refusal(L, MR_UNKNOWN_TAG);
-  if (MR_UNLIKELY(m->settled)) return mrl_push_refusal(L, MR_SETTLED);
-  if (MR_UNLIKELY(!m->channel->handle)) return mrl_push_refusal(L, MR_CLOSED);
-  mr_status status = mr_settle(m->channel->handle, m->tag, kind, requeue);
+  /* The core knows what is settled, and what a rollback gave back; the flag outlives the channel. */
+  mr_channel *handle = m->channel->handle;
+  mr_status status = handle ? mr_settle(handle, m->tag, kind, requeue) : MR_CLOSED;
   if (MR_UNLIKELY(status < 0)) {
     if (status == MR_SETTLED) m->settled = true;
+    if (status == MR_CLOSED && m->settled) status = MR_SETTLED;
     return mrl_push_refusal(L, status);
   }
   m->settled = true;
@@ -141,7 +142,7 @@ int mrl_settle(lua_State *L) {
 }
 
 void mrl_message_return(mrl_message *m) {
-  if (m->no_ack || m->settled || !m->channel->handle) return;
+  if (m->no_ack || !m->channel->handle) return;
   if (mr_settle(m->channel->handle, m->tag, MR_SETTLE_NACK, true) >= 0) m->settled = true;
 }
 
@@ -225,9 +226,9 @@ static void push_channel_owner(lua_State *L) {
   lua_rawgeti(L, -1, MR_ANCHOR_OWNER);
 }
 
-static void push_optional(lua_State *L, bool present, lua_Integer n) {
+static void push_optional(lua_State *L, bool present, int64_t n) {
   if (present)
-    lua_pushinteger(L, n);
+    mr_push_int64(L, n);
   else
     lua_pushnil(L);
 }
@@ -249,7 +250,7 @@ static void push_reply_text(lua_State *L, const mrl_message *m) {
 static void push_field(lua_State *L, const mrl_message *m, message_key key) {
   switch (key) {
     case KEY_BODY: push_body(L, m); return;
-    case KEY_DELIVERY_TAG: push_optional(L, m->type != MR_EV_RETURN, (lua_Integer)m->tag); return;
+    case KEY_DELIVERY_TAG: push_optional(L, m->type != MR_EV_RETURN, (int64_t)m->tag); return;
     case KEY_ROUTING_KEY: lua_pushlstring(L, m->data + m->exchange_len, m->key_len); return;
     case KEY_EXCHANGE: lua_pushlstring(L, m->data, m->exchange_len); return;
     case KEY_HEADERS: push_cached(L, MR_UP_HEADERS, m, make_headers); return;
@@ -257,9 +258,7 @@ static void push_field(lua_State *L, const mrl_message *m, message_key key) {
     case KEY_REDELIVERED: lua_pushboolean(L, m->redelivered); return;
     case KEY_CONSUMER_TAG: push_consumer_tag(L, m); return;
     case KEY_CHANNEL: push_channel_owner(L); return;
-    case KEY_MESSAGE_COUNT:
-      push_optional(L, m->type == MR_EV_GET_OK, (lua_Integer)m->message_count);
-      return;
+    case KEY_MESSAGE_COUNT: push_optional(L, m->type == MR_EV_GET_OK, m->message_count); return;
     case KEY_REPLY_CODE: push_optional(L, m->type == MR_EV_RETURN, m->reply_code); return;
     case KEY_REPLY_TEXT: push_reply_text(L, m); return;
     default: lua_pushnil(L);

@@ -225,6 +225,18 @@ static void read_fields(lua_State *L, int i, const method *m, void *out) {
   }
 }
 
+/* Nobody is told of the answer to a cancel without one; what still comes goes back to the broker. The
+ * channel is at index 1. */
+static void forget_queue(lua_State *L, amqp_bytes_t consumer_tag) {
+  int top = lua_gettop(L);
+  mr_get_uservalue(L, 1);
+  lua_rawgeti(L, top + 1, MR_ANCHOR_ENGINE);
+  mr_get_uservalue(L, -1);
+  lua_rawgeti(L, -1, MR_ENGINE_QUEUES);
+  mrl_take_queue(L, top + 1, lua_gettop(L), consumer_tag, false);
+  lua_settop(L, top);
+}
+
 int mrl_call(lua_State *L) {
   mrl_channel *channel = mrl_check_channel(L, 1);
   amqp_bytes_t name = mrl_check_string(L, 2);
@@ -237,7 +249,10 @@ int mrl_call(lua_State *L) {
   read_fields(L, 3, m, &decoded);
   if (!channel->handle) return mrl_push_refusal(L, MR_CLOSED);
   if (m->id == AMQP_BASIC_CANCEL_METHOD) mrl_end_queue(L, decoded.basic_cancel.consumer_tag);
-  return mrl_push_done(L, mr_call(channel->handle, m->id, &decoded));
+  mr_status status = mr_call(channel->handle, m->id, &decoded);
+  if (status >= 0 && m->id == AMQP_BASIC_CANCEL_METHOD && decoded.basic_cancel.nowait)
+    forget_queue(L, decoded.basic_cancel.consumer_tag);
+  return mrl_push_done(L, status);
 }
 
 void mrl_read_consume(lua_State *L, int i, amqp_basic_consume_t *out) {
@@ -261,7 +276,7 @@ static void push_field(lua_State *L, const field *f, const void *at) {
   switch (f->type) {
     case F_BIT: lua_pushboolean(L, *(const amqp_boolean_t *)at != 0); return;
     case F_U16: lua_pushinteger(L, *(const uint16_t *)at); return;
-    case F_U32: lua_pushinteger(L, (lua_Integer) * (const uint32_t *)at); return;
+    case F_U32: mr_push_int64(L, *(const uint32_t *)at); return;
     case F_TABLE: mrl_push_table(L, at, NULL); return;
     default: mrl_push_bytes(L, *(const amqp_bytes_t *)at);
   }

@@ -5,11 +5,17 @@
 
 /* ---- confirmations ---- */
 
-/* A larger ring of the core: the unsettled move to their new places in a new table. */
-static void grow_pending(lua_State *L, mrl_channel *channel, int anchor, uint64_t capacity) {
+/* A larger ring of the core: the unsettled move to their new places in a new table. Making it may run
+ * finalizers, and those may publish; so the ring is looked at again afterwards. */
+static void grow_pending(lua_State *L, mrl_channel *channel, int anchor) {
+  uint64_t capacity = mr_confirm_capacity(channel->handle);
+  lua_createtable(L, (int)capacity, 0);
+  if (capacity != mr_confirm_capacity(channel->handle)) {
+    lua_pop(L, 1);
+    return;
+  }
   uint64_t last = mr_confirm_next(channel->handle);
   uint64_t old = channel->pending_capacity;
-  lua_createtable(L, (int)capacity, 0);
   lua_rawgeti(L, anchor, MR_ANCHOR_PENDING);
   for (uint64_t seq = mr_confirm_oldest(channel->handle); old && seq < last; seq++) {
     lua_rawgeti(L, -1, (int)(seq & (old - 1)) + 1);
@@ -42,13 +48,12 @@ static int finish(lua_State *L, int top, mrl_confirmation *c, mr_status status, 
   if (MR_UNLIKELY(status < 0)) return mrl_push_refusal(L, status);
   if (c) {
     mrl_channel *channel = c->channel;
-    uint64_t capacity = mr_confirm_capacity(channel->handle);
     c->seq = seq;
-    if (MR_UNLIKELY(capacity != channel->pending_capacity))
-      grow_pending(L, channel, top + 1, capacity);
+    while (MR_UNLIKELY(mr_confirm_capacity(channel->handle) != channel->pending_capacity))
+      grow_pending(L, channel, top + 1);
     lua_rawgeti(L, top + 1, MR_ANCHOR_PENDING);
     lua_pushvalue(L, top + 2);
-    lua_rawseti(L, -2, (int)(seq & (capacity - 1)) + 1);
+    lua_rawseti(L, -2, (int)(seq & (channel->pending_capacity - 1)) + 1);
     lua_pushvalue(L, top + 2);
   } else {
     lua_pushboolean(L, 1);

@@ -100,7 +100,7 @@ static int emit_failed(lua_State *L, const mrl_confirmation *c) {
   int entry = lua_gettop(L);
   lua_pushliteral(L, "failed");
   push_owner_of(L, entry);
-  lua_pushinteger(L, (lua_Integer)c->seq);
+  mr_push_int64(L, (int64_t)c->seq);
   lua_pushstring(L, c->outcome == MR_NACKED ? "nacked" : "unroutable");
   lua_pushvalue(L, entry);
   return 5;
@@ -181,13 +181,11 @@ static void push_queue_userdata(pump *p) { lua_rawgeti(p->L, AT_QUEUES, (int)p->
 
 /* Input waits from now on; what has been received already is still taken. */
 static void hold_input(pump *p) {
-  lua_State *L = p->L;
-  p->queue->full = true;
-  mr_get_uservalue(L, AT_ENGINE);
-  push_queue_userdata(p);
-  lua_rawseti(L, -2, MR_ENGINE_FULL);
-  lua_pop(L, 1);
-  p->engine->full = p->queue;
+  mrl_queue *q = p->queue;
+  p->engine->admitted = false;
+  if (q->full) return;
+  q->full = true;
+  p->engine->n_full++;
 }
 
 static void deliver(pump *p, const mr_event *event) {
@@ -210,7 +208,7 @@ static void deliver(pump *p, const mr_event *event) {
     push_queue_userdata(p);
     outbox_put(p);
   }
-  if (MR_UNLIKELY(mrl_queue_is_over(q)) && !q->full) hold_input(p);
+  if (MR_UNLIKELY(mrl_queue_is_over(q))) hold_input(p);
 }
 
 static void confirm_acked(pump *p, const mr_event *event) {
@@ -269,9 +267,9 @@ static void forget_everything(pump *p) {
 }
 
 /* Pushes the queue of a consumer that ended, or nil. */
-static void take_queue(pump *p, mr_channel *handle, amqp_bytes_t tag) {
+static void take_queue(pump *p, mr_channel *handle, amqp_bytes_t tag, bool only_ending) {
   if (select_channel(p, handle))
-    mrl_take_queue(p->L, AT_ANCHOR, AT_QUEUES, tag);
+    mrl_take_queue(p->L, AT_ANCHOR, AT_QUEUES, tag, only_ending);
   else
     lua_pushnil(p->L);
   p->queue = NULL;
@@ -286,7 +284,7 @@ static int on_reply(pump *p, const mr_event *event) {
   if (event->method.id == AMQP_CHANNEL_CLOSE_OK_METHOD) forget_channel(p, event->channel);
   if (event->method.id == AMQP_BASIC_CANCEL_OK_METHOD) {
     const amqp_basic_cancel_ok_t *ok = event->method.decoded;
-    take_queue(p, event->channel, ok->consumer_tag);
+    take_queue(p, event->channel, ok->consumer_tag, true);
     lua_pop(L, 1);
   }
   return 4;
@@ -310,7 +308,7 @@ static int on_return(pump *p, const mr_event *event) {
   else
     lua_pushnil(p->L);
   if (event->content.seq == 0) return 3;
-  lua_pushinteger(p->L, (lua_Integer)event->content.seq);
+  mr_push_int64(p->L, (int64_t)event->content.seq);
   return 4;
 }
 
@@ -318,7 +316,7 @@ static int on_cancel(pump *p, const mr_event *event) {
   lua_pushliteral(p->L, "cancel");
   push_owner(p, event->channel);
   mrl_push_bytes(p->L, event->consumer_tag);
-  take_queue(p, event->channel, event->consumer_tag);
+  take_queue(p, event->channel, event->consumer_tag, false);
   return 4;
 }
 

@@ -40,12 +40,23 @@ void mrl_queue_grow(lua_State *L, mrl_queue *q, int queue, int ring) {
   lua_replace(L, ring);
 }
 
+/* A prefetch is a 16-bit number: more than that is a broker that does not keep to it. */
+static uint32_t most_messages(const mrl_queue *q) { return q->no_ack ? MOST_MESSAGES : UINT16_MAX; }
+
+static size_t most_bytes(const mrl_queue *q) { return q->no_ack ? MOST_BYTES : SIZE_MAX; }
+
 bool mrl_queue_is_over(const mrl_queue *q) {
-  return q->no_ack && !q->ending && (q->count >= MOST_MESSAGES || q->bytes >= MOST_BYTES);
+  return !q->ending && (q->count >= most_messages(q) || q->bytes >= most_bytes(q));
 }
 
 static bool has_room(const mrl_queue *q) {
-  return q->count < MOST_MESSAGES / 2 && q->bytes < MOST_BYTES / 2;
+  return q->count < most_messages(q) / 2 && q->bytes < most_bytes(q) / 2;
+}
+
+void mrl_queue_unfill(mrl_queue *q) {
+  if (!q->full) return;
+  q->full = false;
+  q->engine->n_full--;
 }
 
 static int queue_pop(lua_State *L) {
@@ -62,8 +73,7 @@ static int queue_pop(lua_State *L) {
   q->head = (q->head + 1) & (q->capacity - 1);
   q->count--;
   q->bytes -= ((const mrl_message *)lua_touserdata(L, -1))->body_len;
-  if (MR_LIKELY(!q->full) || !has_room(q)) return 1;
-  q->full = false;
+  if (MR_UNLIKELY(q->full) && has_room(q)) mrl_queue_unfill(q);
   return 1;
 }
 
@@ -87,7 +97,7 @@ static int queue_discard(lua_State *L) {
     q->head = (q->head + 1) & (q->capacity - 1);
   }
   q->bytes = 0;
-  q->full = false;
+  mrl_queue_unfill(q);
   q->discarding = true;
   return 0;
 }

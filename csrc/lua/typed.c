@@ -208,7 +208,7 @@ static void push_value(lua_State *L, const mrl_typed *typed) {
     case T_DOUBLE: lua_pushnumber(L, typed->v.d); return;
     case T_DECIMAL: lua_pushnumber(L, decimal_number(typed)); return;
     case T_UINT64: mrl_push_uint64(L, typed->v.u); return;
-    default: lua_pushinteger(L, (lua_Integer)typed->v.i);
+    default: mr_push_int64(L, typed->v.i);
   }
 }
 
@@ -222,7 +222,7 @@ static int typed_index(lua_State *L) {
   else if (typed->type == T_DECIMAL && strcmp(key, "scale") == 0)
     lua_pushinteger(L, typed->scale);
   else if (typed->type == T_DECIMAL && strcmp(key, "unscaled") == 0)
-    lua_pushinteger(L, (lua_Integer)typed->v.i);
+    mr_push_int64(L, typed->v.i);
   else
     lua_pushnil(L);
   return 1;

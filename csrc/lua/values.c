@@ -222,7 +222,7 @@ static void push_int64(lua_State *L, const amqp_field_value_t *value) {
   bool exact = MR_HAS_INTEGERS || (n <= INT64_C(1) << 53 && n >= -(INT64_C(1) << 53));
   if (value->kind == AMQP_FIELD_KIND_U64 && n < 0) exact = false;
   if (exact)
-    lua_pushinteger(L, (lua_Integer)n);
+    mr_push_int64(L, n);
   else
     mrl_push_typed(L, value);
 }
@@ -235,7 +235,7 @@ static void push_value(lua_State *L, const amqp_field_value_t *value) {
     case AMQP_FIELD_KIND_I16: lua_pushinteger(L, value->value.i16); return;
     case AMQP_FIELD_KIND_U16: lua_pushinteger(L, value->value.u16); return;
     case AMQP_FIELD_KIND_I32: lua_pushinteger(L, value->value.i32); return;
-    case AMQP_FIELD_KIND_U32: lua_pushinteger(L, value->value.u32); return;
+    case AMQP_FIELD_KIND_U32: mr_push_int64(L, value->value.u32); return;
     case AMQP_FIELD_KIND_I64:
     case AMQP_FIELD_KIND_U64: push_int64(L, value); return;
     case AMQP_FIELD_KIND_TIMESTAMP: mrl_push_uint64(L, value->value.u64); return;
