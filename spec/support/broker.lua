@@ -15,6 +15,25 @@ function broker.ok(value, err)
   return value, err
 end
 
+--- Why specs that make and delete queues and exchanges of everyday names must not run here; nil where
+--- they may: on a broker of our own, which scripts/with-broker started.
+function broker.not_ours()
+  if broker.name and broker.url then return nil end
+  return "deletes queues such as 'hello' and 'orders': only on a private broker (scripts/with-broker)"
+end
+
+--- Why specs that need some broker cannot run; nil where they can. None is guessed.
+function broker.none()
+  if broker.url then return nil end
+  return "needs a broker: set AMQP_URL, or use scripts/with-broker"
+end
+
+--- The `it` of a spec file: pending, for a reason, when there is one.
+function broker.it_unless(it, pending, reason)
+  if not reason then return it end
+  return function(name) pending(name .. ": " .. reason, function() end) end
+end
+
 local serial = 0
 
 --- A name that nothing else uses.
