@@ -12,7 +12,10 @@ local url = os.getenv "AMQP_URL" or "amqp://guest:guest@localhost/"
 local broker = os.getenv "MOONRABBIT_BROKER" -- set by scripts/with-broker: ours to restart
 local count = tonumber(arg[1] or 50000)
 local CONSUMERS, PREFETCH, WINDOW = 4, 300, 1000
-local GIVE_UP = 50 -- seconds that one round may take
+-- Seconds for both rounds, whatever the broker does: less than a minute, with the calls that are under way then.
+local GIVE_UP = tonumber(os.getenv "MOONRABBIT_DEMO_SECONDS") or 45
+local CALL = 5 -- seconds that a call may take
+local give_up_at -- set once a connection was made
 local FILLER = ("."):rep(1024 - 8)
 
 local function succeeds(command)
@@ -43,12 +46,15 @@ local function new_round(name, total, rate)
   }
 end
 
-local function over(round) return round.failed or now() - round.began > GIVE_UP end
+local function time_left() return math.max(0, give_up_at - now()) end
+local function over(round) return round.failed or now() >= give_up_at end
 
 -- A connection, tried again and again while the broker is away.
 local function connect(round)
   while not over(round) do
-    local conn, err = moonrabbit.connect { uri = url, name = "moonrabbit demo", connect_timeout = 5 }
+    local conn, err = moonrabbit.connect {
+      uri = url, name = "moonrabbit demo", connect_timeout = CALL, timeout = CALL,
+    }
     if conn then
       round.connects = round.connects + 1
       return conn
@@ -107,7 +113,7 @@ local function publish_on(conn, round)
     -- What the broker has answered by now; when there is nothing to send, the oldest is waited for.
     local head = sent[first]
     while head and (not id or head[2]:outcome() ~= "pending") do
-      local ok, err = head[2]:wait(20)
+      local ok, err = head[2]:wait(math.min(20, time_left()))
       if not ok then
         if err.kind ~= "nacked" then return false end
         table.insert(round.again, 1, head[1])
@@ -212,7 +218,7 @@ local function restart(round)
       round.restarted = true
       return
     end
-  until now() - round.began > GIVE_UP
+  until time_left() == 0
   round.failed = "the broker did not come back in time"
 end
 
@@ -231,7 +237,7 @@ local function show(round)
 end
 
 local function clean_up(round)
-  local conn = moonrabbit.connect { uri = url, connect_timeout = 5 }
+  local conn = moonrabbit.connect { uri = url, connect_timeout = 2, timeout = 2 }
   if not conn then return end
   local ch = conn:channel()
   local left = ch and declare(ch, round)
@@ -273,13 +279,16 @@ moonrabbit.run(function()
     io.stderr:write("demo: ", tostring(err), "\n")
     os.exit(1)
   end
-  conn:close()
+  conn:close(CALL)
+  give_up_at = now() + GIVE_UP
 
   say("Round 1: %s persistent messages of 1 KiB, one task publishes with confirms, %d others consume and ack",
     thousands(count), CONSUMERS)
   local rounds = { play(new_round("round 1", count), false) }
   local second = math.max(1000, math.floor(count / 2))
-  if broker then
+  if time_left() == 0 then
+    say("Stopped: round 1 was not done within %g s", GIVE_UP)
+  elseif broker then
     say("Round 2: %s messages, and the broker is restarted in the middle", thousands(second))
     rounds[2] = play(new_round("round 2", second, second / 4), true)
     say("  %d connections were opened again, and %s messages without a confirm were sent again",
