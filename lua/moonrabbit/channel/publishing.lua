@@ -356,7 +356,12 @@ function Channel:_wait(confirmation, timeout, own)
     local deadline = now() + timeout
     local waiter = add_waiter(self, confirmation, own)
     local session = self._session
-    session:touch()
+    local current = self._runtime.current
+    if current and not current() then
+      session:try_flush() -- a plain script: no other task could add to this write
+    else
+      session:touch()
+    end
     local condition = waiter.condition
     repeat
       local left = deadline - now()
