@@ -4,6 +4,7 @@
  * publish is the hottest call there is: the caller's table is walked once with lua_next, each key is
  * told by its address (mrl_find_key), and nothing here allocates Lua memory.
  */
+#include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 
@@ -72,10 +73,55 @@ amqp_flags_t mrl_property_flag(const char *name) {
   return 0;
 }
 
+/* ---- errors ---- */
+
+/* Length of the part of a source's name that all modules of the library share; 0: it is none. */
+static size_t own_prefix(const char *source) {
+  static const char folder[] = "moonrabbit/";
+  size_t length = 0;
+  for (const char *at = strstr(source, folder); at; at = strstr(at + 1, folder))
+    length = (size_t)(at - source) + sizeof folder - 1;
+  return length;
+}
+
+/* Pushes the position of the innermost function of Lua that is not the library's: who passed the
+ * option. A caller that is gone by a tail call is passed over, as are functions of C. */
+static void push_position(lua_State *L) {
+  lua_Debug ar;
+  char prefix[512];
+  size_t length;
+  if (!lua_getstack(L, 1, &ar) || !lua_getinfo(L, "S", &ar)) {
+    lua_pushliteral(L, "");
+    return;
+  }
+  length = own_prefix(ar.source);
+  if (length == 0 || length > sizeof prefix) {
+    luaL_where(L, 1);
+    return;
+  }
+  memcpy(prefix, ar.source, length);
+  for (int level = 2; lua_getstack(L, level, &ar) && lua_getinfo(L, "Sl", &ar); level++) {
+    if (ar.currentline <= 0 || strncmp(ar.source, prefix, length) == 0) continue;
+    luaL_where(L, level);
+    return;
+  }
+  luaL_where(L, 1);
+}
+
+static int option_error(lua_State *L, const char *format, ...) {
+  va_list arguments;
+  push_position(L);
+  va_start(arguments, format);
+  lua_pushvfstring(L, format, arguments);
+  va_end(arguments);
+  lua_concat(L, 2);
+  return lua_error(L);
+}
+
 /* ---- reading; the value is on top of the stack ---- */
 
 static int wrong_type(lua_State *L, const char *name, const char *wanted) {
-  return luaL_error(L, "option '%s': %s expected, got %s", name, wanted, luaL_typename(L, -1));
+  return option_error(L, "option '%s': %s expected, got %s", name, wanted, luaL_typename(L, -1));
 }
 
 static amqp_bytes_t read_shortstr(lua_State *L, const char *name) {
@@ -83,7 +129,7 @@ static amqp_bytes_t read_shortstr(lua_State *L, const char *name) {
   const char *s;
   if (lua_type(L, -1) != LUA_TSTRING) wrong_type(L, name, "string");
   s = lua_tolstring(L, -1, &len);
-  if (len > 255) luaL_error(L, "option '%s': longer than 255 bytes", name);
+  if (len > 255) option_error(L, "option '%s': longer than 255 bytes", name);
   return mrl_bytes(s, len);
 }
 
@@ -95,8 +141,8 @@ static bool read_boolean(lua_State *L, const char *name) {
 static uint64_t read_integer(lua_State *L, const char *name, int64_t min, int64_t max) {
   int64_t n = 0;
   if (lua_type(L, -1) != LUA_TNUMBER) wrong_type(L, name, "number");
-  if (!mr_exact_integer(L, -1, &n)) luaL_error(L, "option '%s': not an integer", name);
-  if (n < min || n > max) luaL_error(L, "option '%s': out of range", name);
+  if (!mr_exact_integer(L, -1, &n)) option_error(L, "option '%s': not an integer", name);
+  if (n < min || n > max) option_error(L, "option '%s': out of range", name);
   return (uint64_t)n;
 }
 
@@ -147,8 +193,8 @@ static void read_option(lua_State *L, int which, mrl_options *out) {
 
 static int unknown_option(lua_State *L) {
   if (lua_type(L, -2) != LUA_TSTRING)
-    return luaL_error(L, "the name of an option must be a string, got %s", luaL_typename(L, -2));
-  return luaL_error(L, "unknown option '%s'", lua_tostring(L, -2));
+    return option_error(L, "the name of an option must be a string, got %s", luaL_typename(L, -2));
+  return option_error(L, "unknown option '%s'", lua_tostring(L, -2));
 }
 
 static void read_table(lua_State *L, mrl_state *st, int i, mrl_options *out) {
@@ -172,7 +218,7 @@ void mrl_read_options(lua_State *L, mrl_state *st, int i, bool confirm, mrl_opti
   if (lua_type(L, i) == LUA_TTABLE)
     read_table(L, st, i, out);
   else if (!lua_isnoneornil(L, i))
-    luaL_checktype(L, i, LUA_TTABLE);
+    option_error(L, "publish: opts: table expected, got %s", luaL_typename(L, i));
   if (!(out->props._flags & AMQP_BASIC_DELIVERY_MODE_FLAG) && out->persistent) {
     out->props._flags |= AMQP_BASIC_DELIVERY_MODE_FLAG;
     out->props.delivery_mode = AMQP_DELIVERY_PERSISTENT;

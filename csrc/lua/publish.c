@@ -64,13 +64,24 @@ static int finish(lua_State *L, int top, mrl_confirmation *c, mr_status status, 
 
 /* ---- publish ---- */
 
+/* The position is that of who called the library's function. */
+static amqp_bytes_t check_body(lua_State *L, int i) {
+  if (MR_UNLIKELY(lua_type(L, i) != LUA_TSTRING)) {
+    luaL_where(L, 2);
+    lua_pushfstring(L, "publish: body: string expected, got %s", luaL_typename(L, i));
+    lua_concat(L, 2);
+    lua_error(L);
+  }
+  return mrl_check_string(L, i);
+}
+
 int mrl_publish(lua_State *L) {
   mrl_channel *channel = mrl_check_channel(L, 1);
   mr_publish_args args;
   mrl_options options;
   uint8_t room[MR_PROPS_ROOM];
   uint64_t seq = 0;
-  args.body = mrl_check_string(L, 2);
+  args.body = check_body(L, 2);
   lua_settop(L, 3);
   mrl_confirmation *c = push_confirmation(L, channel);
   mrl_state *st = mrl_get_state(L);
@@ -121,7 +132,7 @@ static int route_gc(lua_State *L) {
 int mrl_publish_route(lua_State *L) {
   mrl_channel *channel = mrl_check_channel(L, 1);
   const mrl_route *route = check_route(L, 2);
-  amqp_bytes_t body = mrl_check_string(L, 3);
+  amqp_bytes_t body = check_body(L, 3);
   uint64_t seq = 0;
   lua_settop(L, 3);
   mrl_confirmation *c = push_confirmation(L, channel);

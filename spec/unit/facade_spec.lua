@@ -92,4 +92,77 @@ describe("moonrabbit", function()
     assert.matches("did you mean 'connections'", message)
     assert.is_false((pcall(moonrabbit.pool, { connect = { usr = 1 } })))
   end)
+
+  it("throws for a sleep of no number, naming it", function()
+    for _, case in ipairs { { "x", "a string" }, { nil, "a nil" }, { 0 / 0, "NaN" } } do
+      local ok, message = pcall(moonrabbit.sleep, case[1])
+      assert.is_false(ok)
+      assert.matches("sleep: seconds must be a number, not " .. case[2], message)
+    end
+  end)
+
+  describe("names the line that passed a wrong option to publish", function()
+    local load = rawget(_G, "loadstring") or load
+    local library, channel
+
+    before_each(function()
+      local broker = require "support.fake_broker".new()
+      broker:open()
+      channel = broker:channel(true)
+      -- As the library's modules do it: one calls another, and that the core's function.
+      local function module(name, text)
+        return assert(load(text, "@/somewhere/lua/moonrabbit/" .. name .. ".lua"))()
+      end
+      library = {
+        direct = module("channel/publishing", [[return function(channel, body, opts)
+          local confirmation, flush = channel:publish(body, opts)
+          return confirmation, flush
+        end]]),
+      }
+      library.through = module("publisher", [[return function(direct, channel, body, opts)
+          local confirmation, flush = direct(channel, body, opts)
+          return confirmation, flush
+        end]])
+    end)
+
+    local wrong = { { routing_key = 5 }, { routingkey = "q" }, { priority = 300 }, { persistent = 1 }, { [1] = "x" },
+      { expiration = true }, { exchange = ("e"):rep(256) }, 5 }
+
+    local function line(text, number)
+      assert.truthy(text:find("^/home/user/moonrabbit/program%.lua:" .. number .. ": "), text)
+    end
+
+    local function program(text) return assert(load(text, "@/home/user/moonrabbit/program.lua")) end
+
+    it("directly, and through another module", function()
+      local direct = program [[local direct, channel, opts = ...
+
+        local confirmation = direct(channel, "x", opts)
+        return confirmation]]
+      local through = program [[local through, direct, channel, opts = ...
+
+
+        local confirmation = through(direct, channel, "x", opts)
+        return confirmation]]
+      for _, opts in ipairs(wrong) do
+        line(select(2, pcall(direct, library.direct, channel, opts)), 3)
+        line(select(2, pcall(through, library.through, library.direct, channel, opts)), 4)
+      end
+    end)
+
+    it("for a body too", function()
+      local direct = program [[local direct, channel, body = ...
+        local confirmation = direct(channel, body)
+        return confirmation]]
+      line(select(2, pcall(direct, library.direct, channel, 5)), 2)
+    end)
+
+    it("after a tail call that of the next one", function()
+      local tail = program [[local direct, channel, opts = ...
+        local function tail() return direct(channel, "x", opts) end
+        local confirmation = tail()
+        return confirmation]]
+      for _, opts in ipairs(wrong) do line(select(2, pcall(tail, library.direct, channel, opts)), 3) end
+    end)
+  end)
 end)

@@ -147,6 +147,9 @@ function M.cancel(task)
 end
 
 function M.sleep(seconds)
+  if type(seconds) ~= "number" or seconds ~= seconds then
+    error("sleep: seconds must be a number, not " .. (seconds ~= seconds and "NaN" or "a " .. type(seconds)), 2)
+  end
   local task = M.enter()
   if seconds > 0 then
     M.park(task, now() + seconds)
