@@ -78,14 +78,16 @@ function Channel.open(connection, session, opts, level)
   -- All in one go: the answers come in order, the last one says that everything is done.
   local timeout = self.timeout
   local deadline = session.runtime.now() + timeout
-  local calls = { session:expect(self._calls, "channel.open") }
+  -- Opened after all, and nobody waits for it any more (its task was cancelled).
+  local function late() self:_abandon() end
+  local calls = { session:expect(self._calls, "channel.open", late) }
   if opts.confirm then
     core_channel:call("confirm.select", {})
-    calls[#calls + 1] = session:expect(self._calls, "confirm.select")
+    calls[#calls + 1] = session:expect(self._calls, "confirm.select", late)
   end
   if opts.prefetch then
     core_channel:call("basic.qos", { prefetch_count = opts.prefetch })
-    calls[#calls + 1] = session:expect(self._calls, "basic.qos")
+    calls[#calls + 1] = session:expect(self._calls, "basic.qos", late)
   end
   for i = 1, #calls do
     local ok, err = session:await(calls[i], math.max(0, deadline - session.runtime.now()))
@@ -122,6 +124,9 @@ end
 -- What settling a delivery of a channel that has ended answers: `closed`, whatever ended it.
 ---@package
 function Channel:_gone()
+  if not self._closed and self._session.state ~= "closed" then
+    return self._session:error("closed", "the delivery has gone back to its queue already", { temporary = false })
+  end
   local reason = self:_closed_error()
   if reason.kind == "closed" then return reason end
   return self._session:error("closed", "the channel has ended, and its deliveries have gone back: " .. reason.message,

@@ -97,6 +97,17 @@ local function default_log(level, text)
   end
 end
 
+-- What a log throws goes no further than this.
+local function careful(log, runtime)
+  return function(level, text)
+    local logged, err = pcall(log, level, text)
+    if logged then return end
+    if err ~= nil and err == runtime.cancelled then error(err, 0) end
+    default_log("error", "the option 'log' threw: " .. tostring(err))
+    default_log(level, text)
+  end
+end
+
 -- ---- Connecting -------------------------------------------------------------------------------------
 
 -- What one URI and the options make together.
@@ -116,7 +127,7 @@ local function target(text, opts)
     if opts.tls == false then
       parsed.tls = nil
     else
-      if not parsed.tls and parsed.port == 5672 and not text:find ":5672" then parsed.port = 5671 end
+      if not parsed.tls and parsed.port == 5672 and not parsed.port_given then parsed.port = 5671 end
       parsed.tls = parsed.tls or { verify = true }
       if type(opts.tls) == "table" then
         for key, value in pairs(opts.tls) do parsed.tls[key] = value end
@@ -139,7 +150,7 @@ local function client_properties(opts)
 end
 
 -- One attempt at one broker.
-local function dial(self, to)
+local function dial(self, to, deadline)
   local opts = self._opts
   local label = uri.endpoint(to)
   local password = to.password
@@ -157,7 +168,8 @@ local function dial(self, to)
     endpoint = { host = to.host, port = to.port, path = to.path },
     label = label,
     tls = to.tls,
-    timeout = to.connect_timeout,
+    timeout = deadline and math.min(to.connect_timeout, math.max(0, deadline - self._runtime.now()))
+      or to.connect_timeout,
     -- Whatever a broker says, the password is not repeated from it.
     secret = not external and password ~= to.user and password or nil,
     log = self._log,
@@ -175,8 +187,9 @@ end
 ---@package
 ---@param given string|moonrabbit.ConnectOptions a URI or options
 ---@param level integer? of the caller, for errors
+---@param deadline number? for all endpoints together, in the runtime's time
 ---@return moonrabbit.Connection|nil, moonrabbit.Error?
-function Connection.connect(given, level)
+function Connection.connect(given, level, deadline)
   level = (level or 1) + 1
   local opts = given
   if type(given) == "string" then
@@ -196,14 +209,14 @@ function Connection.connect(given, level)
   local runtime = runtimes.find(opts.runtime, level)
   local self = setmetatable({
     timeout = opts.timeout or 30,
-    _opts = opts, _runtime = runtime, _log = opts.log or runtime.log or default_log,
-    _listeners = {}, _events = {}, _state = "connecting",
+    _opts = opts, _runtime = runtime, _log = careful(opts.log or runtime.log or default_log, runtime),
+    _listeners = {}, _events = {}, _first = 1, _last = 0, _state = "connecting",
   }, Connection)
   self._emitter = function(event, ...) self:_event(event, ...) end
   local err
   for _, to in ipairs(targets) do
     local session
-    session, err = dial(self, to)
+    session, err = dial(self, to, deadline)
     if session then
       self._session = session
       self._target = to
@@ -254,11 +267,16 @@ local unpack = table.unpack or unpack -- luacheck: ignore 143 113
 
 -- Runs queued functions in their order, in one task that ends when there are none.
 local function deliver_events(self)
-  while true do
-    local item = table.remove(self._events, 1)
-    if not item then break end
+  local queue, count = self._events, 0
+  while self._first <= self._last do
+    local item = queue[self._first]
+    queue[self._first] = nil
+    self._first = self._first + 1
+    count = count + 1
+    if count % 64 == 0 then self._runtime.sleep(0) end
     item[1](unpack(item, 2, item.n))
   end
+  self._first, self._last = 1, 0
 end
 
 local function dispatcher(self)
@@ -280,7 +298,8 @@ end
 function Connection:_dispatch(list, ...)
   local n = select("#", ...)
   for i = 1, #list do
-    self._events[#self._events + 1] = { list[i], n = n + 1, ... }
+    self._last = self._last + 1
+    self._events[self._last] = { list[i], n = n + 1, ... }
   end
   if not self._delivering then
     self._delivering = true
@@ -434,7 +453,7 @@ function Connection:update_secret(secret, opts)
   if session.state ~= "open" then return nil, self:_closed_error() end
   local ok, status = session.engine:update_secret(secret, opts.reason or "refresh")
   if not ok then return nil, session:refusal(status, "Connection:update_secret") end
-  session.secret = secret
+  session:keep_secret(secret)
   local result, err = session:await(session:expect(session.calls, "connection.update-secret"),
     opts.timeout or self.timeout)
   if not result then return nil, err end

@@ -4,6 +4,7 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
+local pcall = require "moonrabbit.protect"
 
 local huge = math.huge
 
@@ -31,6 +32,7 @@ function Replies:_delivered()
     local id = message.properties.correlation_id
     local call = id and self.by_id[id]
     if call then -- else it comes too late
+      self.by_id[id], self.by_seq[call.seq] = nil, nil
       call.reply = message
       call.condition:signal()
     end
@@ -49,8 +51,8 @@ end
 Replies._channel_ended = Replies._finish
 
 -- The channel with the reply consumer; started when there is none.
-local function start(connection, timeout)
-  local channel, err = connection:channel { confirm = true, timeout = timeout }
+local function start(connection, deadline, now)
+  local channel, err = connection:channel { confirm = true, timeout = math.max(0, deadline - now()) }
   if not channel then return nil, err end
   local queue, status = channel._core:consume { queue = REPLY_TO, consumer_tag = REPLY_TO, no_ack = true }
   if not queue then
@@ -68,7 +70,8 @@ local function start(connection, timeout)
   end
   local session = channel._session
   local ok
-  ok, err = session:await(session:expect(channel._calls, "basic.consume"), timeout)
+  ok, err = session:await(session:expect(channel._calls, "basic.consume", function() channel:_abandon() end),
+    math.max(0, deadline - now()))
   if not ok then
     channel:_abandon()
     return nil, err
@@ -78,7 +81,7 @@ local function start(connection, timeout)
 end
 
 -- Tasks that call at once share one start.
-local function replies_of(self, timeout, deadline, now)
+local function replies_of(self, deadline, now)
   local runtime = self.connection._runtime
   while self._starting do
     local left = deadline - now()
@@ -89,11 +92,12 @@ local function replies_of(self, timeout, deadline, now)
   if replies and not replies.ended then return replies end
   local condition = runtime.condition()
   self._starting = condition
-  local err
-  replies, err = start(self.connection, timeout)
-  self._replies = replies
+  local whole, err
+  whole, replies, err = pcall(start, self.connection, deadline, now)
+  self._replies = whole and replies or nil
   self._starting = nil
   condition:broadcast()
+  if not whole then error(replies, 0) end
   return replies, err
 end
 
@@ -104,7 +108,7 @@ function Rpc:call(body, opts)
   local timeout = opts.timeout or connection.timeout
   local deadline = now() + timeout
   if not connection:is_open() then return nil, connection:_closed_error() end
-  local replies, err = replies_of(self, timeout, deadline, now)
+  local replies, err = replies_of(self, deadline, now)
   if not replies then return nil, err end
 
   self._serial = self._serial + 1
@@ -116,16 +120,14 @@ function Rpc:call(body, opts)
   request.timeout = math.max(0, deadline - now())
 
   local call = { condition = runtime.condition() }
-  replies.by_id[id] = call
   local channel = replies.channel
   local confirmation
   confirmation, err = channel:publish_async(body, request)
-  if not confirmation then
-    replies.by_id[id] = nil
-    return nil, err
-  end
+  if not confirmation then return nil, err end
+  if replies.ended then return nil, replies.ended end
   local _, seq = core.outcome(confirmation)
-  replies.by_seq[seq] = call
+  call.seq = seq
+  replies.by_id[id], replies.by_seq[seq] = call, call
   local session = channel._session
   while not call.reply and not call.err do
     local left = deadline - now()

@@ -12,6 +12,7 @@
 
 local core = require "moonrabbit.core"
 local errors = require "moonrabbit.errors"
+local protect = require "moonrabbit.protect"
 
 ---@class moonrabbit.Session
 ---@field engine moonrabbit.core.Engine
@@ -31,6 +32,8 @@ local max, min, huge = math.max, math.min, math.huge
 local LAST_WORDS = 1
 -- So much is read past what a full consumer may hold, for those who wait for an answer behind it.
 local MOST_ADMITTED = 64 * 1024 * 1024
+-- Passwords that are remembered, to keep them out of errors.
+local MOST_SECRETS = 4
 -- What is left to write when a session ends has so long to leave.
 local LAST_FLUSH = 2
 
@@ -117,17 +120,27 @@ function Session:expect(calls, what, late)
   return call
 end
 
---- Waits for a call: its result, or nil, err.
-function Session:await(call, timeout)
+local function wait_for(self, call, deadline)
   local now = self.runtime.now
-  local deadline = now() + timeout
   while not call.done do
     local left = deadline - now()
-    if left <= 0 then
-      call.abandoned = true
-      return nil, self:error("timeout", ("no answer to %s within %g s"):format(call.what, timeout))
-    end
+    if left <= 0 then return end
     self:block(call.condition, left)
+  end
+end
+
+--- Waits for a call: its result, or nil, err.
+function Session:await(call, timeout)
+  local whole, err = protect(wait_for, self, call, self.runtime.now() + timeout)
+  if not whole then -- the task was cancelled: nobody takes the answer
+    self.awaiting = self.awaiting - 1
+    call.abandoned = true
+    if call.done and call.ok and call.late then call.late(call.result, call.extra) end
+    error(err, 0)
+  end
+  if not call.done then
+    call.abandoned = true
+    return nil, self:error("timeout", ("no answer to %s within %g s"):format(call.what, timeout))
   end
   if call.ok then return call.result, call.extra end
   return nil, call.result
@@ -181,10 +194,56 @@ end
 local function late(self, by)
   self.runtime.sleep(0)
   local interval = self.heartbeat
-  if interval > 0 and by > interval / 4 then
+  local reported = self.turn_reported and self.runtime.now() - self.turn_reported < by + 1
+  if interval > 0 and by > interval / 4 and not reported then
     local source = self.runtime.turn_source and self.runtime.turn_source()
     self.log("warn", ("the event loop stood still for %.1f s: heartbeats need a turn every few seconds%s"):format(by,
       source and " (" .. tostring(source) .. ")" or ""))
+  end
+end
+
+-- Runtimes that time the turns of their tasks, and the sessions with heartbeats that want to hear of long ones.
+local watchers = setmetatable({}, { __mode = "k" })
+
+local function shortest(sessions)
+  local limit
+  for session in pairs(sessions) do limit = min(limit or huge, session.heartbeat / 4) end
+  return limit
+end
+
+local function watch_turns(self)
+  local runtime = self.runtime
+  if not runtime.turn_source then return end
+  local watcher = watchers[runtime]
+  if not watcher then
+    local sessions = setmetatable({}, { __mode = "k" })
+    watcher = { sessions = sessions }
+    function watcher.report(seconds, source)
+      for session in pairs(sessions) do
+        if seconds > session.heartbeat / 4 then
+          session.turn_reported = runtime.now()
+          runtime.spawn(session.log, "warn",
+            ("the event loop stood still for %.1f s: heartbeats need a turn every few seconds (%s)"):format(seconds,
+              tostring(source)))
+        end
+      end
+    end
+    watchers[runtime] = watcher
+  end
+  if runtime.on_long_turn and runtime.on_long_turn ~= watcher.report then return end -- the user's own
+  watcher.sessions[self] = true
+  runtime.on_long_turn = watcher.report
+  runtime.long_turn = shortest(watcher.sessions)
+end
+
+local function unwatch_turns(self)
+  local runtime = self.runtime
+  local watcher = watchers[runtime]
+  if not watcher or not watcher.sessions[self] then return end
+  watcher.sessions[self] = nil
+  if runtime.on_long_turn == watcher.report then
+    runtime.long_turn = shortest(watcher.sessions)
+    if not runtime.long_turn then runtime.on_long_turn = nil end
   end
 end
 
@@ -237,6 +296,8 @@ local function write_loop(self)
   if self.last_flush then
     transport:flush(engine)
     transport:close()
+    self.last_flush = false
+    self.left:broadcast()
   end
 end
 
@@ -297,6 +358,22 @@ function Session:drain()
   if self.paused then self.drained:signal() end
 end
 
+-- What a task of the session throws (for want of memory, say) ends the session: nobody else would do its work.
+local function run(self, loop)
+  local whole, err = protect(loop, self)
+  if whole then return end
+  local text = tostring(err)
+  if self.state ~= "closed" then
+    local memory = text:find("not enough memory", 1, true)
+    self.engine:eof(text)
+    self:finish(self:error(memory and "overflow" or "closed", "the connection has failed: " .. text,
+      { temporary = true }))
+    protect(self.pump, self) -- the engine too knows that this is the end
+  end
+  self.transport:close()
+  self.log("error", "a task of the connection threw: " .. text)
+end
+
 -- ---- Events -----------------------------------------------------------------------------------------
 
 local handlers = {}
@@ -305,7 +382,10 @@ function handlers.open(self)
   if self.state == "connecting" then
     self.state = "open"
     self.channel_max, self.frame_max, self.heartbeat = self.engine:tuned()
-    if self.heartbeat > 0 then self.runtime.spawn(watch_loop, self) end
+    if self.heartbeat > 0 then
+      self.runtime.spawn(run, self, watch_loop)
+      watch_turns(self)
+    end
     self:touch() -- heartbeats are due from now on
     self.changed:broadcast()
   end
@@ -380,8 +460,7 @@ end
 --- An error from what the engine reports, with the endpoint and without the password.
 function Session:report(report)
   local err = errors.from_engine(report, self.endpoint)
-  local secret = self.secret
-  if secret and #secret > 3 then
+  for _, secret in ipairs(self.secrets) do
     local from, to = err.message:find(secret, 1, true)
     while from do
       err.message = err.message:sub(1, from - 1) .. "***" .. err.message:sub(to + 1)
@@ -389,6 +468,15 @@ function Session:report(report)
     end
   end
   return err
+end
+
+--- A password that the broker knows, or may come to know: it is not repeated from it. Those before it are
+--- remembered for some time.
+function Session:keep_secret(secret)
+  if not secret or #secret <= 3 then return end
+  local secrets = self.secrets
+  table.insert(secrets, 1, secret)
+  secrets[MOST_SECRETS + 1] = nil
 end
 
 --- Takes every event there is. Returns how many there were.
@@ -410,7 +498,10 @@ end
 --- The session is over: everything that waits learns why.
 function Session:finish(err)
   if self.state == "closed" then return end
+  unwatch_turns(self)
   if self.state == "closing" and (err.code == nil or err.code == 200) and err.kind == "closed" then
+    self.said_goodbye = err.code == 200 -- the broker has answered
+    self.cut_short = err
     err = self:error("closed", "the connection was closed by this side", { temporary = false })
   end
   self.state = "closed"
@@ -421,7 +512,7 @@ function Session:finish(err)
   else
     self.last_flush = true
     self.runtime.spawn(function()
-      self.runtime.sleep(LAST_FLUSH)
+      if self.last_flush then self.left:wait(LAST_FLUSH) end
       self.transport:close()
     end)
   end
@@ -437,6 +528,19 @@ function Session:finish(err)
   self.changed:broadcast()
   self.ended:broadcast()
   self.emit("closed", err)
+end
+
+local function shake_hands(self, deadline, timeout)
+  local now = self.runtime.now
+  while self.state == "connecting" do
+    local left = deadline - now()
+    if left <= 0 then
+      self:finish(self:error("timeout",
+        ("the broker did not finish the AMQP handshake within %g s (is it an AMQP port?)"):format(timeout)))
+    else
+      self.changed:wait(left < huge and left or nil)
+    end
+  end
 end
 
 --- Connects and shakes hands.
@@ -458,7 +562,7 @@ function Session.open(config)
   local condition = runtime.condition
   local self = setmetatable({
     engine = engine, transport = transport, runtime = runtime, state = "connecting",
-    endpoint = config.label, secret = config.secret, log = config.log, emit = config.emit,
+    endpoint = config.label, secrets = {}, log = config.log, emit = config.emit,
     channels = {}, calls = Calls.new(),
     dirty = false, corked = false, flushing = false, paused = false, heartbeat = 0,
     awaiting = 0,          -- tasks in `block`, and those that were cancelled there
@@ -470,18 +574,16 @@ function Session.open(config)
     flushed = condition(),
     changed = condition(), -- the state
     ended = condition(),
+    left = condition(),    -- the last bytes
   }, Session)
+  self:keep_secret(config.secret)
   engine:start(now())
-  runtime.spawn(write_loop, self)
-  runtime.spawn(read_loop, self)
-  while self.state == "connecting" do
-    local left = deadline - now()
-    if left <= 0 then
-      self:finish(self:error("timeout",
-        ("the broker did not finish the AMQP handshake within %g s (is it an AMQP port?)"):format(timeout)))
-    else
-      self.changed:wait(left < huge and left or nil)
-    end
+  runtime.spawn(run, self, write_loop)
+  runtime.spawn(run, self, read_loop)
+  local whole, err = protect(shake_hands, self, deadline, timeout)
+  if not whole then -- the task was cancelled
+    self:finish(self:error("closed", "nobody waits for the connection any more"))
+    error(err, 0)
   end
   if self.state == "open" then return self end
   return nil, self.reason
@@ -528,7 +630,8 @@ function Session:close(timeout)
     end
     self:block(self.changed, left)
   end
-  return true
+  if self.said_goodbye then return true end
+  return nil, self.cut_short or self.reason
 end
 
 --- The part of close that does not wait.

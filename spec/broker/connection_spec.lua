@@ -254,4 +254,27 @@ describe("connection", function()
       broker.eventually(function() return done == 50 end)
     end)
   end)
+
+  it("delivers many events without holding up the loop", function()
+    local conn = broker.connect()
+    local n, ticks = 0, 0
+    moonrabbit.run(function()
+      conn:on("state", function() n = n + 1 end)
+      for _ = 1, 50000 do conn:_event("state", "x") end
+      moonrabbit.spawn(function()
+        while n < 50000 do
+          moonrabbit.sleep(0)
+          ticks = ticks + 1
+        end
+      end)
+      broker.eventually(function() return n == 50000 end, 5)
+    end)
+    assert.truthy(ticks > 100, ticks .. " ticks")
+  end)
+
+  it("takes the port of amqps with tls, whatever the password looks like", function()
+    local _, err = moonrabbit.connect { uri = "amqp://guest:5672@127.0.0.1/", tls = { verify = false },
+      connect_timeout = 1 }
+    assert.equal("127.0.0.1:5671", err.endpoint)
+  end)
 end)

@@ -3,6 +3,8 @@ local moonrabbit = require "moonrabbit"
 local broker = require "support.broker"
 local proxy = require "support.proxy"
 local native = require "moonrabbit.runtime.native"
+local scripted = require "support.scripted"
+local fake = require "support.fake_broker"
 local ok = broker.ok
 
 describe("network", function()
@@ -209,6 +211,169 @@ describe("network", function()
       local message = ok(ch:get(queue))
       if message then message:ack() end
       return message
+    end)
+  end)
+
+  describe("with a broker that follows a script", function()
+    local other
+
+    before_each(function() other = scripted.start() end)
+
+    local function connect(opts)
+      opts = opts or {}
+      opts.uri, opts.runtime = "amqp://127.0.0.1/", other.runtime
+      return broker.connect(opts)
+    end
+
+    it("ends a connection whose reader throws, instead of hanging", function()
+      for text, kind in pairs { ["not enough memory"] = "overflow", ["something else"] = "closed" } do
+        other.throw = nil
+        local logged
+        local conn = connect { log = function(level, line) if level == "error" then logged = line end end }
+        local ch = ok(conn:channel { confirm = true })
+        local results = {}
+        moonrabbit.run(function()
+          moonrabbit.spawn(function() results[1] = { ch:queue_declare("x", { timeout = 10 }) } end)
+          moonrabbit.spawn(function() results[2] = { ch:publish("x", { timeout = 10 }) } end)
+          moonrabbit.sleep(0.02)
+          other.throw = text
+          other.more:broadcast()
+          broker.eventually(function() return results[1] and results[2] and logged end, 5)
+        end)
+        for i = 1, 2 do
+          assert.is_nil(results[i][1])
+          assert.equal(kind, results[i][2].kind)
+          assert.matches(text, results[i][2].message)
+        end
+        assert.equal("closed", (conn:state()))
+        assert.matches(text, logged)
+        assert.is_nil((ch:publish_async "y"))
+      end
+    end)
+
+    it("survives a log that throws", function()
+      local stderr, written = io.stderr, {}
+      io.stderr = { write = function(_, ...) written[#written + 1] = table.concat { ... } end } -- luacheck: ignore 122
+      local good, err = pcall(function()
+        local conn = connect { log = function() error "no log" end }
+        local ch = ok(conn:channel())
+        ok(ch:consume "q")
+        ok(conn:close(5))
+      end)
+      io.stderr = stderr -- luacheck: ignore 122
+      assert.is_true(good, tostring(err))
+      assert.matches("no log", table.concat(written))
+    end)
+
+    it("calls a close without the broker's answer no success", function()
+      other.answers["10.50"] = false
+      local conn = connect()
+      local closed, err
+      moonrabbit.run(function()
+        moonrabbit.spawn(function()
+          broker.eventually(function() return other.heard[#other.heard] == "10.50" end)
+          other:cut()
+        end)
+        closed, err = conn:close(5)
+      end)
+      assert.is_nil(closed)
+      assert.equal("closed", err.kind)
+      assert.equal("closed", (conn:state()))
+      assert.is_true(conn:close())
+    end)
+
+    it("leaves nothing behind when the task of a call is cancelled", function()
+      local conn = connect()
+      local ch = ok(conn:channel())
+      local get = {}
+      other.answers["60.70"] = function() get[#get + 1] = true return "" end
+      moonrabbit.run(function()
+        local task = moonrabbit.spawn(function() ch:get "q" end)
+        broker.eventually(function() return #get == 1 end)
+        native.cancel(task)
+        moonrabbit.sleep(0.01)
+        assert(conn._session.awaiting == 0)
+        other:say(fake.method(1, 60, 71, fake.u64(1) .. fake.u8(0) .. fake.short "" .. fake.short "q" .. fake.u32(0))
+          .. fake.content(1, "x"))
+        -- Back it goes.
+        broker.eventually(function() return other.heard[#other.heard] == "60.120" end)
+      end)
+      assert.equal(0, ch:unsettled())
+    end)
+
+    it("leaves nothing behind when the task that connects, opens or calls first is cancelled", function()
+      local conn = connect()
+      moonrabbit.run(function()
+        other.answers["20.10"], other.answers["85.10"] = false, false
+        local task = moonrabbit.spawn(function() conn:channel() end)
+        broker.eventually(function() return other.heard[#other.heard] == "20.10" end)
+        native.cancel(task)
+        moonrabbit.sleep(0.01)
+        other:say(fake.method(1, 20, 11, fake.long ""))
+        broker.eventually(function() return other.heard[#other.heard] == "20.40" end)
+
+        task = moonrabbit.spawn(function() conn:call("x", { routing_key = "q" }) end)
+        broker.eventually(function() return other.heard[#other.heard] ~= "20.40" end)
+        native.cancel(task)
+        moonrabbit.sleep(0.01)
+        local started = native.now()
+        local reply, err = conn:call("x", { routing_key = "q", timeout = 0.2 })
+        assert(not reply and err.kind == "timeout")
+        assert(native.now() - started < 0.35)
+
+        other = scripted.start()
+        other.answers["10.40"] = false
+        task = moonrabbit.spawn(connect)
+        broker.eventually(function() return other.heard[#other.heard] == "10.40" end)
+        local transport = other.transport
+        assert(not transport.closed)
+        native.cancel(task)
+        broker.eventually(function() return transport.closed end, 5)
+      end)
+    end)
+
+    it("takes one timeout for the start of the replies and the call", function()
+      local conn = connect()
+      local mine = other
+      other.answers["85.10"] = function(frame)
+        moonrabbit.spawn(function()
+          moonrabbit.sleep(0.25)
+          mine:say(fake.method(frame.channel, 85, 11))
+        end)
+        return ""
+      end
+      other.answers["60.20"] = false
+      local started = native.now()
+      local reply, err = conn:call("x", { routing_key = "q", timeout = 0.4 })
+      assert.is_nil(reply)
+      assert.equal("timeout", err.kind)
+      assert.truthy(native.now() - started < 0.55)
+    end)
+
+    it("forgets a request that could not be made", function()
+      local conn = connect()
+      moonrabbit.run(function()
+        assert(not moonrabbit.pcall(conn.call, conn, "x", { routing_key = "q", headers = { a = print } }))
+      end)
+      assert.is_nil(next(conn._rpc._replies.by_id))
+    end)
+
+    it("reports a turn that is too long for the heartbeat, and where", function()
+      local logged
+      local conn = connect { heartbeat = 1, log = function(level, text) if level == "warn" then logged = text end end }
+      conn._session.heartbeat = 0.4
+      assert.is_nil(logged)
+      moonrabbit.run(function()
+        moonrabbit.spawn(function()
+          local till = native.now() + 0.3
+          repeat until native.now() > till
+        end)
+        broker.eventually(function() return logged end, 2)
+      end)
+      assert.matches("stood still", logged)
+      assert.matches("network_spec.lua:%d+", logged)
+      ok(conn:close(5))
+      assert.is_nil(native.long_turn)
     end)
   end)
 end)

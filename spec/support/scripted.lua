@@ -12,7 +12,7 @@ local Broker = {}
 Broker.__index = Broker
 
 local answers = {
-  ["10.11"] = function() return fake.method(0, 10, 30, u16(0) .. u32(131072) .. u16(0)) end,
+  ["10.11"] = function() return fake.method(0, 10, 30, u16(0) .. u32(131072) .. u16(60)) end,
   ["10.40"] = function() return fake.method(0, 10, 41, short "") end,
   ["10.50"] = function() return fake.method(0, 10, 51) end,
   ["20.10"] = function(frame) return fake.method(frame.channel, 20, 11, long "") end,
@@ -50,7 +50,7 @@ function Transport:fill(engine)
     if broker.throw then error(broker.throw, 0) end
     local bytes = broker.out
     if bytes == "" and broker.flood then bytes = broker.flood() or "" end
-    if bytes ~= "" then
+    if bytes ~= "" and broker.transport == self then -- the newest connection hears it
       local taken = engine:feed(bytes, native.now())
       broker.out = bytes:sub(taken + 1)
       if taken == 0 then return nil, "full" end
