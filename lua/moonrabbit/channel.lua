@@ -64,7 +64,8 @@ function Channel.open(connection, session, opts, level)
     _spare = {},
     _failures = {},              -- of publishes whose caller does not wait; `more`: beyond those kept
     _unsure = false,             -- published since everything was last settled
-    _prefetch = opts.prefetch,   -- what basic.qos was last told, nil: nothing
+    _prefetch = opts.prefetch,   -- what was chosen for its consumers, nil: nothing
+    _told = opts.prefetch,       -- what basic.qos was last told, nil: nothing
     _window = opts.window or 65536,
   }, Channel)
   if session.state ~= "open" then return nil, session.reason or session:error("closed", "the connection is closed") end
@@ -376,6 +377,8 @@ function Channel:_consumer_cancelled(consumer_tag, queue)
       "the broker cancelled the consumer: its queue was deleted, or its node is gone", { temporary = true }), true)
     if self._consumers[consumer_tag] == consumer then self:_emit("cancel", consumer) end
     self._consumers[consumer_tag] = nil
+    if queue then self._receivers[queue] = nil end
+    if consumer._let_go then consumer:_let_go() end
   end
 end
 

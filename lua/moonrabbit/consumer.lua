@@ -102,9 +102,9 @@ function Consumer.start(channel, queue, opts, handler, level)
   -- so that no other task's comes between.
   local calls = {}
   local prefetch = choose_prefetch(channel, queue, opts)
-  if not opts.no_ack and prefetch ~= (channel._prefetch or 0) then
+  if not opts.no_ack and prefetch ~= (channel._told or 0) then
     channel._core:call("basic.qos", { prefetch_count = prefetch })
-    channel._prefetch = prefetch
+    channel._told = prefetch
     calls[1] = session:expect(channel._calls, "basic.qos")
   end
   local delivery_queue, status = channel._core:consume {
@@ -127,6 +127,7 @@ function Consumer.start(channel, queue, opts, handler, level)
     self._handler = handler
     self._error_delay = opts.error_delay or 1
     self._workers, self._idle, self._waking = 0, 0, false
+    self._tasks = setmetatable({}, { __mode = "k" }) -- of the workers
   end
   channel._receivers[delivery_queue] = self
   channel._consumers[tag] = self
@@ -154,6 +155,10 @@ end
 function Consumer:_abandon()
   local channel = self.channel
   if channel._closed then return end
+  if not self._ended then
+    self._ended = self._session:error("cancelled", "nobody waited for its start any more", { temporary = false })
+  end
+  if channel._consumers[self.tag] == self then channel._consumers[self.tag] = nil end
   if channel._core:call("basic.cancel", { consumer_tag = self.tag }) then
     self:_discard()
     self._session:expect(channel._calls, "basic.cancel").abandoned = true
@@ -176,7 +181,10 @@ local function receive(self, timeout)
   local pop, queue = self._pop, self._deliveries
   local message = pop(queue)
   if message then return message end
-  if self._ended then return nil, self._ended end
+  if self._ended then
+    self:_let_go()
+    return nil, self._ended
+  end
   local session = self._session
   session:drain()
   local now = self._runtime.now
@@ -198,7 +206,10 @@ local function receive(self, timeout)
     if self._receiving > 0 and queue:count() > 0 then ready:signal() end
     return message
   end
-  if self._ended then return nil, self._ended end
+  if self._ended then
+    self:_let_go()
+    return nil, self._ended
+  end
   return nil, session:error("timeout", ("no message within %g s"):format(timeout))
 end
 
@@ -295,6 +306,9 @@ end
 
 local function worker(self, protect)
   local state = {}
+  local current = self._runtime.current
+  local me = current and current()
+  if me then self._tasks[me] = true end
   local cancelled = self._runtime.cancelled
   self._waking = false
   while true do
@@ -304,6 +318,7 @@ local function worker(self, protect)
       state.message = nil
       if trace == cancelled and cancelled ~= nil then
         self._workers = self._workers - 1
+        if self._drained then self._drained:broadcast() end
         return
       end
       if message then report(self, message, trace) else self.connection:_report("error", trace) end
@@ -318,7 +333,9 @@ local function worker(self, protect)
     end
   end
   self._workers = self._workers - 1
-  if self._workers == 0 and self._drained then self._drained:broadcast() end
+  if me then self._tasks[me] = nil end
+  if self._drained then self._drained:broadcast() end
+  self:_let_go()
 end
 
 -- xpcall of (f, a, b) that keeps a traceback and lets f yield. PUC Lua 5.1 has no such thing: there
@@ -373,6 +390,7 @@ function Consumer:_finish(err, keep)
     self:_discard()
   end
   self._ready:broadcast()
+  if self._handler and keep and self:buffered() > 0 then self:_wake_worker() end
 end
 
 ---@class moonrabbit.CancelOptions
@@ -404,10 +422,15 @@ function Consumer:cancel(opts)
     self:_finish(session:error("cancelled", "cancelled by consumer:cancel()", { temporary = false }), true)
   end
   if channel._consumers[self.tag] == self then channel._consumers[self.tag] = nil end
+  if result then channel._receivers[self._deliveries] = nil end
   if not result and not (err.kind == "closed" or err.kind == "channel") then return nil, err end
-  if opts.drain and self._handler and self._workers > 0 then
+  if self._handler and (opts.drain or self._owns_channel) then
+    -- Its own handler may be who calls.
+    local current = self._runtime.current
+    local me = current and current()
+    local own = me and self._tasks[me] and 1 or 0
     self._drained = self._drained or self._runtime.condition()
-    while self._workers > 0 do
+    while self._workers > own do
       local left = deadline - now()
       if left <= 0 then
         return nil, session:error("timeout", ("%d handlers have not ended within %g s"):format(self._workers, timeout))
@@ -415,10 +438,20 @@ function Consumer:cancel(opts)
       self._drained:wait(left < huge and left or nil)
     end
   end
-  if self._owns_channel and not opts.drain then
+  if self._owns_channel and not (opts.drain and not self._handler) and (self._workers or 0) == 0 then
     return channel:close(math.max(0, deadline - now()))
   end
+  self:_let_go()
   return true
+end
+
+-- The channel that was opened for it closes as soon as nothing is left to handle or to settle there.
+---@package
+function Consumer:_let_go()
+  if not self._owns_channel or not self._ended or self.channel._closed then return end
+  if (self._workers or 0) > 0 or self:buffered() > 0 then return end
+  if not self._handler and self.channel:unsettled() > 0 then return end
+  self.channel:_abandon()
 end
 
 --- How many messages have arrived and were not taken yet.

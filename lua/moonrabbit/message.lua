@@ -144,10 +144,12 @@ function methods:forward(exchange, routing_key, opts)
   if routing_key ~= nil then options.argument("Message:forward", "routing_key", routing_key, shortstr) end
   opts = options.check("Message:forward", opts, forward_options)
   local channel = opts.channel or core_owner(self)
+  local now = channel._runtime.now
+  local deadline = now() + (opts.timeout or channel.timeout)
   local confirmation, err = channel:_forward(self, exchange, routing_key or self.routing_key, opts, opts.timeout)
   if not confirmation then return nil, err end
   if confirmation == true then return true end
-  return channel:_wait(confirmation, opts.timeout, true)
+  return channel:_wait(confirmation, math.max(0, deadline - now()), true)
 end
 
 return methods

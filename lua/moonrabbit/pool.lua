@@ -114,22 +114,20 @@ function Pool:acquire(timeout)
       self._of[channel] = member
       return channel
     end
-    local left = math.max(0, deadline - now())
     member = roomiest(self)
     -- A new connection as long as there may be one and the others are busy.
     if #self._members < self._max_connections and (not member or member.used > 0) then
       local new = { idle = {}, used = 0 }
       self._members[#self._members + 1] = new
-      local opts = {}
-      for key, value in pairs(self._connect) do opts[key] = value end
-      opts.connect_timeout = math.min(opts.connect_timeout or 10, left)
-      local connection, err = Connection.connect(opts, 2)
-      if not connection or self._closed then
+      local whole, connection, err = pcall(Connection.connect, self._connect, 2, deadline)
+      if not whole or not connection or self._closed then
         for i, m in ipairs(self._members) do
           if m == new then table.remove(self._members, i) break end
         end
         self._freed:signal()
-        if connection then connection:close(left) else return nil, err end
+        if not whole then error(connection, 0) end
+        if not connection then return nil, err end
+        connection:close(math.max(0, deadline - now()))
       else
         new.connection = connection
         member = new
@@ -138,19 +136,23 @@ function Pool:acquire(timeout)
     end
     if member and member.connection then
       member.used = member.used + 1
-      local opts = { confirm = self._channel.confirm, prefetch = self._channel.prefetch }
-      local err
-      channel, err = member.connection:channel(opts)
-      if channel then
+      local connection = member.connection
+      local opts = { confirm = self._channel.confirm, prefetch = self._channel.prefetch,
+        timeout = math.max(0, deadline - now()) }
+      local whole, err
+      whole, channel, err = pcall(connection.channel, connection, opts)
+      if whole and channel then
+        channel.timeout = connection.timeout
         self._of[channel] = member
         return channel
       end
       member.used = member.used - 1
       self._freed:signal()
-      if member.connection:is_open() then return nil, err end
+      if not whole then error(channel, 0) end
+      if connection:is_open() then return nil, err end
       if now() >= deadline then return nil, err end
     elseif not self._closed then
-      left = deadline - now()
+      local left = deadline - now()
       if left <= 0 then
         return nil, errors.new {
           kind = "timeout", message = ("no channel of the pool became free within %g s"):format(timeout),
@@ -162,8 +164,10 @@ function Pool:acquire(timeout)
 end
 
 -- Whether the next one would find it as a fresh one is.
-local function clean(channel)
-  return channel:is_open() and channel.connection:is_open() and not channel._tx and next(channel._consumers) == nil
+local function clean(self, channel)
+  return channel._prefetch == self._channel.prefetch and not channel._prefetch_global
+    and (channel._told or 0) == (self._channel.prefetch or 0) and channel.timeout == channel.connection.timeout
+    and channel:is_open() and channel.connection:is_open() and not channel._tx and next(channel._consumers) == nil
     and channel:unsettled() == 0 and channel:unconfirmed() == 0
 end
 
@@ -173,7 +177,7 @@ function Pool:release(channel)
   local member = self._of[channel]
   if not member then error("Pool:release: the channel is not one that is out of this pool", 2) end
   self._of[channel] = nil
-  if clean(channel) and not self._closed then
+  if clean(self, channel) and not self._closed then
     channel._listeners, channel._failures = nil, {}
     member.idle[#member.idle + 1] = channel
   else
@@ -222,10 +226,15 @@ function Pool:close(timeout)
   self._freed:broadcast()
   local members = self._members
   self._members = {}
+  local now = self._runtime.now
+  local deadline = now() + (timeout or self._connect.timeout or 30)
   local failed
   for _, member in ipairs(members) do
+    if member.connection then member.connection._session:start_close() end
+  end
+  for _, member in ipairs(members) do
     if member.connection then
-      local ok, err = member.connection:close(timeout)
+      local ok, err = member.connection:close(math.max(0, deadline - now()))
       if not ok then failed = err end
     end
   end

@@ -77,9 +77,7 @@ function Publisher:send(body, overrides)
     local ok, err = channel:publish(body, with(self, overrides, 2))
     return ok, err
   end
-  local confirmation, err = channel:_publish_route(self._route, body)
-  if not confirmation then return nil, err end
-  return channel:_wait(confirmation, nil, true)
+  return channel:_send_route(self._route, body)
 end
 
 --- Waits until everything sent is settled: true, or nil, err with err.failed, as

@@ -468,4 +468,70 @@ describe("consuming", function()
     assert.truthy(fed < 150e6, fed .. " bytes read")
     line:close(0.1)
   end)
+
+  it("does not wait for itself when its own handler cancels it", function()
+    fill(1)
+    local consumer, took, result
+    moonrabbit.run(function()
+      consumer = ok(conn:consume(queue, { prefetch = 1 }, function(message)
+        message:ack()
+        local started = native.now()
+        result = { consumer:cancel { drain = true, timeout = 5 } }
+        took = native.now() - started
+      end))
+      broker.eventually(function() return took end)
+      broker.eventually(function() return not consumer.channel:is_open() end)
+    end)
+    assert.is_true(result[1])
+    assert.truthy(took < 2)
+    assert.equal(0, left())
+  end)
+
+  it("lets go of a channel of its own, and forgets what was cancelled", function()
+    fill(3)
+    local handled = 0
+    local consumer = ok(conn:consume(queue, { prefetch = 3 }, function(message)
+      moonrabbit.sleep(0.05)
+      assert(message:ack())
+      handled = handled + 1
+    end))
+    broker.eventually(function() return consumer._workers == 3 end)
+    ok(consumer:cancel()) -- the acks of those that run come first
+    assert.equal(3, handled)
+    assert.is_false(consumer.channel:is_open())
+    assert.equal(0, left())
+
+    consumer = ok(conn:consume(queue, {}, function(message) message:ack() end))
+    ok(consumer:cancel { drain = true })
+    assert.is_false(consumer.channel:is_open())
+
+    fill(2)
+    consumer = ok(conn:consume(queue, { prefetch = 2 }))
+    broker.eventually(function() return consumer:buffered() == 2 end)
+    ok(consumer:cancel { drain = true })
+    assert.is_true(consumer.channel:is_open())
+    for message in consumer:messages() do message:ack() end
+    assert.is_false(consumer.channel:is_open())
+    assert.equal(0, left())
+
+    for _ = 1, 5 do ok(ok(ch:consume(queue)):cancel()) end
+    assert.is_nil(next(ch._receivers))
+
+    consumer = ok(conn:consume(queue, {}, function(message) message:ack() end))
+    ok(ch:queue_delete(queue))
+    broker.eventually(function() return not consumer.channel:is_open() end)
+  end)
+
+  it("gives a consumer's prefetch to no other, and qos to those that start before its answer", function()
+    ok(ch:consume(queue, { prefetch = 7 }))
+    assert.equal(250, ok(ch:consume(queue)).prefetch)
+    local other = ok(conn:channel { prefetch = 9 })
+    ok(other:consume(queue, { prefetch = 3 }))
+    assert.equal(9, ok(other:consume(queue)).prefetch)
+    moonrabbit.run(function()
+      moonrabbit.spawn(function() ok(ch:qos(10)) end)
+      moonrabbit.sleep(0)
+      assert(ok(ch:consume(queue)).prefetch == 10)
+    end)
+  end)
 end)

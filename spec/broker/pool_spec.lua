@@ -2,6 +2,7 @@
 local moonrabbit = require "moonrabbit"
 local broker = require "support.broker"
 local native = require "moonrabbit.runtime.native"
+local scripted = require "support.scripted"
 local ok = broker.ok
 
 describe("pool", function()
@@ -129,5 +130,74 @@ describe("pool", function()
       end
       broker.eventually(function() return n == 4 end, 5)
     end)
+  end)
+
+  it("loses no place to a URI that is none", function()
+    pool = moonrabbit.pool { connect = "amqpx://nope", timeout = 0.1 }
+    for _ = 1, 2 do
+      local good, message = pcall(pool.acquire, pool)
+      assert.is_false(good)
+      assert.matches("invalid AMQP URI", message)
+    end
+    assert.equal(0, #pool._members)
+  end)
+
+  it("keeps its timeout, whatever it waits for", function()
+    local other = scripted.start()
+    pool = moonrabbit.pool { connect = { uri = "amqp://127.0.0.1/", runtime = other.runtime, timeout = 20 } }
+    local ch = ok(pool:acquire())
+    assert.equal(20, ch.timeout)
+    other.answers["20.10"], other.answers["85.10"] = false, false
+    local started = native.now()
+    local none, err = pool:acquire(0.2)
+    assert.is_nil(none)
+    assert.equal("timeout", err.kind)
+    assert.truthy(native.now() - started < 1)
+    pool:close(1)
+    other = scripted.start()
+    other.answers["10.40"] = false
+    pool = moonrabbit.pool { connect = { endpoints = { "amqp://127.0.0.1/", "amqp://127.0.0.1:5673/" },
+      connect_timeout = 0.3, runtime = other.runtime } }
+    started = native.now()
+    none, err = pool:acquire(0.4)
+    assert.is_nil(none)
+    assert.equal("timeout", err.kind)
+    assert.truthy(native.now() - started < 0.55)
+  end)
+
+  it("closes all its connections within one timeout", function()
+    local others = {}
+    local runtime = setmetatable({
+      open = function(...)
+        others[#others + 1] = scripted.start()
+        others[#others].answers["10.50"] = false
+        return others[#others].runtime.open(...)
+      end,
+    }, { __index = native, __newindex = native })
+    pool = moonrabbit.pool { connect = { uri = "amqp://127.0.0.1/", runtime = runtime }, connections = 3, channels = 1 }
+    for _ = 1, 3 do ok(pool:acquire()) end
+    local started = native.now()
+    local closed, err = pool:close(0.3)
+    assert.is_nil(closed)
+    assert.equal("timeout", err.kind)
+    assert.equal(3, #others)
+    assert.truthy(native.now() - started < 0.6)
+  end)
+
+  it("gives no channel on whose qos or timeout was changed", function()
+    pool = moonrabbit.pool { connect = broker.url, prefetch = 5 }
+    for _, change in ipairs {
+      function(ch) ok(ch:qos(7)) end,
+      function(ch) ok(ch:qos(5, { global = true })) end,
+      function(ch) ch.timeout = 1 end,
+    } do
+      local ch = ok(pool:acquire())
+      change(ch)
+      pool:release(ch)
+      assert.is_false(ch:is_open())
+    end
+    local ch = ok(pool:acquire())
+    pool:release(ch)
+    assert.is_true(ch:is_open())
   end)
 end)

@@ -196,6 +196,16 @@ function Channel:_publish_route(route, body, timeout)
   return publish_slow(self, route_again, route, body, flush, timeout, 3)
 end
 
+--- Publishes through a prepared route and waits for the confirm, all within the channel's timeout.
+---@package
+function Channel:_send_route(route, body)
+  local now = self._runtime.now
+  local deadline = now() + self.timeout
+  local confirmation, err = self:_publish_route(route, body)
+  if not confirmation then return nil, err end
+  return self:_wait(confirmation, math.max(0, deadline - now()), true)
+end
+
 --- Sends a message on; used by Message:forward.
 ---@package
 function Channel:_forward(message, exchange, routing_key, opts, timeout)

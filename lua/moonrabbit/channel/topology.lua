@@ -236,10 +236,13 @@ local qos_options = options.merge(common, { global = boolean })
 function Channel:qos(prefetch_count, opts)
   argument("Channel:qos", "prefetch_count", prefetch_count, integer(0, 65535))
   opts = check("Channel:qos", opts, qos_options)
-  local ok, err = self:_rpc("basic.qos", { prefetch_count = prefetch_count, global = opts.global }, opts)
-  if not ok then return nil, err end
-  if opts.global then self._prefetch_global = prefetch_count else self._prefetch = prefetch_count end
-  return true
+  -- From now on: a consumer that starts before the answer comes has it already.
+  if opts.global then
+    self._prefetch_global = prefetch_count
+  else
+    self._prefetch, self._told = prefetch_count, prefetch_count
+  end
+  return done(self:_rpc("basic.qos", { prefetch_count = prefetch_count, global = opts.global }, opts))
 end
 
 ---@class moonrabbit.RecoverOptions : moonrabbit.TimeoutOptions
