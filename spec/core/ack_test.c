@@ -1,4 +1,5 @@
 /* Settling deliveries: what is gathered, when it leaves, and that a broker would agree with all of it. */
+#include "core/ack.h"
 #include "peer.h"
 
 static void expect_ack_at(peer *p, uint16_t channel, uint64_t tag, bool multiple, const char *file,
@@ -348,6 +349,27 @@ static void channels_gather_apart(void) {
   done(p, a);
 }
 
+/* Writing stopped in the middle, for want of memory; what is acked meanwhile lies in front of that place. */
+static void an_interrupted_flush_starts_again_at_the_front(void) {
+  static const uint64_t order[] = {2, 4};
+  mr_acks acks = {.items = NULL};
+  mr_settlement s;
+  for (uint64_t tag = 1; tag <= 4; tag++) CHECK_EQ(mr_acks_add(&acks, tag, false), MR_OK);
+  CHECK_EQ(mr_acks_settle(&acks, 3, MR_SETTLE_ACK, false, &s), MR_OK);
+  CHECK_EQ(mr_acks_settle(&acks, 4, MR_SETTLE_ACK, false, &s), MR_OK);
+  CHECK(mr_acks_next(&acks, &s));
+  CHECK_EQ(s.tag, 3);
+  CHECK_EQ(mr_acks_settle(&acks, 2, MR_SETTLE_ACK, false, &s), MR_OK);
+  for (size_t i = 0; i < 2; i++) {
+    CHECK(mr_acks_next(&acks, &s));
+    CHECK_EQ(s.tag, order[i]);
+    CHECK(!s.multiple);
+  }
+  CHECK_EQ(acks.gathered, 0);
+  CHECK_EQ(acks.outstanding, 1);
+  mr_acks_free(&acks);
+}
+
 /* ---- mistakes ---- */
 
 static void a_second_settle_is_refused(void) {
@@ -595,6 +617,31 @@ static void deliveries_before_recover_ok_are_taken_back(void) {
   done(p, channel);
 }
 
+static void what_recover_gave_back_is_closed(void) {
+  mr_channel *channel;
+  peer *p = consuming(&channel, 100);
+  deliver(p, channel, 1, 3);
+  CHECK(call(channel, BASIC_RECOVER, basic_recover, .requeue = 1) >= 0);
+  expect(p, 1, BASIC_RECOVER, basic_recover);
+  CHECK_EQ(ack(channel, 1), MR_CLOSED);
+  deliver(p, channel, 4, 4); /* was on its way */
+  CHECK_EQ(ack(channel, 4), MR_CLOSED);
+  peer_send(p, 1, BASIC_RECOVER_OK, basic_recover_ok, .dummy = 0);
+  expect_reply(p, channel, BASIC_RECOVER_OK);
+  for (uint64_t tag = 1; tag <= 4; tag++) {
+    CHECK_EQ(ack(channel, tag), MR_CLOSED);
+    CHECK_EQ(mr_settle(channel, tag, MR_SETTLE_NACK, true), MR_CLOSED);
+  }
+  CHECK_EQ(ack(channel, 5), MR_UNKNOWN_TAG);
+  deliver(p, channel, 5, 5);
+  CHECK_EQ(ack(channel, 5), MR_OK);
+  CHECK_EQ(ack(channel, 5), MR_SETTLED);
+  write_acks(p, channel);
+  expect_ack(p, 1, 5, false);
+  CHECK_EQ(ack(channel, 5), MR_SETTLED);
+  done(p, channel);
+}
+
 /* ---- transactions ---- */
 
 static peer *in_tx(mr_channel **channel) {
@@ -691,6 +738,27 @@ static void settle_upto_under_tx(void) {
   done(p, channel);
 }
 
+/* The broker has put 2 back when it reads the ack of all up to 3, which therefore acks 2 as well. */
+static void settle_upto_behind_a_rollback_spans_what_it_gave_back(void) {
+  mr_channel *channel;
+  peer *p = in_tx(&channel);
+  deliver(p, channel, 1, 4);
+  ack(channel, 2);
+  expect_ack(p, 1, 2, false);
+  CHECK(call(channel, TX_ROLLBACK, tx_rollback, .dummy = 0) >= 0);
+  expect(p, 1, TX_ROLLBACK, tx_rollback);
+  CHECK_EQ(mr_unsettled(channel), 4);
+  CHECK(mr_settle_upto(channel, 3, MR_SETTLE_ACK, false) >= 0);
+  expect_ack(p, 1, 3, true);
+  peer_send(p, 1, TX_ROLLBACK_OK, tx_rollback_ok, .dummy = 0);
+  expect_reply(p, channel, TX_ROLLBACK_OK);
+  CHECK_EQ(mr_unsettled(channel), 1);
+  CHECK_EQ(ack(channel, 2), MR_SETTLED); /* a second one would be a 406 */
+  CHECK(ack(channel, 4) >= 0);
+  expect_ack(p, 1, 4, false);
+  done(p, channel);
+}
+
 /* ---- many ---- */
 
 /* One that is never settled does not make the window grow for ever. */
@@ -731,7 +799,7 @@ typedef struct {
   uint8_t broker[MOST + 1]; /* what the broker holds of a tag */
   uint8_t wanted[MOST + 1]; /* what the user did with it: HELD while nothing */
   uint64_t last;
-  bool tx;
+  uint64_t recovered; /* the last when the broker took everything back */
 } ack_model;
 
 static ack_model model;
@@ -833,7 +901,8 @@ static void random_settles_follow_a_model(void) {
           break;
         case 11:
           if ((tag = pick(ACKED)) == 0) break;
-          CHECK_EQ(mr_settle(channel, tag, (mr_settle_kind)check_below(3), requeue), MR_SETTLED);
+          CHECK_EQ(mr_settle(channel, tag, (mr_settle_kind)check_below(3), requeue),
+                   tag > model.recovered ? MR_SETTLED : MR_CLOSED);
           break;
         case 12: CHECK_EQ(ack(channel, model.last + 1 + check_below(9)), MR_UNKNOWN_TAG); break;
         case 13: {
@@ -862,6 +931,11 @@ static void random_settles_follow_a_model(void) {
           expect_reply(p, channel, BASIC_RECOVER_OK);
           for (uint64_t i = 1; i <= model.last; i++)
             if (model.wanted[i] == HELD) model.wanted[i] = TAKEN_BACK;
+          model.recovered = model.last;
+          break;
+        case 18:
+          if ((tag = pick(TAKEN_BACK)) == 0) break;
+          CHECK_EQ(mr_settle(channel, tag, (mr_settle_kind)check_below(3), requeue), MR_CLOSED);
           break;
       }
       size_t unsettled = 0;
@@ -894,6 +968,7 @@ int main(int argc, char **argv) {
   RUN(small_prefetches_flush_each);
   RUN(acks_leave_before_what_needs_them);
   RUN(channels_gather_apart);
+  RUN(an_interrupted_flush_starts_again_at_the_front);
   RUN(a_second_settle_is_refused);
   RUN(an_unknown_tag_is_refused);
   RUN(deliveries_without_ack_never_enter);
@@ -906,10 +981,12 @@ int main(int argc, char **argv) {
   RUN(settle_upto_with_nothing_outstanding_sends_nothing);
   RUN(recover_empties_the_window);
   RUN(deliveries_before_recover_ok_are_taken_back);
+  RUN(what_recover_gave_back_is_closed);
   RUN(under_tx_nothing_is_gathered);
   RUN(a_rollback_gives_back_what_it_took);
   RUN(settles_behind_a_pipelined_rollback_stay);
   RUN(settle_upto_under_tx);
+  RUN(settle_upto_behind_a_rollback_spans_what_it_gave_back);
   RUN(a_straggler_costs_nothing);
   RUN(random_settles_follow_a_model);
   return check_end();

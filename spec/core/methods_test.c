@@ -239,6 +239,51 @@ static void a_consume_ok_may_pass_its_neighbours(void) {
   peer_free(p);
 }
 
+/* So it does with cancel-ok, which comes behind the answers to its neighbours. */
+static void a_cancel_ok_may_pass_its_neighbours(void) {
+  peer *p = peer_open();
+  mr_channel *channel = peer_channel(p);
+  for (int nowait = 0; nowait < 2; nowait++) {
+    peer_consume(p, channel, "me", 1, false);
+    CHECK(call(channel, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("me"),
+               .nowait = (amqp_boolean_t)nowait) >= 0);
+    CHECK(call(channel, BASIC_QOS, basic_qos, .prefetch_count = 5) >= 0);
+    CHECK(call(channel, QUEUE_PURGE, queue_purge, .queue = BYTES("q")) >= 0);
+    peer_discard(p);
+    peer_send(p, 1, BASIC_QOS_OK, basic_qos_ok, .dummy = 0);
+    expect_reply(p, channel, BASIC_QOS_OK);
+    peer_deliver(p, 1, "me", (uint64_t)nowait + 1, "on its way");
+    CHECK_EQ(expect_event(p, MR_EV_DELIVER)->content.consumer_ref, 1);
+    peer_send(p, 1, BASIC_CANCEL_OK, basic_cancel_ok, .consumer_tag = BYTES("me"));
+    if (!nowait) expect_reply(p, channel, BASIC_CANCEL_OK);
+    peer_send(p, 1, QUEUE_PURGE_OK, queue_purge_ok, .message_count = 1);
+    expect_reply(p, channel, QUEUE_PURGE_OK);
+    expect_no_event(p);
+  }
+  mr_channel_release(channel);
+  peer_free(p);
+}
+
+/* A channel.close makes the broker forget the cancel-ok. */
+static void a_close_may_swallow_a_cancel_ok(void) {
+  peer *p = peer_open();
+  for (int nowait = 0; nowait < 2; nowait++) {
+    mr_channel *channel = peer_channel(p);
+    CHECK_EQ(mr_channel_id(channel), 1);
+    peer_consume(p, channel, "me", 1, false);
+    CHECK(call(channel, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("me"),
+               .nowait = (amqp_boolean_t)nowait) >= 0);
+    CHECK(mr_channel_close(channel, 200, "bye") >= 0);
+    peer_discard(p);
+    peer_send(p, 1, CHANNEL_CLOSE_OK, channel_close_ok, .dummy = 0);
+    expect_reply(p, channel, CHANNEL_CLOSE_OK);
+    expect_no_event(p);
+    CHECK(mr_engine_is_open(p->engine));
+    mr_channel_release(channel);
+  }
+  peer_free(p);
+}
+
 static void pipelined_calls_are_answered_in_order(void) {
   peer *p = peer_open();
   mr_channel *a = peer_channel(p), *b = peer_channel(p);
@@ -518,6 +563,8 @@ int main(int argc, char **argv) {
   RUN(get_answers_with_content_or_empty);
   RUN(nowait_expects_no_reply);
   RUN(a_consume_ok_may_pass_its_neighbours);
+  RUN(a_cancel_ok_may_pass_its_neighbours);
+  RUN(a_close_may_swallow_a_cancel_ok);
   RUN(pipelined_calls_are_answered_in_order);
   RUN(calls_overlap_for_long);
   RUN(a_wrong_reply_is_a_protocol_error);

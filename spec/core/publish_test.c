@@ -737,6 +737,48 @@ static void what_is_unsettled_at_the_end_is_lost(void) {
   }
 }
 
+static void what_was_lost_is_counted(void) {
+  for (int how = 0; how < 4; how++) {
+    peer *p = peer_open();
+    mr_channel *channel = peer_confirm_channel(p);
+    CHECK_EQ(mr_confirm_lost(channel), 0);
+    publishes(p, channel, 10);
+    peer_ack(p, 1, 2, true);
+    peer_ack(p, 1, 7, false);
+    expect_confirm(p, channel, 1, 2, MR_ACKED);
+    expect_confirm(p, channel, 7, 7, MR_ACKED);
+    CHECK_EQ(mr_confirm_lost(channel), 0);
+    CHECK_EQ(mr_confirm_unsettled(channel), 7);
+    switch (how) {
+      case 0:
+        peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 404,
+                  .reply_text = BYTES("NOT_FOUND"));
+        expect_event(p, MR_EV_CHANNEL_CLOSED);
+        break;
+      case 1:
+        mr_engine_eof(p->engine, "cut");
+        expect_event(p, MR_EV_CLOSED);
+        break;
+      case 2:
+        CHECK(mr_channel_close(channel, 200, "bye") >= 0);
+        CHECK_EQ(mr_confirm_lost(channel), 0);
+        peer_ack(p, 1, 3, false);
+        expect_confirm(p, channel, 3, 3, MR_ACKED);
+        peer_send(p, 1, CHANNEL_CLOSE_OK, channel_close_ok, .dummy = 0);
+        expect_reply(p, channel, CHANNEL_CLOSE_OK);
+        break;
+      case 3:
+        mr_engine_free(p->engine);
+        p->engine = NULL;
+        break;
+    }
+    CHECK_EQ(mr_confirm_lost(channel), how == 2 ? 6 : 7);
+    CHECK_EQ(mr_confirm_unsettled(channel), 0);
+    mr_channel_release(channel);
+    peer_free(p);
+  }
+}
+
 /* channel.close was sent, the broker's last confirms are still on their way. */
 static void confirms_before_close_ok_still_count(void) {
   peer *p = peer_open();
@@ -860,6 +902,7 @@ int main(int argc, char **argv) {
   RUN(returns_that_lie_are_not_believed);
   RUN(a_returned_route_finds_its_publish);
   RUN(what_is_unsettled_at_the_end_is_lost);
+  RUN(what_was_lost_is_counted);
   RUN(confirms_before_close_ok_still_count);
   RUN(max_buffer_bounds_the_output);
   RUN(a_body_larger_than_max_buffer_can_be_sent);

@@ -536,6 +536,43 @@ static void closes_that_cross(void) {
   peer_free(p);
 }
 
+/* Its owner was told that it ended: what a broker still says of it is nobody's business. */
+static void nothing_is_told_of_a_channel_whose_end_was_told(void) {
+  peer *p = peer_open();
+  mr_channel *a = peer_confirm_channel(p), *b;
+  peer_consume(p, a, "c", 1, false);
+  CHECK(call(a, QUEUE_PURGE, queue_purge, .queue = BYTES("q")) >= 0);
+  CHECK(peer_publish(a, false, "b", NULL) >= 0);
+  CHECK(mr_channel_close(a, 200, "bye") >= 0);
+  peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 404,
+            .reply_text = BYTES("NOT_FOUND"));
+  expect_event(p, MR_EV_CHANNEL_CLOSED);
+  peer_discard(p);
+  peer_send(p, 1, CHANNEL_FLOW, channel_flow, .active = 0);
+  expect_no_event(p);
+  peer_send(p, 1, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("c"), .nowait = 1);
+  expect_no_event(p);
+  peer_ack(p, 1, 1, false);
+  peer_send(p, 1, QUEUE_PURGE_OK, queue_purge_ok, .message_count = 1);
+  peer_deliver(p, 1, "c", 1, "b");
+  expect_no_event(p);
+  peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 406, .reply_text = BYTES("again"));
+  expect_no_event(p);
+  CHECK(mr_engine_is_open(p->engine));
+  CHECK_EQ(mr_confirm_outcome(a, 1), MR_LOST);
+  peer_discard(p);
+  b = peer_channel(p);
+  CHECK_EQ(mr_channel_id(b), 2); /* the close-ok of 1 is still due */
+  peer_send(p, 1, CHANNEL_CLOSE_OK, channel_close_ok, .dummy = 0);
+  expect_no_event(p);
+  mr_channel_release(a);
+  a = peer_channel(p);
+  CHECK_EQ(mr_channel_id(a), 1);
+  mr_channel_release(a);
+  mr_channel_release(b);
+  peer_free(p);
+}
+
 static void a_channel_refused_at_open(void) {
   peer *p = peer_open();
   mr_channel *a = NULL;
@@ -731,6 +768,32 @@ static void a_tag_is_free_after_a_cancel(void) {
       expect_reply(p, a, BASIC_CANCEL_OK);
     }
   }
+  mr_channel_release(a);
+  peer_free(p);
+}
+
+/* Our cancel crossed the broker's, and its answer comes when the tag has a new owner. */
+static void a_late_cancel_ok_leaves_the_successor_alone(void) {
+  peer *p = peer_open();
+  mr_channel *a = peer_channel(p);
+  amqp_basic_consume_t again = {.queue = BYTES("q"), .consumer_tag = BYTES("t")};
+  peer_consume(p, a, "t", 1, false);
+  CHECK(call(a, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("t")) >= 0);
+  peer_send(p, 1, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("t"), .nowait = 1);
+  CHECK_EQ(expect_event(p, MR_EV_CONSUMER_CANCEL)->consumer_ref, 1);
+  CHECK_EQ(mr_consume(a, &again, 2), MR_OK);
+  peer_discard(p);
+  peer_send(p, 1, BASIC_CANCEL_OK, basic_cancel_ok, .consumer_tag = BYTES("t"));
+  expect_reply(p, a, BASIC_CANCEL_OK);
+  peer_send(p, 1, BASIC_CONSUME_OK, basic_consume_ok, .consumer_tag = BYTES("t"));
+  expect_reply(p, a, BASIC_CONSUME_OK);
+  peer_deliver(p, 1, "t", 1, "b");
+  CHECK_EQ(expect_event(p, MR_EV_DELIVER)->content.consumer_ref, 2);
+  CHECK(call(a, BASIC_CANCEL, basic_cancel, .consumer_tag = BYTES("t")) >= 0);
+  peer_send(p, 1, BASIC_CANCEL_OK, basic_cancel_ok, .consumer_tag = BYTES("t"));
+  expect_reply(p, a, BASIC_CANCEL_OK);
+  peer_discard(p);
+  peer_consume(p, a, "t", 3, false);
   mr_channel_release(a);
   peer_free(p);
 }
@@ -1030,6 +1093,38 @@ static void a_stall_of_our_own_is_forgiven_once(void) {
   peer_free(p);
 }
 
+/* A driver whose every tick is late must not take that for a stall each time. */
+static void silence_is_noticed_by_late_ticks(void) {
+  peer *p = beating(1);
+  for (int i = 1; i <= 5; i++) mr_engine_tick(p->engine, p->now + i);
+  expect_closed(p, MR_KIND_TIMEOUT);
+  peer_free(p);
+}
+
+static void each_silence_has_one_reprieve(void) {
+  peer *p = beating(10);
+  for (int i = 0; i < 5; i++) {
+    p->now += 300;
+    mr_engine_tick(p->engine, p->now);
+    expect_no_event(p);
+    CHECK(mr_engine_is_open(p->engine));
+    if (i % 2) {
+      mr_engine_pause(p->engine, true, p->now);
+      mr_engine_pause(p->engine, false, p->now);
+    } else {
+      peer_heartbeat(p);
+      expect_no_event(p);
+    }
+  }
+  p->now += 300;
+  mr_engine_tick(p->engine, p->now);
+  CHECK(mr_engine_is_open(p->engine));
+  p->now += 300;
+  mr_engine_tick(p->engine, p->now);
+  expect_closed(p, MR_KIND_TIMEOUT);
+  peer_free(p);
+}
+
 static void a_silent_handshake_has_no_deadline_of_its_own(void) {
   mr_config config = peer_config();
   peer *p;
@@ -1083,6 +1178,7 @@ int main(int argc, char **argv) {
   RUN(numbers_are_used_again);
   RUN(the_number_of_a_channel_the_broker_closed_is_free);
   RUN(closes_that_cross);
+  RUN(nothing_is_told_of_a_channel_whose_end_was_told);
   RUN(a_channel_refused_at_open);
   RUN(a_channel_can_be_used_before_open_ok);
   RUN(channel_max_is_obeyed);
@@ -1091,6 +1187,7 @@ int main(int argc, char **argv) {
   RUN(a_closing_channel_takes_what_is_on_its_way);
   RUN(the_broker_cancels_a_consumer);
   RUN(a_tag_is_free_after_a_cancel);
+  RUN(a_late_cancel_ok_leaves_the_successor_alone);
   RUN(the_brokers_flow_pauses_publishing);
   RUN(a_blocked_connection_pauses_publishing);
   RUN(we_close_the_connection);
@@ -1108,6 +1205,8 @@ int main(int argc, char **argv) {
   RUN(early_ticks_do_nothing);
   RUN(a_pause_is_not_the_peers_fault);
   RUN(a_stall_of_our_own_is_forgiven_once);
+  RUN(silence_is_noticed_by_late_ticks);
+  RUN(each_silence_has_one_reprieve);
   RUN(a_silent_handshake_has_no_deadline_of_its_own);
   RUN(an_idle_engine_gives_its_buffers_back);
   return check_end();
