@@ -45,8 +45,9 @@ local Engine = {}
 function Engine:start(now) end
 --- Copies received bytes in. Returns how many were taken: fewer than given means that `pump` must
 --- be called before the rest is fed. None are taken while the DeliveryQueue of a no-ack consumer holds
---- 4096 messages or 16 MiB of bodies, until it is popped to half of that, discarded or cancelled (the
---- prefetch bounds the others). What has been received already still comes out of `pump`.
+--- 4096 messages or 16 MiB of bodies, or that of another 65535 messages (a broker that keeps to a prefetch
+--- stays below), until it is popped to less than half of that, discarded or cancelled. What has been received
+--- already still comes out of `pump`.
 ---@return integer taken
 function Engine:feed(bytes, now) end
 --- Everything that is to be written now, as one string (maybe ""), counted as written.
@@ -60,6 +61,7 @@ function Engine:admit() end
 --- When `tick` wants to be called, or nil for never.
 ---@return number?
 function Engine:deadline(now) end
+--- Does nothing when it is called by a finalizer within `pump`.
 function Engine:tick(now) end
 ---@param text string? how the transport ended
 function Engine:eof(text) end
@@ -148,12 +150,17 @@ function Channel:publish_route(route, body) end
 function Channel:forward(message, exchange, routing_key, mandatory, set, remove, properties_remove) end
 ---@param n integer 0: no bound
 function Channel:set_window(n) end
----@return integer
+---@return integer publishes not settled yet; 0 once the channel has ended
 function Channel:unconfirmed() end
+---@return integer publishes that were unsettled when the channel or connection ended; 0 before
+function Channel:lost() end
 --- kind: "ack" or "nack". Every outstanding delivery up to tag; 0: all.
 ---@return true|nil, boolean|string
 function Channel:settle_upto(tag, kind, requeue) end
---- Settles by tag: kind "ack" "nack" "reject". Statuses also "settled", "unknown_tag".
+--- Settles by tag: kind "ack" "nack" "reject". Statuses also "settled" and "unknown_tag": the channel has had
+--- no delivery of that tag. "closed" says that the broker has taken the delivery back: the channel or connection
+--- ended, or basic.recover was called since (also for what was settled before the recover). What tx.rollback
+--- gives back can be settled again, as soon as the rollback was called.
 ---@return true|nil, boolean|string
 function Channel:settle(tag, kind, requeue) end
 ---@return true|nil, string?
@@ -186,8 +193,8 @@ function DeliveryQueue:count() end
 ---@class moonrabbit.core.Confirmation : userdata
 
 --- The hot path of `msg:ack()`: settles; true when the bytes should leave now, false when not, and the
---- owner. nil, status: "closed" "settled" "unknown_tag" (nothing to settle: no_ack, a returned message, or
---- its delivery was given back by recover).
+--- owner. nil, status: "settled"; "closed" (the broker took the delivery back, as in Channel:settle; that is no
+--- mistake of the caller's); "unknown_tag" (nothing to settle: no_ack, or a returned message).
 ---@return boolean|nil, table|string owner_or_status
 function core.ack(message) end
 ---@param kind "nack"|"reject"
