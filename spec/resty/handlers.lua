@@ -83,6 +83,15 @@ function handlers.errors()
   ngx.say(select(2, pcall(require("moonrabbit").connect, url)))
 end
 
+--- The broker closes the connection: nothing keeps the request after that.
+function handlers.closed()
+  local conn = check(moonrabbit.connect(url))
+  local ch = check(conn:channel())
+  local _, err = ch:flow(false) -- 540
+  check(err and err.code == 540, "540")
+  ngx.say "ok"
+end
+
 --- A connection owned by a timer.
 function handlers.timer()
   local result

@@ -55,7 +55,7 @@ describe("nginx #resty", function()
     -- Workers of a master that runs as root would be another user, who may not read the checkout.
     local owner = shell "id -un" .. " " .. shell "id -gn"
     local locations = {}
-    for _, name in ipairs { "work", "slow", "ping", "errors", "timer" } do
+    for _, name in ipairs { "work", "slow", "ping", "errors", "timer", "closed" } do
       locations[#locations + 1] =
         ("location /%s { content_by_lua_block { require('handlers').%s() } }"):format(name, name)
     end
@@ -133,6 +133,12 @@ http {
       broker.eventually(function() return slow end)
     end)
     assert.equal("ok\n", slow, log())
+  end)
+
+  it("keeps no request that the broker closed the connection of", function()
+    local started = native.now()
+    assert.equal("ok\n", (get "/closed"), log())
+    assert.truthy(native.now() - started < 1.9, native.now() - started .. " s")
   end)
 
   it("works in a timer", function()
