@@ -375,5 +375,16 @@ describe("network", function()
       ok(conn:close(5))
       assert.is_nil(native.long_turn)
     end)
+
+    it("repeats neither the old secret nor the new one from the broker", function()
+      other.answers["10.70"] = function()
+        return fake.method(0, 10, 50, fake.u16(530) .. fake.short "old-secret, then new-secret" .. fake.u32(0))
+      end
+      local conn = broker.connect { uri = "amqp://user:old-secret@127.0.0.1/", runtime = other.runtime }
+      local updated, err = conn:update_secret "new-secret"
+      assert.is_nil(updated)
+      assert.equal(530, err.code)
+      assert.matches("%*%*%*, then %*%*%*", err.message)
+    end)
   end)
 end)
