@@ -9,6 +9,16 @@ local function fails(text, fn, ...)
   assert.truthy(tostring(err):find(text, 1, true), "'" .. tostring(err) .. "' does not contain '" .. text .. "'")
 end
 
+-- An object whose collection calls fn.
+local function guard(fn)
+  if _VERSION == "Lua 5.1" then
+    local proxy = newproxy(true) -- luacheck: ignore
+    getmetatable(proxy).__gc = fn
+    return proxy
+  end
+  return setmetatable({}, { __gc = fn })
+end
+
 describe("the handshake #smoke", function()
   it("goes from the protocol header to open", function()
     local b = fake.new { heartbeat = 30, channel_max = 100, client_properties = { connection_name = "spec" } }
@@ -413,6 +423,28 @@ describe("publish #smoke", function()
     assert.same({ nil, "closed" }, { second:publish "z" })
   end)
 
+  it("counts what was lost", function()
+    assert.equal(0, channel:lost())
+    for _ = 1, 5 do channel:publish "x" end
+    b:send(fake.ack(1, 2, true))
+    b:take()
+    assert.equal(0, channel:lost())
+    b:send(fake.method(1, 20, 40, u16(406) .. short "PRECONDITION" .. u16(0) .. u16(0)))
+    assert.same({ 3, 0 }, { channel:lost(), channel:unconfirmed() })
+
+    local second = b:channel(true)
+    second:publish "z"
+    b.engine:eof()
+    b:pump()
+    assert.same({ 1, 0 }, { second:lost(), second:unconfirmed() })
+    assert.equal(3, channel:lost())
+  end)
+
+  it("has confirmations that say who they are", function()
+    local _, c = channel:publish "x", channel:publish "y"
+    assert.equal("moonrabbit.confirmation: channel 1, 2 pending", tostring(c))
+  end)
+
   it("keeps to its window", function()
     channel:set_window(3)
     local c = {}
@@ -649,6 +681,98 @@ describe("deliveries #smoke", function()
     assert.equal("x", queue:pop().body)
   end)
 
+  it("end with a cancel-ok that comes late", function()
+    channel:call("basic.cancel", { consumer_tag = "tag" })
+    channel:call("basic.qos", { prefetch_count = 5 })
+    b:send(fake.method(1, 60, 11), fake.deliver(1, "tag", 1, "x"), fake.method(1, 60, 31, short "tag"))
+    local events = b:take()
+    assert.same({ "reply", owner, "basic.qos-ok", {} }, events[1])
+    assert.same({ "deliver", owner, queue }, events[2])
+    assert.same({ "reply", owner, "basic.cancel-ok", { consumer_tag = "tag" } }, events[3])
+    channel:call("basic.cancel", { consumer_tag = "none" })
+    channel:close(200, "bye")
+    b:send(fake.method(1, 20, 41))
+    assert.same({ "reply", owner, "channel.close-ok", {} }, b:one())
+    assert.is_true(b.engine:is_open())
+  end)
+
+  it("go to the successor when cancels have crossed", function()
+    channel:call("basic.cancel", { consumer_tag = "tag" })
+    b:send(fake.method(1, 60, 30, short "tag" .. u8(1)))
+    assert.same({ "cancel", owner, "tag", queue }, b:one())
+    local again = assert(channel:consume { queue = "q", consumer_tag = "tag" })
+    b:send(fake.method(1, 60, 31, short "tag"), fake.method(1, 60, 21, short "tag"))
+    local events = b:take()
+    assert.same({ "basic.cancel-ok", "basic.consume-ok" }, { events[1][3], events[2][3] })
+    b:send(fake.deliver(1, "tag", 1, "x"))
+    assert.same({ "deliver", owner, again }, b:one())
+    assert.equal("x", again:pop().body)
+    fails("'tag' is in use", channel.consume, channel, { queue = "q", consumer_tag = "tag" })
+  end)
+
+  it("leave their tag to others after a cancel without an answer", function()
+    assert.is_true(channel:call("basic.cancel", { consumer_tag = "tag", nowait = true }))
+    local again = assert(channel:consume { queue = "q", consumer_tag = "tag" })
+    b:sent()
+    b:send(fake.deliver(1, "tag", 1, "late"))
+    assert.equal("60.120", b:sent()[1].id)
+    b:send(fake.method(1, 60, 31, short "tag"), fake.method(1, 60, 21, short "tag"))
+    assert.equal("basic.consume-ok", b:one()[3])
+    b:send(fake.deliver(1, "tag", 2, "mine"))
+    assert.same({ "deliver", owner, again }, b:one())
+    assert.equal("mine", again:pop().body)
+    assert.equal(0, queue:count())
+  end)
+
+  it("can be acked again after a rollback", function()
+    channel:call "tx.select"
+    b:send(fake.method(1, 90, 11), fake.deliver(1, "tag", 1, "x"))
+    local m = queue:pop()
+    assert.is_boolean((core.ack(m)))
+    assert.same({ nil, "settled" }, { core.ack(m) })
+    channel:call "tx.rollback"
+    b:send(fake.method(1, 90, 31))
+    assert.equal(1, channel:unsettled())
+    b:sent()
+    assert.is_boolean((core.ack(m)))
+    assert.equal(u64(1) .. u8(0), b:sent()[1].args)
+    channel:call "tx.commit"
+    b:send(fake.method(1, 90, 21))
+    assert.same({ nil, "settled" }, { core.ack(m) })
+  end)
+
+  it("are closed, not settled, when a recover took them back", function()
+    b:send(fake.deliver(1, "tag", 1, "x"), fake.deliver(1, "tag", 2, "y"))
+    local one, two = queue:pop(), queue:pop()
+    channel:call("basic.recover", { requeue = true })
+    assert.same({ nil, "closed" }, { core.ack(one) })
+    b:send(fake.method(1, 60, 111))
+    assert.same({ nil, "closed" }, { core.ack(one) })
+    assert.same({ nil, "closed" }, { core.settle(two, "nack", true) })
+    assert.same({ nil, "closed" }, { channel:settle(2, "ack") })
+  end)
+
+  it("wait when there are more than any prefetch allows", function()
+    local rest
+    for at = 1, 70000, 50 do
+      local frames = {}
+      for i = 0, 49 do frames[i + 1] = fake.deliver(1, "tag", at + i, "") end
+      local all = table.concat(frames)
+      local left = b:send(all)
+      if left > 0 then
+        rest = all:sub(-left)
+        break
+      end
+    end
+    assert.truthy(rest)
+    assert.is_true(queue:count() >= 65535 and queue:count() < 66500)
+    assert.equal(#rest, b:send(rest))
+    while queue:count() > 32767 do queue:pop() end
+    assert.equal(#rest, b:send(rest))
+    queue:pop()
+    assert.equal(0, b:send(rest))
+  end)
+
   it("know their own queue among many", function()
     local queues, frames = { queue }, {}
     for i = 2, 20 do queues[i] = b:consumer(channel, "tag" .. i) end
@@ -755,6 +879,41 @@ describe("a no-ack consumer", function()
   end)
 end)
 
+describe("two no-ack consumers", function()
+  it("are both waited for", function()
+    local b = fake.new():open()
+    local channel = b:channel()
+    local queues = {
+      one = b:consumer(channel, "one", { no_ack = true }),
+      two = b:consumer(channel, "two", { no_ack = true }),
+    }
+    local tag = 0
+    local function frames(name, n)
+      local list = {}
+      for i = 1, n do
+        tag = tag + 1
+        list[i] = fake.deliver(1, name, tag, "")
+      end
+      return table.concat(list)
+    end
+    for _ = 1, 80 do assert.equal(0, b:send(frames("one", 51), frames("two", 51))) end
+    -- both fill up within one read
+    local bytes = frames("one", 20) .. frames("two", 20)
+    assert.equal(#bytes, b.engine:feed(bytes, 0))
+    b:pump()
+    assert.same({ 4100, 4100 }, { queues.one:count(), queues.two:count() })
+    local more = frames("one", 1)
+    assert.equal(#more, b:send(more))
+    while queues.two:pop() do end
+    assert.equal(#more, b:send(more))
+    while queues.one:count() > 2048 do queues.one:pop() end
+    assert.equal(#more, b:send(more))
+    queues.one:pop()
+    assert.equal(0, b:send(more))
+    assert.equal(2048, queues.one:count())
+  end)
+end)
+
 describe("forward", function()
   local b, channel, queue
   local raw = u16(0xE100) .. short "text/plain" .. short "gzip"
@@ -836,14 +995,6 @@ describe("collected objects", function()
 
   it("may be used by finalizers", function()
     local seen = 0
-    local function guard(fn)
-      if _VERSION == "Lua 5.1" then
-        local proxy = newproxy(true) -- luacheck: ignore
-        getmetatable(proxy).__gc = fn
-        return proxy
-      end
-      return setmetatable({}, { __gc = fn })
-    end
     do
       local b = fake.new():open()
       local channel = b:channel(true)
@@ -865,6 +1016,95 @@ describe("collected objects", function()
     collectgarbage()
     collectgarbage()
     assert.equal(1, seen)
+  end)
+
+  -- Leaves the collector stopped amid thousands of finalizers that each call fn.
+  local function amid_finalizers(fn)
+    local begun, armed = false, false
+    collectgarbage()
+    collectgarbage "stop"
+    for _ = 1, 5000 do
+      guard(function()
+        begun = true
+        if armed then fn() end
+      end)
+    end
+    repeat collectgarbage("step", 0) until begun
+    collectgarbage "stop"
+    armed = true
+  end
+
+  -- Runs fn with a collector that has something to do at each allocation.
+  local function collecting(fn)
+    collectgarbage "restart"
+    local debt = _VERSION == "Lua 5.1" and ("z"):rep(1000000)
+    fn(debt)
+    collectgarbage "stop"
+  end
+
+  -- The generational collector, which lua5.4 starts with, calls all finalizers at once.
+  local has_modes, mode = _VERSION == "Lua 5.4", nil
+  before_each(function() mode = has_modes and collectgarbage "incremental" end)
+  after_each(function()
+    if has_modes then collectgarbage(mode) end
+    collectgarbage "restart"
+  end)
+
+  it("may tick while an event is looked at", function()
+    local b = fake.new():open()
+    local channel = b:channel()
+    local queue = b:consumer(channel, "tag")
+    local now, pumping, ticks, kept = 0, false, 0, {}
+    for i = 1, 5 do
+      local body = ("z"):rep(100000 + i)
+      amid_finalizers(function()
+        if not pumping then return end
+        ticks = ticks + 1
+        b.engine:tick(now)
+        if #kept < 10 then kept[#kept + 1] = ("y"):rep(110000 + 10000 * #kept + i) end
+      end)
+      local frames = fake.deliver(1, "tag", i, body)
+      while #frames > 0 do
+        local taken = b.engine:feed(frames, now)
+        frames = frames:sub(taken + 1)
+        if #frames > 0 then b.engine:pump() end
+      end
+      now = now + 100
+      collecting(function()
+        pumping = true
+        b.engine:pump()
+        pumping = false
+      end)
+      kept = {}
+      assert.is_true(queue:pop().body == body)
+    end
+    assert.is_true(ticks > 0)
+  end)
+
+  it("may publish while the window grows", function()
+    local b = fake.new():open()
+    local channel = b:channel(true)
+    local confirmations, within, inner = {}, 0, false
+    local function publish() confirmations[#confirmations + 1] = (channel:publish "x") end
+    for power = 6, 14 do
+      local limit = 2 ^ power
+      while channel:unconfirmed() < limit do publish() end
+      amid_finalizers(function()
+        -- the publish outside has its number, and looks for a place
+        if inner or channel:unconfirmed() ~= limit + 1 then return end
+        inner = true
+        within = within + 1
+        publish()
+        inner = false
+      end)
+      local outer
+      collecting(function() outer = channel:publish "x" end)
+      confirmations[#confirmations + 1] = outer
+      b:sent()
+    end
+    assert.is_true(within > 0)
+    b:send(fake.nack(1, channel:unconfirmed(), true))
+    for _, c in ipairs(confirmations) do assert.equal("nacked", (core.outcome(c))) end
   end)
 
   it("leave a connection usable under an eager collector", function()
