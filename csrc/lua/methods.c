@@ -250,7 +250,9 @@ int mrl_call(lua_State *L) {
   if (!channel->handle) return mrl_push_refusal(L, MR_CLOSED);
   if (m->id == AMQP_BASIC_CANCEL_METHOD) mrl_end_queue(L, decoded.basic_cancel.consumer_tag);
   mr_status status = mr_call(channel->handle, m->id, &decoded);
-  if (status >= 0 && m->id == AMQP_BASIC_CANCEL_METHOD && decoded.basic_cancel.nowait)
+  /* Not in a finalizer within pump, which may be filling that very queue. */
+  if (status >= 0 && m->id == AMQP_BASIC_CANCEL_METHOD && decoded.basic_cancel.nowait &&
+      !channel->engine->busy)
     forget_queue(L, decoded.basic_cancel.consumer_tag);
   return mrl_push_done(L, status);
 }

@@ -1086,6 +1086,29 @@ describe("collected objects", function()
     assert.is_true(ticks > 0)
   end)
 
+  it("may cancel the consumer that is delivered to", function()
+    local b = fake.new():open()
+    local channel = b:channel()
+    b:consumer(channel, "tag")
+    local frames, pumping, cancelled, event = {}, false, false, nil
+    for i = 1, 200 do frames[i] = fake.deliver(1, "tag", i, "x") end
+    frames = table.concat(frames)
+    amid_finalizers(function()
+      if cancelled or not pumping then return end
+      cancelled = true
+      channel:call("basic.cancel", { consumer_tag = "tag", nowait = true })
+    end)
+    assert.equal(#frames, b.engine:feed(frames, 0))
+    collecting(function()
+      pumping = true
+      event = b.engine:pump()
+      pumping = false
+    end)
+    assert.is_true(cancelled)
+    assert.equal("deliver", event)
+    assert.is_true(b.engine:is_open())
+  end)
+
   it("may publish while the window grows", function()
     local b = fake.new():open()
     local channel = b:channel(true)
