@@ -7,7 +7,8 @@ if not window then
   io.stderr:write "usage: moonrabbit.lua MODE URL SIZE COUNT WINDOW\n"
   os.exit(2)
 end
-local queue = os.getenv "BENCH_QUEUE" or ("bench-%d"):format(size)
+local queue = os.getenv "BENCH_QUEUE"
+if not queue or queue == "" then queue = ("bench-%d"):format(size) end
 local body = ("x"):rep(size)
 local route = { routing_key = queue } -- mandatory and persistent by default
 
