@@ -67,19 +67,20 @@ mr_status mr_consumers_add(mr_channel *ch, amqp_bytes_t tag, bool no_ack, uint32
   return MR_OK;
 }
 
-void mr_consumers_remove(mr_channel *ch, amqp_bytes_t tag) {
-  mr_consumer *c = mr_consumers_find(ch, tag);
-  if (!c) return;
-  *c = ch->consumers[--ch->n_consumers];
+static void drop(mr_channel *ch, size_t i) {
+  ch->consumers[i] = ch->consumers[--ch->n_consumers];
   ch->last_consumer = SIZE_MAX;
+}
+
+void mr_consumers_remove(mr_channel *ch, amqp_bytes_t tag) {
+  const mr_consumer *c = mr_consumers_find(ch, tag);
+  if (c) drop(ch, (size_t)(c - ch->consumers));
 }
 
 /* A cancel that crossed one of the broker's finds no consumer, or one that took the tag since. */
 void mr_consumers_cancelled(mr_channel *ch, amqp_bytes_t tag) {
   size_t i = find_among_all(ch, tag);
-  if (i == SIZE_MAX || !ch->consumers[i].cancelling) return;
-  ch->consumers[i] = ch->consumers[--ch->n_consumers];
-  ch->last_consumer = SIZE_MAX;
+  if (i != SIZE_MAX && ch->consumers[i].cancelling) drop(ch, i);
 }
 
 void mr_consumers_undo_add(mr_channel *ch) { ch->n_consumers--; }
