@@ -259,6 +259,9 @@ mr_status mr_publish(mr_channel *channel, const mr_publish_args *args, uint64_t 
 /* A prepared route: everything but the body, encoded once. Independent of any engine. */
 mr_status mr_route_new(const mr_publish_args *args, mr_route **route);
 void mr_route_free(mr_route *route);
+/* Writes a number, as 12 hexadecimal digits, over the end of the route's message id.
+ * MR_BAD_ARGUMENT where that is shorter. */
+mr_status mr_route_stamp(mr_route *route, uint64_t number);
 mr_status mr_publish_route(mr_channel *channel, const mr_route *route, amqp_bytes_t body,
                            uint64_t *seq);
 

@@ -67,6 +67,15 @@ void mr_props_locate(amqp_bytes_t props, mr_props_layout *layout) {
   layout->headers_len = (size_t)(r.p - base) - layout->headers;
 }
 
+amqp_bytes_t mr_props_message_id(amqp_bytes_t props) {
+  mr_reader r = mr_reader_of(props, true);
+  uint32_t flags = mr_read16(&r);
+  if (!(flags & AMQP_BASIC_MESSAGE_ID_FLAG)) return mr_bytes(NULL, 0);
+  for (int bit = 15; 1u << bit > AMQP_BASIC_MESSAGE_ID_FLAG; bit--)
+    if (flags & 1u << bit) skip_property(&r, PROPERTY_KINDS[15 - bit]);
+  return mr_read_shortstr(&r);
+}
+
 /* ---- encoding ---- */
 
 static bool add_shortstr(const amqp_basic_properties_t *p, amqp_flags_t flag, amqp_bytes_t s,

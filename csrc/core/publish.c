@@ -8,6 +8,7 @@ enum {
   FLUSH_AT = 262144, /* this much output should leave before more is added */
   SEQ_NAME = sizeof MR_SEQ_HEADER - 1,
   SEQ_ENTRY = 1 + SEQ_NAME + 1 + 8,
+  STAMP = 12, /* hexadecimal digits of mr_route_stamp */
   MANDATORY_BIT = 1
 };
 
@@ -200,6 +201,7 @@ typedef struct {
   size_t len;
   size_t header; /* where the header frame starts */
   size_t seq;    /* where the sequence number stands; 0: nowhere */
+  size_t stamp;  /* where the last digits of the message id stand; 0: nowhere */
 } prepared;
 
 struct mr_route {
@@ -220,6 +222,11 @@ static bool prepare(prepared *out, const mr_publish_args *args, const outgoing *
   p = put_props(p, props, with_seq, 0, &seq_at);
   mr_put8(p, MR_FRAME_END);
   out->seq = (size_t)(seq_at - out->bytes);
+  amqp_bytes_t id = mr_props_message_id(props->bytes);
+  if (id.len >= STAMP) {
+    size_t end = (size_t)((const uint8_t *)id.bytes + id.len - (const uint8_t *)props->bytes.bytes);
+    out->stamp = out->len - 1 - (props->bytes.len - end) - STAMP; /* it stands behind the headers */
+  }
   return true;
 }
 
@@ -242,6 +249,19 @@ mr_status mr_route_new(const mr_publish_args *args, mr_route **route) {
   }
   free(props.edited);
   return status;
+}
+
+static void stamp(const prepared *r, uint64_t number) {
+  static const char digits[] = "0123456789abcdef";
+  uint8_t *at = r->bytes + r->stamp;
+  for (int i = STAMP - 1; i >= 0; i--, number >>= 4) at[i] = (uint8_t)digits[number & 15];
+}
+
+mr_status mr_route_stamp(mr_route *route, uint64_t number) {
+  if (!route->plain.stamp) return MR_BAD_ARGUMENT;
+  stamp(&route->plain, number);
+  if (route->numbered.bytes) stamp(&route->numbered, number);
+  return MR_OK;
 }
 
 void mr_route_free(mr_route *route) {

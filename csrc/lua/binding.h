@@ -148,8 +148,10 @@ typedef struct mrl_queue {
 typedef struct {
   mrl_tag tag;
   uint8_t outcome; /* MR_PENDING until a failure or an ack is known for good */
+  bool held;       /* may be published again: whatever is no ack still counts as pending */
   mrl_channel *channel;
   uint64_t seq;
+  uint64_t number; /* the publisher's own; 0: none */
 } mrl_confirmation;
 
 typedef struct {
@@ -231,20 +233,25 @@ extern const luaL_Reg mrl_confirmation_functions[]; /* confirmation.c: metametho
 extern const luaL_Reg mrl_route_functions[];        /* publish.c */
 extern const luaL_Reg mrl_typed_functions[];        /* typed.c: metamethods */
 
-int mrl_new_engine(lua_State *L);    /* core.engine(config) */
-int mrl_pump(lua_State *L);          /* Engine:pump */
-int mrl_open_channel(lua_State *L);  /* Engine:open_channel, in channel.c */
-int mrl_new_route(lua_State *L);     /* core.route */
-int mrl_publish(lua_State *L);       /* Channel:publish */
-int mrl_publish_route(lua_State *L); /* Channel:publish_route */
-int mrl_forward(lua_State *L);       /* Channel:forward */
-int mrl_ack(lua_State *L);           /* core.ack */
-int mrl_settle(lua_State *L);        /* core.settle */
-int mrl_is_message(lua_State *L);    /* core.is_message */
-int mrl_outcome(lua_State *L);       /* core.outcome */
-int mrl_acked(lua_State *L);         /* core.acked */
-int mrl_encode_table(lua_State *L);  /* core.encode_table */
-int mrl_decode_table(lua_State *L);  /* core.decode_table */
+int mrl_new_engine(lua_State *L);     /* core.engine(config) */
+int mrl_pump(lua_State *L);           /* Engine:pump */
+int mrl_open_channel(lua_State *L);   /* Engine:open_channel, in channel.c */
+int mrl_new_route(lua_State *L);      /* core.route */
+int mrl_publish(lua_State *L);        /* Channel:publish */
+int mrl_publish_route(lua_State *L);  /* Channel:publish_route */
+int mrl_pack(lua_State *L);           /* core.pack */
+int mrl_set_headers(lua_State *L);    /* core.set_headers */
+int mrl_publish_packed(lua_State *L); /* Channel:publish_packed */
+int mrl_forward(lua_State *L);        /* Channel:forward */
+int mrl_ack(lua_State *L);            /* core.ack */
+int mrl_settle(lua_State *L);         /* core.settle */
+int mrl_is_message(lua_State *L);     /* core.is_message */
+int mrl_outcome(lua_State *L);        /* core.outcome */
+int mrl_acked(lua_State *L);          /* core.acked */
+int mrl_conclude(lua_State *L);       /* core.conclude */
+int mrl_take_acked(lua_State *L);     /* core.take_acked */
+int mrl_encode_table(lua_State *L);   /* core.encode_table */
+int mrl_decode_table(lua_State *L);   /* core.decode_table */
 /* Pushes core.types; the upvalues are the MR_UP_COUNT values from `first_upvalue` on. */
 void mrl_push_types(lua_State *L, int first_upvalue);
 

@@ -10,13 +10,18 @@ static mrl_confirmation *check_confirmation(lua_State *L) {
   return mrl_check(L, 1, MR_UP_CONFIRMATION, MR_CONFIRMATION_TYPE);
 }
 
-static mr_outcome outcome_of(mrl_confirmation *c) {
+static mr_outcome last_outcome(mrl_confirmation *c) {
   if (c->outcome != MR_PENDING) return (mr_outcome)c->outcome;
   if (!c->channel->handle) return MR_LOST;
   mr_outcome outcome = mr_confirm_outcome(c->channel->handle, c->seq);
   if (outcome == MR_RETURNED) return MR_PENDING;
   if (outcome != MR_PENDING) c->outcome = (uint8_t)outcome;
   return outcome;
+}
+
+static mr_outcome outcome_of(mrl_confirmation *c) {
+  mr_outcome outcome = last_outcome(c);
+  return c->held && outcome != MR_ACKED ? MR_PENDING : outcome;
 }
 
 int mrl_acked(lua_State *L) {
@@ -44,6 +49,47 @@ int mrl_outcome(lua_State *L) {
   mrl_confirmation *c = check_confirmation(L);
   lua_pushstring(L, outcome_name(outcome_of(c)));
   mr_push_int64(L, (int64_t)c->seq);
+  if (c->number)
+    mr_push_int64(L, (int64_t)c->number);
+  else
+    lua_pushnil(L);
+  return 3;
+}
+
+/* core.conclude(confirmation, outcome): it is not published again. */
+int mrl_conclude(lua_State *L) {
+  static const char *const names[] = {"nacked", "unroutable", "lost", NULL};
+  static const mr_outcome outcomes[] = {MR_NACKED, MR_UNROUTABLE, MR_LOST};
+  mrl_confirmation *c = check_confirmation(L);
+  c->held = false;
+  c->outcome = (uint8_t)outcomes[luaL_checkoption(L, 2, NULL, names)];
+  return 0;
+}
+
+/* core.take_acked(confirmations, kept, first, last, size): two rings, of the confirmations and of what
+ * was published, whose place for number n is (n - 1) % size + 1. Empties them from `first` on, as long
+ * as the confirmation is acked and what was published is a string. */
+int mrl_take_acked(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TTABLE);
+  luaL_checktype(L, 2, LUA_TTABLE);
+  uint64_t n = mrl_check_uint(L, 3, INT64_MAX), last = mrl_check_uint(L, 4, INT64_MAX);
+  uint64_t size = mrl_check_uint(L, 5, INT32_MAX);
+  size_t bytes = 0;
+  for (luaL_argcheck(L, size > 0 && n > 0, 5, "out of range"); n <= last; n++) {
+    int at = (int)((n - 1) % size) + 1;
+    lua_settop(L, 5);
+    lua_rawgeti(L, 1, at);
+    lua_rawgeti(L, 2, at);
+    mrl_confirmation *c = mrl_test(L, 6, MR_UP_CONFIRMATION);
+    if (!c || lua_type(L, 7) != LUA_TSTRING || outcome_of(c) != MR_ACKED) break;
+    bytes += (size_t)lua_rawlen(L, 7);
+    lua_pushboolean(L, 0);
+    lua_rawseti(L, 1, at);
+    lua_pushboolean(L, 0);
+    lua_rawseti(L, 2, at);
+  }
+  mr_push_int64(L, (int64_t)n);
+  mr_push_int64(L, (int64_t)bytes);
   return 2;
 }
 

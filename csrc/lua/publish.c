@@ -32,10 +32,7 @@ static mrl_confirmation *push_confirmation(lua_State *L, mrl_channel *channel) {
   if (!channel->handle || !mr_channel_is_confirm(channel->handle)) return NULL;
   mr_get_uservalue(L, 1);
   mrl_confirmation *c = mr_new_userdata(L, sizeof *c);
-  c->tag = MR_IS_CONFIRMATION;
-  c->outcome = MR_PENDING;
-  c->channel = channel;
-  c->seq = 0;
+  *c = (mrl_confirmation){.tag = MR_IS_CONFIRMATION, .outcome = MR_PENDING, .channel = channel};
   lua_pushvalue(L, -2);
   mr_set_uservalue(L, -2);
   lua_pushvalue(L, lua_upvalueindex(MR_UP_CONFIRMATION));
@@ -43,11 +40,38 @@ static mrl_confirmation *push_confirmation(lua_State *L, mrl_channel *channel) {
   return c;
 }
 
+/* The same for a publisher that may publish again: `i` is the index of its own number (or nil), and
+ * behind it that of the confirmation of the publish before (or nil), which is then used again. */
+static mrl_confirmation *push_held(lua_State *L, mrl_channel *channel, int i) {
+  mrl_confirmation *c;
+  if (lua_isnil(L, i)) return push_confirmation(L, channel);
+  uint64_t number = mrl_check_uint(L, i, INT64_MAX);
+  if (lua_isnil(L, i + 1)) {
+    c = push_confirmation(L, channel);
+  } else {
+    c = mrl_check(L, i + 1, MR_UP_CONFIRMATION, MR_CONFIRMATION_TYPE);
+    if (!channel->handle || !mr_channel_is_confirm(channel->handle)) return NULL;
+    mr_get_uservalue(L, 1);
+    lua_pushvalue(L, i + 1);
+  }
+  if (c) {
+    c->held = true;
+    c->number = number;
+  }
+  return c;
+}
+
 /* The results of a publish; the anchor and the confirmation, if any, stand behind index `top`. */
-static int finish(lua_State *L, int top, mrl_confirmation *c, mr_status status, uint64_t seq) {
+static int finish(lua_State *L, int top, mrl_channel *channel, mrl_confirmation *c,
+                  mr_status status, uint64_t seq) {
   if (MR_UNLIKELY(status < 0)) return mrl_push_refusal(L, status);
   if (c) {
-    mrl_channel *channel = c->channel;
+    if (MR_UNLIKELY(c->channel != channel)) {
+      lua_pushvalue(L, top + 1);
+      mr_set_uservalue(L, top + 2);
+      c->channel = channel;
+    }
+    c->outcome = MR_PENDING;
     c->seq = seq;
     while (MR_UNLIKELY(mr_confirm_capacity(channel->handle) != channel->pending_capacity))
       grow_pending(L, channel, top + 1);
@@ -92,7 +116,7 @@ int mrl_publish(lua_State *L) {
   args.routing_key = options.routing_key;
   args.mandatory = options.mandatory;
   if (status == MR_OK) status = mr_publish(channel->handle, &args, &seq);
-  return finish(L, 3, c, status, seq);
+  return finish(L, 3, channel, c, status, seq);
 }
 
 /* ---- routes ---- */
@@ -134,14 +158,72 @@ int mrl_publish_route(lua_State *L) {
   const mrl_route *route = check_route(L, 2);
   amqp_bytes_t body = check_body(L, 3);
   uint64_t seq = 0;
-  lua_settop(L, 3);
-  mrl_confirmation *c = push_confirmation(L, channel);
+  lua_settop(L, 5);
+  mrl_confirmation *c = push_held(L, channel, 4);
   if (!channel->handle || !route->handle) return mrl_push_refusal(L, MR_CLOSED);
-  mr_status status = mr_publish_route(channel->handle, route->handle, body, &seq);
-  return finish(L, 3, c, status, seq);
+  mr_status status = c && c->number ? mr_route_stamp(route->handle, c->number) : MR_OK;
+  if (status == MR_OK) status = mr_publish_route(channel->handle, route->handle, body, &seq);
+  return finish(L, 5, channel, c, status, seq);
 }
 
 const luaL_Reg mrl_route_functions[] = {{"__gc", route_gc}, {NULL, NULL}};
+
+/* ---- packed ---- */
+
+/* core.pack(opts, confirm): what a publish with these options is made of, as strings. */
+int mrl_pack(lua_State *L) {
+  mrl_state *st = mrl_get_state(L);
+  mrl_options options;
+  uint8_t room[MR_PROPS_ROOM];
+  amqp_bytes_t props;
+  bool confirm = mrl_opt_boolean(L, 2, false);
+  mrl_read_options(L, st, 1, confirm, &options);
+  mr_status status = mrl_encode_props(st, &options, room, &props);
+  if (status < 0) return mrl_push_refusal(L, status);
+  mrl_push_bytes(L, options.exchange);
+  mrl_push_bytes(L, options.routing_key);
+  lua_pushboolean(L, options.mandatory);
+  mrl_push_bytes(L, props);
+  return 4;
+}
+
+/* core.set_headers(props, set): packed properties with headers added or replaced. */
+int mrl_set_headers(lua_State *L) {
+  mrl_state *st = mrl_get_state(L);
+  amqp_bytes_t props = mrl_check_string(L, 1);
+  amqp_table_t set;
+  uint8_t *edited;
+  size_t len;
+  static const uint8_t none[2] = {0, 0};
+  if (props.len == 0) props = mrl_bytes(none, sizeof none);
+  mrl_arena_reset(&st->arena);
+  mrl_to_table(L, 2, "set", false, &set);
+  if (mr_props_check(props)) return mrl_push_refusal(L, MR_BAD_ARGUMENT);
+  mr_status status = mr_props_edit(props, NULL, 0, &set, &edited, &len);
+  if (status != MR_OK) return mrl_push_refusal(L, status);
+  uint8_t *scratch = mrl_scratch(st, len);
+  if (scratch) memcpy(scratch, edited, len);
+  free(edited); /* before anything of Lua can throw */
+  if (!scratch) return mrl_push_refusal(L, MR_NO_MEMORY);
+  lua_pushlstring(L, (const char *)scratch, len);
+  return 1;
+}
+
+/* Channel:publish_packed(exchange, routing_key, mandatory, props, body, number, again) */
+int mrl_publish_packed(lua_State *L) {
+  mrl_channel *channel = mrl_check_channel(L, 1);
+  mr_publish_args args = {.exchange = mrl_check_shortstr(L, 2),
+                          .routing_key = mrl_check_shortstr(L, 3),
+                          .mandatory = mrl_check_boolean(L, 4),
+                          .props = mrl_check_string(L, 5),
+                          .body = check_body(L, 6)};
+  uint64_t seq = 0;
+  lua_settop(L, 8);
+  mrl_confirmation *c = push_held(L, channel, 7);
+  if (!channel->handle) return mrl_push_refusal(L, MR_CLOSED);
+  mr_status status = mr_publish(channel->handle, &args, &seq);
+  return finish(L, 8, channel, c, status, seq);
+}
 
 /* ---- forward ---- */
 
@@ -229,5 +311,5 @@ int mrl_forward(lua_State *L) {
   read_edits(L, st, &e);
   if (!channel->handle) return mrl_push_refusal(L, MR_CLOSED);
   mr_status status = send_edited(st, channel->handle, &args, &e, &seq);
-  return finish(L, 8, c, status, seq);
+  return finish(L, 8, channel, c, status, seq);
 }

@@ -138,9 +138,22 @@ function Channel:close(code, text) end
 ---@return moonrabbit.core.Confirmation|true|nil confirmation true where the channel has no confirms
 ---@return boolean|string flush_or_status whether bytes should leave now; a status after nil
 function Channel:publish(body, opts) end
+--- With a number the Confirmation is held: it may be published again, and until it is concluded everything
+--- but an ack counts as pending, the end of its channel too. The number is written, as 12 hexadecimal digits,
+--- over the end of the route's message id ("bad_argument" where that is shorter).
 ---@param route moonrabbit.core.Route
+---@param body string
+---@param number integer? the publisher's own, from 1
+---@param again moonrabbit.core.Confirmation? of the publish before, of whatever channel: it goes on with this one
 ---@return moonrabbit.core.Confirmation|true|nil, boolean|string
-function Channel:publish_route(route, body) end
+function Channel:publish_route(route, body, number, again) end
+--- Publishes what core.pack has packed; number and again as for publish_route, but the properties stay as they are.
+---@param mandatory boolean
+---@param props string
+---@param number integer?
+---@param again moonrabbit.core.Confirmation?
+---@return moonrabbit.core.Confirmation|true|nil, boolean|string
+function Channel:publish_packed(exchange, routing_key, mandatory, props, body, number, again) end
 --- Sends a message on, byte for byte, but for the headers set and removed.
 ---@param message moonrabbit.core.Message
 ---@param set table?       headers to add or replace
@@ -203,8 +216,26 @@ function core.ack(message) end
 function core.settle(message, kind, requeue) end
 --- "pending" "acked" "nacked" "unroutable" "lost"
 ---@param confirmation moonrabbit.core.Confirmation
----@return string outcome, integer seq
+---@return string outcome, integer seq, integer? number of a held one
 function core.outcome(confirmation) end
+--- It is not published again: from now on this is its outcome.
+---@param confirmation moonrabbit.core.Confirmation
+---@param outcome "nacked"|"unroutable"|"lost"
+function core.conclude(confirmation, outcome) end
+--- Two rings, of confirmations and of what was published; the place of number n is (n - 1) % size + 1. Empties
+--- both (false) from `first` on, as long as the publish is acked and a string.
+---@return integer first the first number that was left, integer bytes of the strings
+function core.take_acked(confirmations, kept, first, last, size) end
+--- What a publish with these options (as for Channel:publish) is made of.
+---@param opts table?
+---@param confirm boolean whether the defaults of a confirm channel hold
+---@return string|nil exchange, string routing_key_or_status, boolean mandatory, string props
+function core.pack(opts, confirm) end
+--- Packed properties with headers added or replaced; all else stays byte for byte.
+---@param props string
+---@param set table
+---@return string|nil props, string? status
+function core.set_headers(props, set) end
 --- The hot path of waiting: true when acked, false when still pending, nil for any other outcome.
 ---@return boolean?
 function core.acked(confirmation) end

@@ -219,6 +219,59 @@ static void a_route_is_a_plain_publish_byte_for_byte(void) {
   }
 }
 
+static void a_stamped_route_has_the_number_in_its_message_id(void) {
+  for (int round = 0; round < 100; round++) {
+    amqp_table_entry_t entry = {.key = BYTES("a"),
+                                .value = {.kind = AMQP_FIELD_KIND_I64, .value = {.i64 = 5}}};
+    amqp_basic_properties_t props = {._flags = AMQP_BASIC_MESSAGE_ID_FLAG,
+                                     .message_id = BYTES("publisher-000000000000"),
+                                     .app_id = BYTES("app")};
+    peer *a = peer_open(), *b = peer_open();
+    bool confirm = check_below(2);
+    mr_channel *one = confirm ? peer_confirm_channel(a) : peer_channel(a);
+    mr_channel *other = confirm ? peer_confirm_channel(b) : peer_channel(b);
+    mr_publish_args args = {.routing_key = BYTES("k"), .mandatory = check_below(2)};
+    mr_route *route = NULL;
+    if (check_below(2)) props._flags |= AMQP_BASIC_HEADERS_FLAG;
+    if (check_below(2)) props._flags |= AMQP_BASIC_APP_ID_FLAG;
+    props.headers = (amqp_table_t){.num_entries = 1, .entries = &entry};
+    args.props = encode(&props);
+    CHECK_EQ(mr_route_new(&args, &route), MR_OK);
+    free(args.props.bytes);
+    CHECK_EQ(mr_route_stamp(route, 77), MR_OK);
+    CHECK_EQ(mr_route_stamp(route, 0xABC0123456789Full), MR_OK); /* the lowest twelve digits */
+    props.message_id = BYTES("publisher-c0123456789f");
+    args.props = encode(&props);
+    args.body = BYTES("body");
+    CHECK(mr_publish(one, &args, NULL) >= 0);
+    CHECK(mr_publish_route(other, route, args.body, NULL) >= 0);
+    peer_pull(a);
+    peer_pull(b);
+    CHECK_BYTES(b->from_client.data, b->from_client.len, a->from_client.data, a->from_client.len);
+    free(args.props.bytes);
+    mr_route_free(route);
+    mr_channel_release(one);
+    mr_channel_release(other);
+    peer_free(a);
+    peer_free(b);
+  }
+}
+
+static void a_route_without_room_for_the_number_is_not_stamped(void) {
+  amqp_basic_properties_t props = {._flags = AMQP_BASIC_MESSAGE_ID_FLAG,
+                                   .message_id = BYTES("00000000000")};
+  mr_publish_args args = {.routing_key = BYTES("k"), .mandatory = true};
+  mr_route *route = NULL;
+  CHECK_EQ(mr_route_new(&args, &route), MR_OK);
+  CHECK_EQ(mr_route_stamp(route, 1), MR_BAD_ARGUMENT);
+  mr_route_free(route);
+  args.props = encode(&props);
+  CHECK_EQ(mr_route_new(&args, &route), MR_OK);
+  CHECK_EQ(mr_route_stamp(route, 1), MR_BAD_ARGUMENT);
+  mr_route_free(route);
+  free(args.props.bytes);
+}
+
 static void malformed_properties_are_refused(void) {
   static uint8_t bad[][6] = {{0x20, 0, 0, 0, 9, 9}, {0, 1}, {0x80, 0, 200}, {0}};
   static const size_t sizes[] = {6, 2, 3, 1};
@@ -888,6 +941,8 @@ int main(int argc, char **argv) {
   RUN(a_body_over_max_message_size_is_refused);
   RUN(a_header_frame_over_frame_max_is_refused);
   RUN(a_route_is_a_plain_publish_byte_for_byte);
+  RUN(a_stamped_route_has_the_number_in_its_message_id);
+  RUN(a_route_without_room_for_the_number_is_not_stamped);
   RUN(malformed_properties_are_refused);
   RUN(mandatory_publishes_carry_their_number);
   RUN(single_and_multiple_confirms);
