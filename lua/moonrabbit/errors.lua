@@ -21,14 +21,15 @@
 -- | `overflow` | the window, the buffer or a size limit is exceeded; nothing was sent | but for sizes |
 -- | `cancelled` | the consumer was cancelled | when the broker did it |
 -- | `shutdown` | the program is stopping | no |
+-- | `http` | the management API refuses: see `code`, an HTTP status | only 408, 429 and 5xx |
 -- @module moonrabbit.errors
 
----@alias moonrabbit.ErrorKind "refused"|"timeout"|"dns"|"tls"|"auth"|"vhost"|"protocol"|"closed"|"channel"|"nacked"|"unroutable"|"blocked"|"cancelled"|"overflow"|"shutdown"
+---@alias moonrabbit.ErrorKind "refused"|"timeout"|"dns"|"tls"|"auth"|"vhost"|"protocol"|"closed"|"channel"|"nacked"|"unroutable"|"blocked"|"cancelled"|"overflow"|"shutdown"|"http"
 
 ---@class moonrabbit.Error
 ---@field kind moonrabbit.ErrorKind  one of the table above
 ---@field message string      one sentence, without secrets
----@field code integer?       AMQP reply code, e.g. 404 (https://www.rabbitmq.com/amqp-0-9-1-reference#constants)
+---@field code integer?       AMQP reply code, e.g. 404 (https://www.rabbitmq.com/amqp-0-9-1-reference#constants); an HTTP status from the management API
 ---@field class integer?      AMQP class id of the method complained about
 ---@field method integer?     AMQP method id of the method complained about
 ---@field temporary boolean   whether trying again can help

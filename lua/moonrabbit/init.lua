@@ -23,6 +23,7 @@
 ---@field types table<string, function>   exact wire types of headers and arguments: `types.int64 "9007199254740993"`. timestamp bytes decimal boolean int8 uint8 int16 uint16 int32 uint32 int64 uint64 float double; integers take a number or a string of digits, `decimal(1234, 2)` is 12.34
 ---@field errors table                    the module moonrabbit.errors
 ---@field uri table                       the module moonrabbit.uri
+---@field management table                the module moonrabbit.management
 local moonrabbit = { _VERSION = "moonrabbit scm" }
 
 --- Connects to a broker. What a URI and an option both say, the option decides.
@@ -84,7 +85,7 @@ local lazy = {
   null = function() return require("moonrabbit.core").null end,
   types = function() return require("moonrabbit.core").types end,
 }
-for _, name in ipairs { "errors", "uri", "options" } do
+for _, name in ipairs { "errors", "uri", "options", "management" } do
   lazy[name] = function() return require("moonrabbit." .. name) end
 end
 

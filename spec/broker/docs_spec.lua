@@ -13,7 +13,8 @@ assert(ch:queue_declare("orders", { durable = true }))
 ]]
 
 local pages = {
-  "README.md", "docs/getting-started.md", "docs/errors.md", "docs/cli.md", "docs/decisions.md", "docs/internals.md",
+  "README.md", "docs/getting-started.md", "docs/errors.md", "docs/cli.md", "docs/clusters.md", "docs/decisions.md",
+  "docs/internals.md",
   "examples/README.md",
 }
 
