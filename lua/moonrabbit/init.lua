@@ -24,6 +24,7 @@
 ---@field errors table                    the module moonrabbit.errors
 ---@field uri table                       the module moonrabbit.uri
 ---@field management table                the module moonrabbit.management
+---@field retry table                     retry policies: the module moonrabbit.app.retry
 local moonrabbit = { _VERSION = "moonrabbit scm" }
 
 --- Connects to a broker. What a URI and an option both say, the option decides.
@@ -87,6 +88,9 @@ local lazy = {
 }
 for _, name in ipairs { "errors", "uri", "options", "management" } do
   lazy[name] = function() return require("moonrabbit." .. name) end
+end
+for _, name in ipairs { "retry" } do
+  lazy[name] = function() return require("moonrabbit.app." .. name) end
 end
 
 return setmetatable(moonrabbit, {
