@@ -82,6 +82,22 @@ static int stream_fill(lua_State *L) {
   return 1;
 }
 
+/* fill_within(engine, seconds): waits here, in the kernel, where `fill` answers "again". */
+static int stream_fill_within(lua_State *L) {
+  mrn_error err;
+  mrn_buffers buffers;
+  size_t n = 0;
+  mrn_stream *stream = check(L);
+  double seconds = luaL_checknumber(L, 3);
+  luaL_argcheck(L, seconds >= 0 && stream->tls == NULL, 3, "a plain stream and seconds expected");
+  if (!buffers_of(L, 2, &buffers)) return engine_closed(L);
+  mrn_status status = mrn_stream_await(stream, seconds, &err);
+  if (status == MRN_OK) status = mrn_stream_fill(stream, &buffers, -1, &n, &err);
+  if (status != MRN_OK) return mrn_push_failure(L, status, &err);
+  lua_pushinteger(L, (lua_Integer)n);
+  return 1;
+}
+
 static int stream_flush(lua_State *L) {
   mrn_error err;
   mrn_buffers buffers;
@@ -153,6 +169,7 @@ void mrn_bind_stream(lua_State *L) {
                                      {"wants", stream_wants},
                                      {"handshake", stream_handshake},
                                      {"fill", stream_fill},
+                                     {"fill_within", stream_fill_within},
                                      {"flush", stream_flush},
                                      {"read", stream_read},
                                      {"write", stream_write},

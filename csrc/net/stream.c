@@ -210,6 +210,20 @@ mrn_status mrn_stream_fill(mrn_stream *stream, const mrn_buffers *buffers, doubl
   return *n > 0 ? MRN_OK : status;
 }
 
+static int milliseconds(double seconds) {
+  const double most = 3600;
+  return (int)((seconds < most ? seconds : most) * 1000) + 1;
+}
+
+mrn_status mrn_stream_await(mrn_stream *stream, double seconds, mrn_error *err) {
+  mrn_status status = ready(stream, err);
+  if (status != MRN_OK) return status;
+  struct pollfd fd = {.fd = stream->fd, .events = POLLIN};
+  if (poll(&fd, 1, milliseconds(seconds)) <= 0) return again(stream, 'r');
+  stream->drained = false;
+  return MRN_OK;
+}
+
 /* ---- writing ---- */
 
 static mrn_status send_some(mrn_stream *stream, const void *bytes, size_t length, size_t *n,

@@ -54,6 +54,9 @@ mrn_status mrn_stream_settle(mrn_stream *stream, mrn_error *err);
 /* As read, into the buffers. MRN_FULL: they have no room. `now` negative: the clock is read. */
 mrn_status mrn_stream_fill(mrn_stream *stream, const mrn_buffers *buffers, double now, size_t *n,
                            mrn_error *err);
+/* Blocks, unlike everything else here, until a plain stream has something to read: MRN_AGAIN when it
+ * has not within `seconds` or a signal came first. For a caller with nobody else to run meanwhile. */
+mrn_status mrn_stream_await(mrn_stream *stream, double seconds, mrn_error *err);
 /* MRN_OK: everything that the buffers had has left. */
 mrn_status mrn_stream_flush(mrn_stream *stream, const mrn_buffers *buffers, double now,
                             mrn_error *err);

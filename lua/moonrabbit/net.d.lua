@@ -45,6 +45,10 @@ function Stream:handshake() end
 ---@param engine moonrabbit.core.Engine
 ---@param now number? nil: the clock is read when bytes have come
 function Stream:fill(engine, now) end
+--- The same on a plain stream, but blocks the whole process until there are bytes or the time is over ("again").
+---@param engine moonrabbit.core.Engine
+---@param seconds number
+function Stream:fill_within(engine, seconds) end
 --- Writes what the engine has: true when all is written; nil, "again"; nil, "closed" or "tls", text.
 function Stream:flush(engine, now) end
 --- Plain bytes: a string; nil, "again"; nil, "closed", text ("" at the end).

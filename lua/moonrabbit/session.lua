@@ -101,8 +101,27 @@ end
 
 -- ---- Waiting ----------------------------------------------------------------------------------------
 
+--- Reads once where the transport lets a caller without a loop do so; false: it does not, or not now.
+---@param deadline number
+---@return boolean
+function Session:read_alone(deadline)
+  local transport = self.transport
+  if not transport.fill_alone or self.state == "closed" then return false end
+  local n, kind, text = transport:fill_alone(self.engine, deadline)
+  if n then
+    self.admitted = 0
+  elseif kind == nil or kind == "again" or kind == "full" then
+    return false
+  else
+    self.engine:eof(text or kind)
+  end
+  self:pump()
+  return true
+end
+
 --- Waits on a condition for something that only reading can bring.
 function Session:block(condition, left)
+  if self:read_alone(self.runtime.now() + left) then return end
   self.awaiting = self.awaiting + 1
   local until_then = self.runtime.now() + left
   if until_then > self.awaiting_until then self.awaiting_until = until_then end

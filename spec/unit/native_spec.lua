@@ -719,6 +719,39 @@ describe("the native runtime", function()
       assert.same({ nil, "closed", "closed" }, { client:try_flush(engine) })
     end)
 
+    it("are filled without the loop by a script that has nobody else to run", function()
+      local engine, client, peer = engine_pair()
+      assert(client:flush(engine))
+      assert.equal("AMQP\0\0\9\1", peer:read())
+      local function fill_alone(seconds) return client:fill_alone(engine, rt.now() + seconds) end
+      assert.is_nil(fill_alone(20)) -- nobody reads: the engine may be paused
+      local reader = rt.spawn(function()
+        while client:fill(engine) do end -- luacheck: ignore
+      end)
+      rt.sleep(0)
+      assert.same({ nil, "again" }, { fill_alone(0.001) })
+      assert.is_nil(fill_alone(0))
+      peer:write "AMQP"
+      assert.equal(4, fill_alone(20))
+      local ran = false
+      rt.spawn(function() ran = true end)
+      assert.is_nil(fill_alone(20)) -- that one wants to run
+      rt.sleep(0)
+      assert.is_true(ran)
+      local sleeper = rt.spawn(function() rt.sleep(0.001) end)
+      rt.sleep(0)
+      assert.same({ nil, "again" }, { fill_alone(20) }) -- until the sleeper's time
+      rt.run(function() assert.is_nil(fill_alone(20)) end)
+      while not sleeper.over do rt.sleep(0) end
+      peer:write "\0\0"
+      assert.equal(2, fill_alone(20))
+      peer:close()
+      assert.same({ nil, "closed", "" }, { fill_alone(20) })
+      while not reader.over do rt.sleep(0) end
+      client:close()
+      assert.is_nil(fill_alone(20))
+    end)
+
     it("say when the engine is full, and leave the rest in the socket", function()
       local engine, client, peer = engine_pair()
       assert(client:flush(engine))

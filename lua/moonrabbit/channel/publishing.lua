@@ -339,7 +339,7 @@ function Channel:_failed(seq, outcome, confirmation)
   end
   if confirmation then failure_of[confirmation] = err end
   local waiter = self._waiting[seq]
-  if not (waiter and waiter.own) then
+  if not (waiter and waiter.own) and not (confirmation and confirmation == self._own) then
     local failures = self._failures
     if #failures < MAX_FAILURES then
       failures[#failures + 1] = { seq = seq, outcome = outcome, err = err }
@@ -354,6 +354,40 @@ function Channel:_failed(seq, outcome, confirmation)
   all_settled(self)
 end
 
+-- A script's main chunk reads what comes by itself as long as there is nobody else to run. Answers as
+-- core.acked does.
+local function wait_alone(self, confirmation, deadline, own)
+  local session = self._session
+  local acked = false
+  session:try_flush() -- no other task could add to this write
+  self._own = own and confirmation
+  while acked == false and not self._closed and session:read_alone(deadline) do acked = core_acked(confirmation) end
+  self._own = nil
+  return acked
+end
+
+-- In line with others, while the loop runs.
+local function wait_in_loop(self, confirmation, deadline, own, flushed)
+  local session, now = self._session, self._runtime.now
+  local acked = false
+  local waiter = add_waiter(self, confirmation, own)
+  if not flushed then session:touch() end
+  repeat
+    local left = deadline - now()
+    if left <= 0 then break end
+    session:block(waiter.condition, left)
+    acked = core_acked(confirmation)
+  until acked ~= false or self._closed
+  waiter.count = waiter.count - 1
+  if waiter.count == 0 then
+    remove_waiter(self, waiter)
+    waiter.confirmation = nil
+    local spare = self._spare
+    if #spare < 64 then spare[#spare + 1] = waiter end
+  end
+  return acked
+end
+
 --- Waits for one confirmation. `own`: the failure is the caller's alone to hear of.
 ---@package
 function Channel:_wait(confirmation, timeout, own)
@@ -362,30 +396,11 @@ function Channel:_wait(confirmation, timeout, own)
   if acked == nil or self._closed then return nil, self:_failure(confirmation) end
   timeout = timeout or self.timeout
   if timeout > 0 then
-    local now = self._runtime.now
-    local deadline = now() + timeout
-    local waiter = add_waiter(self, confirmation, own)
-    local session = self._session
-    local current = self._runtime.current
-    if current and not current() then
-      session:try_flush() -- a plain script: no other task could add to this write
-    else
-      session:touch()
-    end
-    local condition = waiter.condition
-    repeat
-      local left = deadline - now()
-      if left <= 0 then break end
-      session:block(condition, left)
-      acked = core_acked(confirmation)
-    until acked ~= false or self._closed
-    waiter.count = waiter.count - 1
-    if waiter.count == 0 then
-      remove_waiter(self, waiter)
-      waiter.confirmation = nil
-      local spare = self._spare
-      if #spare < 64 then spare[#spare + 1] = waiter end
-    end
+    local runtime = self._runtime
+    local deadline = runtime.now() + timeout
+    local script = runtime.current and not runtime.current()
+    if script then acked = wait_alone(self, confirmation, deadline, own) end
+    if acked == false and not self._closed then acked = wait_in_loop(self, confirmation, deadline, own, script) end
   end
   if acked then return true end
   if acked == nil or self._closed then return nil, self:_failure(confirmation) end

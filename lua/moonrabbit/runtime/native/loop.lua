@@ -359,6 +359,15 @@ local function turns(target)
   end
 end
 
+--- Whether nothing but one descriptor could get anything going: the caller is a script's main chunk, no task
+--- can run, no signal is watched. Then it may wait for that descriptor by itself, without the loop, until the
+--- time that this returns.
+---@return number|nil until
+function M.alone()
+  if driving or queued > 0 or batch_at < batch_size or M.waiting ~= 1 or M.watched > 0 then return nil end
+  return timers.next() or math.huge
+end
+
 --- Runs the loop until the task is over; for `outside`, until it is ready.
 function M.drive(task)
   driving = true

@@ -4,6 +4,7 @@ local net = require "moonrabbit.net"
 local descriptors = require "moonrabbit.runtime.native.descriptors"
 
 local now, wait, unwatch = net.now, descriptors.wait, descriptors.unwatch
+local alone = require("moonrabbit.runtime.native.loop").alone
 
 ---@class moonrabbit.native.Transport
 local Transport = {}
@@ -24,6 +25,21 @@ function Transport:fill(engine)
     stream = self.stream
   end
   return nil, "closed", "closed"
+end
+
+--- The same for a script's main chunk that has nobody else to run: waits in the kernel, and leaves the loop and
+--- the task that reads out of it, which cost more than the system calls of a round trip.
+---@return integer|nil n, string? kind nil or "again": not here, or not now; let the loop wait
+---@return string? text
+function Transport:fill_alone(engine, deadline)
+  local stream = self.stream
+  if not stream or self.secure or not self.watch.reader then return nil end
+  local latest = alone()
+  if not latest then return nil end
+  local left = (latest < deadline and latest or deadline) - now()
+  if left <= 0 then return nil end
+  local n, kind, text = stream:fill_within(engine, left)
+  return n, kind, text
 end
 
 --- Writes everything that the engine has to write.
