@@ -37,6 +37,7 @@ local check, argument = options.check, options.argument
 ---@field max_message_size integer? bytes of a body, both ways; 128 MiB by default. A larger one to send is `overflow`, one that comes ends the connection
 ---@field max_buffer integer?      bytes of output that may wait; 16 MiB by default. Past it a publish waits
 ---@field ack_delay number?        seconds that an ack may wait for others to go with; 0.001 by default
+---@field health ("fixed"|"adaptive"|"consecutive"|moonrabbit.HealthOptions|false)?  how the broker's silence is judged; by default, and at the latest, nothing heard for two heartbeat intervals ends the connection. See moonrabbit.health
 ---@field runtime (string|table)?  a name or a runtime (docs/internals.md); "native" by default, and never guessed
 ---@field log fun(level: string, text: string)?  level: "debug", "info", "warn" or "error"; by default warnings and errors go to stderr
 
@@ -88,6 +89,7 @@ local connect_options = {
   ack_delay = options.seconds,
   runtime = options.either(options.string, options.table),
   log = options.callback,
+  health = options.either(options.boolean, options.string, options.table),
 }
 Connection.options = connect_options
 
@@ -174,6 +176,7 @@ local function dial(self, to, deadline)
     secret = not external and password ~= to.user and password or nil,
     log = self._log,
     emit = self._emitter,
+    health = self._health,
     engine = {
       vhost = to.vhost, user = not external and to.user or nil, password = not external and password or nil,
       mechanism = to.mechanism, heartbeat = to.heartbeat, frame_max = to.frame_max, channel_max = to.channel_max,
@@ -206,11 +209,17 @@ function Connection.connect(given, level, deadline)
     targets[i], problem = target(text, opts)
     if not targets[i] then error("connect: " .. problem, level) end
   end
+  local health
+  if opts.health then
+    local heartbeat = math.huge
+    for _, to in ipairs(targets) do heartbeat = math.min(heartbeat, to.heartbeat) end
+    health = require("moonrabbit.health").checked("connect", opts.health, heartbeat, level)
+  end
   local runtime = runtimes.find(opts.runtime, level)
   local self = setmetatable({
     timeout = opts.timeout or 30,
     _opts = opts, _runtime = runtime, _log = careful(opts.log or runtime.log or default_log, runtime),
-    _listeners = {}, _events = {}, _first = 1, _last = 0, _state = "connecting",
+    _health = health, _listeners = {}, _events = {}, _first = 1, _last = 0, _state = "connecting",
   }, Connection)
   self._emitter = function(event, ...) self:_event(event, ...) end
   local err
@@ -234,6 +243,7 @@ end
 
 local events = {
   open = true, closed = true, state = true, blocked = true, unblocked = true, ["return"] = true, error = true,
+  suspect = true,
 }
 
 --- Calls `fn` on an event. The calls come one after the other, in a task of their own:
@@ -241,9 +251,10 @@ local events = {
 --- * "open" (); "closed" (err): err.temporary tells whether connecting again can help
 --- * "state" (state, err): "open", "closing", "closed"
 --- * "blocked" (reason), "unblocked" (): https://www.rabbitmq.com/docs/connection-blocked
+--- * "suspect" (strategy, details): the broker's silence is going to end the connection (moonrabbit.health)
 --- * "return" (message, channel): an unroutable publish came back
 --- * "error" (text, message): a handler threw; with no listener it is logged
----@param event "open"|"closed"|"state"|"blocked"|"unblocked"|"return"|"error"
+---@param event "open"|"closed"|"state"|"blocked"|"unblocked"|"suspect"|"return"|"error"
 ---@param fn function   it may wait; what it throws is logged
 ---@return function off takes `fn` off again
 function Connection:on(event, fn)

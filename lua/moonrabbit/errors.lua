@@ -34,6 +34,7 @@
 ---@field method integer?     AMQP method id of the method complained about
 ---@field temporary boolean   whether trying again can help
 ---@field endpoint string?    "host:port"
+---@field strategy ("fixed"|"adaptive"|"consecutive")?  of a `timeout` that ended a connection: what found the broker silent (moonrabbit.health)
 ---@field failed table[]?     of `wait_for_confirms`: { seq, outcome, err } for each publish that failed
 ---@field pending integer?    of `wait_for_confirms`: how many are not settled yet
 local Error = {}

@@ -23,6 +23,8 @@ local protect = require "moonrabbit.protect"
 ---@field endpoint string
 ---@field dirty boolean              the writer is going to run
 ---@field channels table             Channel objects that are open, as keys
+---@field health moonrabbit.HealthOptions?        what the broker's silence is judged by, beside the core
+---@field detector moonrabbit.health.Detector?    which does so
 local Session = {}
 Session.__index = Session
 
@@ -348,20 +350,24 @@ local function hold(self)
     self.runtime.sleep(0) -- what waits has its deadline, and consumers want their turn
     return
   end
+  local detector = self.detector
   engine:pause(true, now())
+  if detector then detector:pause(true, now()) end
   self.paused = true
   self.drained:wait(1)
   self.paused = false
   if self.state ~= "closed" then engine:pause(false, now()) end
+  if detector then detector:pause(false, now()) end
 end
 
 local function read_loop(self)
-  local engine, transport = self.engine, self.transport
+  local engine, transport, now = self.engine, self.transport, self.runtime.now
   while self.state ~= "closed" do
     local n, kind, text = transport:fill(engine)
     if n then
       self.admitted = self.admitting and self.admitted + n or 0
       self.admitting = false
+      if self.detector then self.detector:heard(now()) end
     end
     if not n and kind ~= "full" then
       engine:eof(text or kind)
@@ -405,6 +411,7 @@ function handlers.open(self)
       self.runtime.spawn(run, self, watch_loop)
       watch_turns(self)
     end
+    if self.health then require("moonrabbit.health.watch").start(self, self.health, run) end
     self:touch() -- heartbeats are due from now on
     self.changed:broadcast()
   end
@@ -473,7 +480,21 @@ function handlers.unblocked(self)
 end
 
 function handlers.closed(self, report)
-  self:finish(self:report(report))
+  local err = self.verdict or self:report(report)
+  if err.kind == "timeout" and not err.strategy and self.heartbeat > 0 then
+    err.strategy = "fixed" -- the core's own: two heartbeat intervals
+    self.emit("suspect", err.strategy, err.message)
+  end
+  self:finish(err)
+end
+
+--- The broker's silence is suspicious (moonrabbit.health): the session ends.
+---@param suspicion moonrabbit.health.Suspicion
+function Session:suspect(suspicion)
+  self.emit("suspect", suspicion.strategy, suspicion.text)
+  self.verdict = self:error("timeout", suspicion.text, { strategy = suspicion.strategy, temporary = true })
+  self.engine:eof(suspicion.text)
+  self:pump()
 end
 
 --- An error from what the engine reports, with the endpoint and without the password.
@@ -563,7 +584,7 @@ local function shake_hands(self, deadline, timeout)
 end
 
 --- Connects and shakes hands.
----@param config table runtime, endpoint {host, port, path}, label, tls, engine (config of core.engine), timeout, secret, log, emit
+---@param config table runtime, endpoint {host, port, path}, label, tls, engine (config of core.engine), timeout, secret, log, emit, health
 ---@return moonrabbit.Session|nil, moonrabbit.Error?
 function Session.open(config)
   local runtime, timeout = config.runtime, config.timeout
@@ -581,7 +602,7 @@ function Session.open(config)
   local condition = runtime.condition
   local self = setmetatable({
     engine = engine, transport = transport, runtime = runtime, state = "connecting",
-    endpoint = config.label, secrets = {}, log = config.log, emit = config.emit,
+    endpoint = config.label, secrets = {}, log = config.log, emit = config.emit, health = config.health,
     channels = {}, calls = Calls.new(),
     dirty = false, corked = false, flushing = false, paused = false, heartbeat = 0,
     awaiting = 0,          -- tasks in `block`, and those that were cancelled there
