@@ -9,9 +9,10 @@ ignore = { "212/_.*", "213/_.*" }
 exclude_files = { "build/**", "**/*.d.lua", "**/node_modules/**" }
 
 files["lua/moonrabbit/runtime/resty*.lua"] = { std = "+ngx_lua" }
+files["lua/moonrabbit/runtime/resty/**/*.lua"] = { std = "+ngx_lua" }
 files["lua/moonrabbit/resty*.lua"] = { std = "+ngx_lua" }
 files["lua/moonrabbit/resty/**/*.lua"] = { std = "+ngx_lua" }
-files["examples/**/resty*.lua"] = { std = "+ngx_lua" }
+files["examples/openresty/**/*.lua"] = { std = "+ngx_lua" }
 files["spec/**/*.lua"] = { std = "+busted", max_cyclomatic_complexity = false }
 files["spec/resty/**/*.lua"] = { std = "+busted+ngx_lua" }
 -- These run on one Lua, our own choice of it.

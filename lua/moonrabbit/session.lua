@@ -124,6 +124,8 @@ end
 --- Waits on a condition for something that only reading can bring.
 function Session:block(condition, left)
   if self:read_alone(self.runtime.now() + left) then return end
+  local check_owner = self.transport.check_owner
+  if check_owner then check_owner(self.transport) end
   self.awaiting = self.awaiting + 1
   local until_then = self.runtime.now() + left
   if until_then > self.awaiting_until then self.awaiting_until = until_then end

@@ -109,4 +109,67 @@ function handlers.timer()
   ngx.say(result)
 end
 
+--- A connection of another handler: every call that waits says so.
+function handlers.foreign()
+  local shared, done
+  check(ngx.timer.at(0, function()
+    local conn = check(moonrabbit.connect(url))
+    shared = conn
+    while not done do ngx.sleep(0.01) end
+    check(conn:close(5))
+  end))
+  while not shared do ngx.sleep(0.01) end
+  local ok, err = pcall(shared.channel, shared)
+  done = true
+  check(not ok, "a foreign connection worked")
+  ngx.say(err)
+end
+
+--- Cancelled tasks: in a sleep, on a condition, and while they read.
+function handlers.cancelled()
+  local runtime = require "moonrabbit.runtime.resty"
+  local ended = {}
+  local function start(name, fn)
+    return runtime.spawn(function()
+      local ok, err = pcall(fn)
+      ended[name] = not ok and err == runtime.cancelled
+    end)
+  end
+  local transport = check(runtime.open({ host = "127.0.0.1", port = tonumber(ngx.var.server_port) }, nil, 5))
+  local started = runtime.now()
+  local list = {
+    start("sleep", function() runtime.sleep(60) end),
+    start("wait", function() runtime.condition():wait() end),
+    start("read", function() transport:read() end),
+  }
+  ngx.sleep(0.05)
+  for _, task in ipairs(list) do runtime.cancel(task) end
+  while not (ended.sleep ~= nil and ended.wait ~= nil and ended.read ~= nil) do
+    check(runtime.now() - started < 10, "not cancelled")
+    ngx.sleep(0.01)
+  end
+  check(ended.sleep and ended.wait and ended.read, "cancelled")
+  local bytes, kind = transport:read(10, 0.01)
+  check(not bytes and kind == "timeout", "timeout")
+  transport:close()
+  check(select(2, transport:read()) == "closed", "closed")
+  ngx.say "ok"
+end
+
+--- The ways to write an address.
+function handlers.addresses()
+  local runtime = require "moonrabbit.runtime.resty"
+  local port = tonumber(ngx.var.server_port)
+  check(runtime.open({ host = "localhost", port = port }, nil, 5)):close()
+  local function failure(endpoint)
+    local transport, kind, text, temporary = runtime.open(endpoint, nil, 5)
+    check(not transport, "connected")
+    ngx.say(kind, " ", tostring(temporary), " ", text)
+  end
+  failure { host = "::1", port = 1 }
+  failure { host = "localhost", port = 1 }
+  failure { host = "broker.example", port = 5672 }
+  failure { path = "/nowhere/amqp.sock" }
+end
+
 return handlers

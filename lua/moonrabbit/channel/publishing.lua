@@ -302,6 +302,8 @@ local function all_settled(self)
   self._settled:broadcast()
 end
 
+-- `_notice`, where somebody has set it, is called when publishes were settled, and must not yield: what it does
+-- not look at itself is kept for nobody.
 ---@package
 function Channel:_confirmed()
   if self._waiters > 0 and not wake_settled(self, SCAN) and not self._sweeping then
@@ -314,6 +316,7 @@ function Channel:_confirmed()
   end
   self._room:signal()
   all_settled(self)
+  if self._notice then self._notice() end
 end
 
 ---@package
@@ -339,7 +342,8 @@ function Channel:_failed(seq, outcome, confirmation)
   end
   if confirmation then failure_of[confirmation] = err end
   local waiter = self._waiting[seq]
-  if not (waiter and waiter.own) and not (confirmation and confirmation == self._own) then
+  local own = waiter and waiter.own or confirmation and confirmation == self._own
+  if not own and not self._notice then
     local failures = self._failures
     if #failures < MAX_FAILURES then
       failures[#failures + 1] = { seq = seq, outcome = outcome, err = err }
@@ -352,6 +356,7 @@ function Channel:_failed(seq, outcome, confirmation)
   if rpc_call then rpc_call(seq, err) end
   self._room:signal()
   all_settled(self)
+  if self._notice then self._notice() end
 end
 
 -- A script's main chunk reads what comes by itself as long as there is nobody else to run. Answers as

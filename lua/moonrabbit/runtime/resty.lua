@@ -6,6 +6,7 @@
 
 local ffi = require "ffi"
 local semaphore = require "ngx.semaphore"
+local transport = require "moonrabbit.runtime.resty.transport"
 
 local C = ffi.C
 pcall(ffi.cdef, "typedef struct { long tv_sec; long tv_nsec; } moonrabbit_timespec;")
@@ -26,12 +27,10 @@ function M.now()
   return tonumber(timespec.tv_sec) + tonumber(timespec.tv_nsec) / 1e9
 end
 
-local now = M.now
-
 -- nginx without OpenResty's patches has no zero delay and complains about it.
 local LEAST = 0.001
-
-function M.sleep(seconds) ngx_sleep(seconds > LEAST and seconds or LEAST) end
+-- As long as nginx's timers allow with some room; waits without a timeout are made of these.
+local LONG = 86400
 
 -- ---- Tasks ------------------------------------------------------------------------------------------
 
@@ -50,32 +49,95 @@ local function traceback(err)
   return debug.traceback(tostring(err), 2)
 end
 
-local function body(task, fn, ...)
+local function perform(task)
   tasks[running()] = task
-  ngx_sleep(LEAST) -- a task starts at the next turn
-  local arguments, n = { ... }, select("#", ...)
-  local ok, err = xpcall(function() fn(unpack(arguments, 1, n)) end, traceback)
+  local ok, err = xpcall(task.fn, traceback, unpack(task, 1, task.n))
   task.over = true
   if not ok and err ~= M.cancelled then M.on_error(err, task) end
 end
 
+-- The body of a light thread: its task, and in a pool, one after the other, what comes then.
+local function thread_body(task, pool)
+  ngx_sleep(LEAST) -- a task starts at the next turn
+  perform(task)
+  if not pool then return end
+  local seat = { called = semaphore.new() }
+  while not pool.over do
+    pool[#pool + 1] = seat
+    while not seat.task and not pool.over do seat.called:wait(LONG) end
+    local following = seat.task
+    seat.task = nil
+    if following then perform(following) end
+  end
+end
+
 function M.spawn(fn, ...)
-  local task = {}
-  local thread, err = thread_spawn(body, task, fn, ...)
+  local parent = tasks[running()]
+  local pool = parent and parent.pool
+  local task = { fn = fn, n = select("#", ...), pool = pool, ... }
+  local seat = pool and not pool.over and table.remove(pool)
+  if seat then
+    seat.task = task
+    seat.called:post(1)
+    return task
+  end
+  local thread, err = thread_spawn(thread_body, task, pool)
   if not thread then error("cannot start a light thread: " .. tostring(err), 2) end
-  task.thread = thread
   return task
+end
+
+--- Runs `fn` in the calling handler, which is to live long. nginx frees what a light thread has used only
+--- with its handler (250 bytes each), so the tasks that start in `fn`, and in those, share light threads, one
+--- after the other. They end with fn.
+function M.pooled(fn, ...)
+  local pool = { over = false }
+  local me = running()
+  local before = tasks[me]
+  tasks[me] = { pool = pool }
+  local results = { pcall(fn, ...) }
+  tasks[me] = before
+  pool.over = true
+  for i = 1, #pool do pool[i].called:post(1) end
+  if not results[1] then error(results[2], 0) end
+  return unpack(results, 2, table.maxn(results))
 end
 
 function M.current()
   return tasks[running()]
 end
 
---- The task's next wait on a condition throws M.cancelled.
+--- The task's current or next wait throws M.cancelled; one for the network, within a second.
 function M.cancel(task)
   if task.over then return end
   task.cancelling = true
   if task.on then task.on:broadcast() end
+  if task.sleeping then task.sleeping:post(1) end
+end
+
+--- Throws M.cancelled in a task that was cancelled.
+function M.check_cancelled()
+  local task = tasks[running()]
+  if task and task.cancelling then
+    task.cancelling = false
+    error(M.cancelled, 0)
+  end
+end
+
+local check_cancelled = M.check_cancelled
+
+function M.sleep(seconds)
+  if seconds < LEAST then seconds = LEAST end
+  local task = tasks[running()]
+  if not task then return ngx_sleep(seconds) end
+  check_cancelled()
+  local until_then = M.now() + seconds
+  task.sleeping = semaphore.new()
+  repeat
+    task.sleeping:wait(seconds < LONG and seconds or LONG)
+    seconds = until_then - M.now()
+  until seconds < LEAST or task.cancelling
+  task.sleeping = nil
+  check_cancelled()
 end
 
 -- ---- Conditions -------------------------------------------------------------------------------------
@@ -83,15 +145,21 @@ end
 local Condition = {}
 Condition.__index = Condition
 
--- As long as nginx's timers allow with some room; waits without a timeout are made of these.
-local LONG = 86400
-
 function Condition:wait(timeout)
   local task = tasks[running()]
+  if task then
+    if task.cancelling then check_cancelled() end
+    task.on = self
+  end
   self.waiting = self.waiting + 1
-  if task then task.on = self end
-  local ok = self.semaphore:wait(timeout or LONG)
-  while not ok and not timeout do ok = self.semaphore:wait(LONG) end
+  local ok
+  if timeout and timeout < LONG then
+    -- Less than a millisecond is none to nginx, which would not yield.
+    if timeout > 0 and timeout < LEAST then timeout = LEAST end
+    ok = self.semaphore:wait(timeout)
+  else
+    repeat ok = self.semaphore:wait(LONG) until ok or timeout and timeout < math.huge
+  end
   if task then task.on = nil end
   self.waiting = self.waiting - 1
   if ok then
@@ -101,10 +169,7 @@ function Condition:wait(timeout)
     self.semaphore:wait(0)
     self.posted = self.posted - 1
   end
-  if task and task.cancelling then
-    task.cancelling = false
-    error(M.cancelled, 0)
-  end
+  if task and task.cancelling then check_cancelled() end
   return ok and true or false
 end
 
@@ -129,126 +194,10 @@ end
 
 -- ---- Transports -------------------------------------------------------------------------------------
 
-local Transport = {}
-Transport.__index = Transport
-
--- A read that times out leaves the socket usable: so often a reader looks whether it was closed.
-local READ_TIMEOUT = 1000
-local SEND_TIMEOUT = 60000
-local CHUNK = 65536
-
-local function really_close(self)
-  if self.socket and not self.reading and not self.writing then
-    local socket = self.socket
-    self.socket = nil
-    socket:close()
-  end
-end
-
-function Transport:receive(max)
-  while not self.closed do
-    self.reading = true
-    local bytes, err = self.socket:receiveany(max)
-    self.reading = false
-    if bytes then return bytes end
-    if err ~= "timeout" then
-      self.closed = true
-      really_close(self)
-      return nil, "closed", err == "closed" and "the broker closed the connection" or err
-    end
-  end
-  really_close(self)
-  return nil, "closed", "closed"
-end
-
-function Transport:fill(engine)
-  local bytes = self.rest
-  if not bytes then
-    local kind, text
-    bytes, kind, text = self:receive(CHUNK)
-    if not bytes then return nil, kind, text end
-  end
-  local taken = engine:feed(bytes, now())
-  self.rest = taken < #bytes and bytes:sub(taken + 1) or nil
-  if taken == 0 then return nil, "full" end
-  return taken
-end
-
-function Transport:write(bytes)
-  if self.closed then return nil, "closed", "closed" end
-  self.writing = true
-  local sent, err = self.socket:send(bytes)
-  self.writing = false
-  if sent then return true end
-  if self.closed then really_close(self) end
-  return nil, "closed", err
-end
-
-function Transport:flush(engine)
-  while true do
-    local bytes = engine:drain(now())
-    if bytes == "" then return true end
-    local ok, kind, text = self:write(bytes)
-    if not ok then return nil, kind, text end
-  end
-end
-
---- A cosocket cannot write without maybe waiting.
-function Transport:try_flush() return nil, "again" end -- luacheck: ignore 212
-
-function Transport:read(max) return self:receive(max or CHUNK) end
-
-function Transport:close()
-  self.closed = true
-  really_close(self)
-end
-
-local function kind_of(err)
-  if err == "timeout" then return "timeout", true end
-  if err:find("refused", 1, true) then return "refused", true end
-  if err:find("resolve", 1, true) or err:find("resolver", 1, true) then return "dns", true end
-  return "closed", true
-end
-
-local function check_tls(tls)
-  for option, directive in pairs { ca = "lua_ssl_trusted_certificate", min_version = "lua_ssl_protocols" } do
-    if tls[option] then
-      error("option 'tls." .. option .. "' has no effect in nginx: use its directive " .. directive, 0)
-    end
-  end
-  if tls.cert or tls.key then error("option 'tls.cert': client certificates are not available in nginx yet", 0) end
-end
-
 --- See docs/internals.md.
 function M.open(endpoint, tls, timeout)
-  if tls then check_tls(tls) end
-  local socket = ngx.socket.tcp()
-  local ms = math.max(1, math.floor((timeout or 60) * 1000))
-  socket:settimeouts(ms, SEND_TIMEOUT, ms)
-  local ok, err
-  if endpoint.path then
-    ok, err = socket:connect("unix:" .. endpoint.path)
-  else
-    -- nginx asks no hosts file.
-    local host = endpoint.host == "localhost" and "127.0.0.1" or endpoint.host
-    if host:find(":", 1, true) then host = "[" .. host .. "]" end
-    ok, err = socket:connect(host, endpoint.port)
-  end
-  if not ok then
-    local kind, temporary = kind_of(err)
-    return nil, kind, "cannot connect: " .. err, temporary
-  end
-  if tls then
-    local session
-    session, err = socket:sslhandshake(nil, tls.server_name, tls.verify ~= false)
-    if not session then
-      socket:close()
-      if err == "timeout" then return nil, "timeout", "no answer in time (TLS handshake)", true end
-      return nil, "tls", "the TLS handshake failed: " .. tostring(err), false
-    end
-  end
-  socket:settimeouts(ms, SEND_TIMEOUT, READ_TIMEOUT)
-  return setmetatable({ socket = socket, closed = false, reading = false, writing = false }, Transport)
+  local opened, kind, text, temporary = transport.open(M, endpoint, tls, timeout)
+  return opened, kind, text, temporary
 end
 
 return M

@@ -1,0 +1,108 @@
+--- What a worker consumes: one connection for all its consumers, kept while the worker runs.
+--
+-- A consumer that ends (its queue was deleted, the broker closed its channel) starts again with the same
+-- backoff as a connection. When the worker leaves, consumers are cancelled, what is being handled is finished
+-- within the deadline, and the rest goes back to its queue.
+-- @module moonrabbit.resty.inbound
+
+local life = require "moonrabbit.resty.life"
+local runtime = require "moonrabbit.runtime.resty"
+
+local now = runtime.now
+
+---@class moonrabbit.resty.Inbound
+local Inbound = {}
+Inbound.__index = Inbound
+
+-- A consumer that ended before this many seconds counts as one that failed to start.
+local SHORT = 2
+
+--- config: `name`, `setup`, `connect`, `backoff`, `exit_timeout`.
+---@param config table
+---@return moonrabbit.resty.Inbound
+function Inbound.new(config)
+  return setmetatable({ config = config, subscriptions = {}, changed = nil, starts = 0 }, Inbound)
+end
+
+--- Adds a consumer. `subscribe(conn)` -> what `stop(it, timeout)` ends and `on_end(it, fn)` watches, or nil, err.
+---@param subscription table { name, start, stop, watch }
+function Inbound:add(subscription)
+  self.subscriptions[#self.subscriptions + 1] = subscription
+  if self.keeper then return end
+  local config = self.config
+  self.keeper = life.keep {
+    name = config.name, connect = config.connect, backoff = config.backoff, exit_timeout = config.exit_timeout,
+    serve = function(conn, keeper) return self:serve(conn, keeper) end,
+    wanted = function() return false end,
+    failed = function() end,
+  }
+  life.on_exit(function() if self.changed then self.changed:broadcast() end end)
+end
+
+-- Waits until something has changed, or for `seconds`.
+local function wait(self, conn, seconds)
+  if conn:is_open() and not life.exiting then self.changed:wait(seconds) end
+end
+
+-- Keeps one consumer going for as long as the connection lasts.
+local function keep_going(self, conn, subscription)
+  local attempt = 0
+  while conn:is_open() and not life.exiting do
+    local consumer, err = subscription.start(conn)
+    local began = now()
+    if consumer then
+      subscription.running = consumer
+      self.starts = self.starts + 1
+      subscription.watch(consumer, function() self.changed:broadcast() end)
+      while not consumer:reason() and conn:is_open() and not life.exiting do wait(self, conn) end
+      if life.exiting then break end
+      subscription.running = nil
+      err = consumer:reason()
+    end
+    if not conn:is_open() then break end
+    attempt = now() - began < SHORT and attempt + 1 or 1
+    local backoff = self.config.backoff
+    local delay = math.min(backoff.max, backoff.first * backoff.factor ^ (attempt - 1))
+    runtime.log("warn", ("%s: the consumer on '%s' has ended: %s; starting again in %.1f s"):format(self.config.name,
+      subscription.name, tostring(err), delay))
+    local until_then = now() + delay
+    while conn:is_open() and not life.exiting and now() < until_then do wait(self, conn, until_then - now()) end
+  end
+end
+
+-- What is being handled is finished, and all at the same time.
+local function stop_all(self, keeper)
+  local left = #self.subscriptions
+  local stopped = runtime.condition()
+  for _, subscription in ipairs(self.subscriptions) do
+    runtime.spawn(function()
+      local consumer = subscription.running
+      subscription.running = nil
+      if consumer then
+        local ok, err = subscription.stop(consumer, math.max(0.1, keeper.leave_by - now()))
+        if not ok then runtime.log("warn", ("%s: %s"):format(self.config.name, tostring(err))) end
+      end
+      left = left - 1
+      stopped:signal()
+    end)
+  end
+  while left > 0 and now() < keeper.leave_by do stopped:wait(math.max(0.001, keeper.leave_by - now())) end
+end
+
+--- Runs in a timer of its own, for as long as the connection lasts. Returns why it ended.
+function Inbound:serve(conn, keeper)
+  self.changed = runtime.condition()
+  local setup = self.config.setup
+  if setup then
+    local ok, err = setup(conn)
+    if not ok and err then return err end
+  end
+  conn:on("closed", function() self.changed:broadcast() end)
+  for _, subscription in ipairs(self.subscriptions) do
+    runtime.spawn(keep_going, self, conn, subscription)
+  end
+  while conn:is_open() and not life.exiting do wait(self, conn) end
+  if conn:is_open() then stop_all(self, keeper) end
+end
+
+return Inbound

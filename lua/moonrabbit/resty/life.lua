@@ -1,0 +1,159 @@
+--- The life of a worker: connections that are kept while it runs, and what is to be done when it leaves.
+--
+-- Every attempt to connect, and every session, has a timer of its own: nginx frees what a timer has used
+-- only when it ends, so one that reconnected for ever would grow for ever. A worker that leaves (`nginx -s
+-- reload`, `quit`) takes no new timers but those without a delay, and lives until its last one has ended.
+-- @module moonrabbit.resty.life
+
+local runtime = require "moonrabbit.runtime.resty"
+
+local life = { exiting = false }
+
+local now = runtime.now
+
+-- A timer that is aborted when the worker leaves tells of it.
+local SENTINEL = 3600
+-- A worker that leaves tells the broker goodbye for so long.
+local GOODBYE = 1
+-- A session that ended before this many seconds counts as an attempt that failed.
+local SHORT = 2
+
+-- ---- Leaving ----------------------------------------------------------------------------------------
+
+local listeners = {}
+local armed = false
+
+local arm
+
+local function sentinel(premature)
+  if not premature then return arm() end
+  life.exiting = true
+  for _, fn in ipairs(listeners) do fn() end
+  -- What a timer posts that is aborted arrives with nginx's next event: this is one.
+  ngx.timer.at(0, function() end)
+end
+
+function arm()
+  local ok, err = ngx.timer.at(SENTINEL, sentinel)
+  if not ok and err ~= "process exiting" then
+    ngx.log(ngx.ERR, "moonrabbit: no timer to notice the worker's end with: ", err)
+  end
+end
+
+--- Calls `fn` once the worker is to leave. It must not yield.
+function life.on_exit(fn)
+  listeners[#listeners + 1] = fn
+  if not armed then
+    armed = true
+    arm()
+  end
+end
+
+-- ---- Connections that are kept ----------------------------------------------------------------------
+
+---@class moonrabbit.resty.Keeper
+---@field state "idle"|"connecting"|"open"|"waiting"
+---@field failure moonrabbit.Error?  why the last attempt failed, or the last session ended
+---@field sessions integer           how many there have been
+local Keeper = {}
+Keeper.__index = Keeper
+
+--- A connection that is kept. config: `name` for the log, `connect` (limit) -> Connection or nil, err, within `limit` seconds if given, `serve` (conn,
+--- keeper) runs while it lasts and returns why it ended, `wanted` () -> whether one is needed still (asked
+--- while the worker leaves), `failed` (err) hears of attempts that failed, `backoff` { first, factor, max, jitter },
+--- `exit_timeout` in seconds.
+---@param config table
+---@return moonrabbit.resty.Keeper
+function life.keep(config)
+  local self = setmetatable({ config = config, state = "idle", sessions = 0, attempt = 0 }, Keeper)
+  life.on_exit(function() self.leave_by = now() + config.exit_timeout end)
+  self:start()
+  return self
+end
+
+--- Whether the worker has stayed for this connection as long as it may.
+function Keeper:overdue() return life.exiting and now() >= (self.leave_by or 0) end
+
+function Keeper:backoff()
+  local backoff = self.config.backoff
+  local delay = math.min(backoff.max, backoff.first * backoff.factor ^ math.max(0, self.attempt - 1))
+  return delay * (1 + backoff.jitter * (2 * math.random() - 1))
+end
+
+local function serve(self, conn)
+  self.state, self.failure = "open", nil
+  local began = now()
+  self.sessions = self.sessions + 1
+  local ended = self.config.serve(conn, self)
+  local _, reason = conn:state()
+  self.failure = ended or reason
+  -- One that ends as soon as it has begun must not begin again as soon.
+  self.attempt = now() - began < SHORT and self.attempt + 1 or 0
+  if conn:is_open() then conn:close(life.exiting and GOODBYE or nil) end
+end
+
+local function attempt(self)
+  self.state = "connecting"
+  local conn, err = self.config.connect(life.exiting and math.max(0.1, self.leave_by - now()) or nil)
+  if conn then
+    runtime.log("info", self.config.name .. ": connected to " .. conn.endpoint)
+    return serve(self, conn)
+  end
+  self.failure = err
+  self.attempt = self.attempt + 1
+  if err.temporary == false then self.attempt = math.max(self.attempt, 20) end -- as seldom as can be
+  self.config.failed(err)
+end
+
+local function on_timer(_, self)
+  local ok, problem = xpcall(runtime.pooled, debug.traceback, attempt, self)
+  if not ok then
+    runtime.log("error", self.config.name .. ": " .. tostring(problem))
+    self.attempt = self.attempt + 1
+  end
+  self:again()
+end
+
+-- A delay that a worker which leaves can still wait for.
+local function wait_then_try(_, self, delay)
+  ngx.sleep(delay)
+  on_timer(nil, self)
+end
+
+--- Plans the next attempt, if there is to be one.
+function Keeper:again()
+  if life.exiting and (not self.config.wanted() or self:overdue()) then
+    self.state = "idle"
+    return
+  end
+  local delay = self:backoff()
+  self.state = "waiting"
+  if self.failure then
+    runtime.log("warn", ("%s: %s; trying again in %.1f s"):format(self.config.name, tostring(self.failure), delay))
+  end
+  local ok, err
+  if not life.exiting then ok, err = ngx.timer.at(delay, on_timer, self) end
+  if not ok then
+    if self.leave_by then delay = math.min(delay, self.leave_by - now()) end
+    ok, err = ngx.timer.at(0, wait_then_try, self, math.max(delay, 0.001))
+  end
+  if not ok then
+    self.state = "idle"
+    runtime.log("error", self.config.name .. ": cannot start a timer: " .. tostring(err))
+  end
+end
+
+--- Begins, or begins again in a worker that is leaving.
+function Keeper:start()
+  if self.state ~= "idle" then return end
+  self.state = "connecting"
+  if life.exiting then self.leave_by = now() + self.config.exit_timeout end
+  local ok, err = ngx.timer.at(0, on_timer, self)
+  if not ok then
+    self.state = "idle"
+    runtime.log("error", self.config.name .. ": cannot start a timer: " .. tostring(err))
+  end
+  return ok
+end
+
+return life

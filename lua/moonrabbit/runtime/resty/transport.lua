@@ -1,0 +1,296 @@
+--- Cosockets as docs/internals.md describes transports.
+--
+-- A cosocket belongs to the handler (request or timer) that made it. One light thread may read it and
+-- one write it; neither can be interrupted, and closing it while one of them waits fails. So a reader
+-- looks every second whether the transport was closed, and whoever leaves last closes the socket.
+
+local base = require "resty.core.base"
+
+local get_request = base.get_request
+
+local M = {}
+
+---@class moonrabbit.resty.Transport
+local Transport = {}
+Transport.__index = Transport
+
+-- A read that times out leaves the socket usable: so often a reader looks whether it was closed.
+local READ_TIMEOUT = 1000
+local SEND_TIMEOUT = 60000
+local CHUNK = 65536
+-- nginx takes one of a name's addresses, by chance: a connect that fails is tried again so often.
+local ATTEMPTS = 4
+
+local max, min, floor = math.max, math.min, math.floor
+
+local function ms(seconds) return max(1, min(2147483647, floor(seconds * 1000))) end
+
+-- ---- Reading and writing ----------------------------------------------------------------------------
+
+local function really_close(self)
+  if self.socket and not self.reading and not self.writing then
+    local socket = self.socket
+    self.socket = nil
+    socket:close()
+  end
+end
+
+local function fail(self, err)
+  self.closed = true
+  really_close(self)
+  return nil, "closed", err == "closed" and "the broker closed the connection" or err
+end
+
+-- One wait for bytes, of at most READ_TIMEOUT; "" when none came.
+local function look(self, most, timeout)
+  if timeout ~= self.read_timeout then
+    self.read_timeout = timeout
+    self.socket:settimeouts(SEND_TIMEOUT, SEND_TIMEOUT, timeout)
+  end
+  self.reading = true
+  local bytes, err = self.socket:receiveany(most)
+  self.reading = false
+  if bytes then return bytes end
+  if err == "timeout" then return "" end
+  return fail(self, err)
+end
+
+local function receive(self, most, timeout)
+  local now = self.now
+  local deadline = timeout and now() + timeout
+  while not self.closed do
+    self.check()
+    local left = deadline and ms(deadline - now()) or READ_TIMEOUT
+    local bytes, kind, text = look(self, most, min(left, READ_TIMEOUT))
+    if bytes ~= "" then return bytes, kind, text end
+    if deadline and now() >= deadline and not self.closed then return nil, "timeout", "nothing to read in time" end
+  end
+  really_close(self)
+  return nil, "closed", "closed"
+end
+
+--- Waits for bytes and gives them to the engine.
+---@return integer|nil n, string? kind, string? text
+function Transport:fill(engine)
+  local bytes = self.rest
+  if not bytes then
+    local kind, text
+    bytes, kind, text = receive(self, CHUNK)
+    if not bytes then return nil, kind, text end
+  end
+  local taken = engine:feed(bytes, self.now())
+  self.rest = taken < #bytes and bytes:sub(taken + 1) or nil
+  if taken == 0 then return nil, "full" end
+  return taken
+end
+
+--- Some bytes, as soon as there are any. At the end: nil, "closed".
+---@param most integer? bytes
+---@param timeout number? seconds
+---@return string|nil bytes, string? kind, string? text
+function Transport:read(most, timeout) return receive(self, most or CHUNK, timeout) end
+
+--- Writes all the bytes.
+---@param bytes string
+---@param timeout number? seconds; what was not written in time leaves the socket unusable
+---@return boolean|nil ok, string? kind, string? text
+function Transport:write(bytes, timeout)
+  if self.closed then return nil, "closed", "closed" end
+  if timeout then
+    self.read_timeout = nil
+    self.socket:settimeouts(SEND_TIMEOUT, ms(timeout), READ_TIMEOUT)
+  end
+  self.writing = true
+  local sent, err = self.socket:send(bytes)
+  self.writing = false
+  if sent then return true end
+  if self.closed then really_close(self) end
+  if err == "timeout" then return nil, "timeout", "the peer does not read in time" end
+  return nil, "closed", err
+end
+
+--- Writes everything that the engine has to write.
+---@return boolean|nil ok, string? kind, string? text
+function Transport:flush(engine)
+  while true do
+    local bytes = engine:drain(self.now())
+    if bytes == "" then return true end
+    local ok, kind, text = self:write(bytes)
+    if not ok then return nil, kind, text end
+  end
+end
+
+--- A cosocket cannot write without maybe waiting.
+function Transport:try_flush() return nil, "again" end -- luacheck: ignore 212
+
+--- nginx does not tell.
+function Transport:tls_info() return self.secure and "TLS" or nil end
+
+--- Throws in any handler but the one that opened it.
+function Transport:check_owner()
+  if self.request ~= get_request() then
+    error("this connection belongs to another request or timer of nginx: each needs one of its own"
+      .. " (or moonrabbit.resty's publish, call and run, which are for all)", 0)
+  end
+end
+
+--- Idempotent; whoever waits in another call on it gets nil, "closed" within a second.
+function Transport:close()
+  self.closed = true
+  really_close(self)
+end
+
+-- ---- TLS --------------------------------------------------------------------------------------------
+
+local directives = {
+  ca = "lua_ssl_trusted_certificate (and lua_ssl_verify_depth)",
+  min_version = "lua_ssl_protocols",
+}
+
+local parsed = {} -- file -> what nginx made of it: they are read once a worker
+
+local function pem(what, path, parse)
+  local known = parsed[path]
+  if known then return known end
+  local file, problem = io.open(path, "rb")
+  if not file then return nil, ("tls.%s: %s"):format(what, problem) end
+  local text = file:read "*a"
+  file:close()
+  local made
+  made, problem = parse(text)
+  if not made then return nil, ("tls.%s: %s: %s"):format(what, path, tostring(problem)) end
+  parsed[path] = made
+  return made
+end
+
+--- Throws for options that only nginx's own configuration can set, and reads the client certificate: files
+--- are read here, once a worker, and not when a connection is made.
+---@param tls table
+---@return table|nil identity { certificate, key }, false: none; string? problem
+function M.prepare(tls)
+  for option, directive in pairs(directives) do
+    if tls[option] then
+      error("option 'tls." .. option .. "' has no effect in nginx: use its directive " .. directive, 0)
+    end
+  end
+  if not tls.cert and not tls.key then return false end
+  if not tls.cert or not tls.key then error("options 'tls.cert' and 'tls.key' go together", 0) end
+  local ssl = require "ngx.ssl"
+  local certificate, problem = pem("cert", tls.cert, ssl.parse_pem_cert)
+  if not certificate then return nil, problem end
+  local key
+  key, problem = pem("key", tls.key, ssl.parse_pem_priv_key)
+  if not key then return nil, problem end
+  return { certificate, key }
+end
+
+local function explain(err)
+  err = tostring(err)
+  if err:find("issuer certificate", 1, true) or err:find("self.signed") or err:find("depth", 1, true) then
+    return err .. " (nginx trusts what lua_ssl_trusted_certificate names, down to lua_ssl_verify_depth)"
+  end
+  return err
+end
+
+local function secure(socket, tls, identity)
+  if identity then
+    if not socket.setclientcert then
+      error("option 'tls.cert': this ngx_lua has no client certificates; 0.10.22 and later do", 0)
+    end
+    local ok, problem = socket:setclientcert(identity[1], identity[2])
+    if not ok then return nil, "tls", "tls.cert: " .. tostring(problem), false end
+  end
+  -- No session is wanted back: false.
+  local ok, err = socket:sslhandshake(false, tls.server_name, tls.verify ~= false)
+  if ok then return true end
+  if err == "timeout" then return nil, "timeout", "no answer in time (TLS handshake)", true end
+  if err == "closed" then return nil, "closed", "the TLS handshake was cut short", true end
+  return nil, "tls", "the TLS handshake failed: " .. explain(err), false
+end
+
+-- ---- Connecting -------------------------------------------------------------------------------------
+
+local function describe(endpoint)
+  if endpoint.path then return "unix:" .. endpoint.path end
+  local host = endpoint.host
+  return (host:find(":", 1, true) and "[" .. host .. "]" or host) .. ":" .. endpoint.port
+end
+
+local function kind_of(err)
+  if err == "timeout" then return "timeout", true, "no answer in time" end
+  if err:find("no resolver defined", 1, true) then
+    return "dns", false, err .. ": nginx looks names up by its own directive `resolver` alone (or give an address)"
+  end
+  if err:find("resolve", 1, true) then return "dns", true, err end
+  if err:find("refused", 1, true) or err:lower():find("no such file", 1, true) then return "refused", true, err end
+  return "closed", true, err
+end
+
+local function is_address(host) return host:find ":" or host:find "^%d+%.%d+%.%d+%.%d+$" end
+
+-- What to connect to, in turn. nginx asks no hosts file, and tells none of a name's addresses.
+local function addresses(endpoint)
+  if endpoint.path then return { "unix:" .. endpoint.path } end
+  local host = endpoint.host
+  if host == "localhost" then return { "127.0.0.1", "[::1]" } end
+  if host:find(":", 1, true) then return { "[" .. host .. "]" } end
+  local list = {}
+  for i = 1, is_address(host) and 1 or ATTEMPTS do list[i] = host end
+  return list
+end
+
+-- A connected cosocket.
+local function connect(endpoint, deadline, now)
+  local list = addresses(endpoint)
+  local kind, temporary, text
+  for i, address in ipairs(list) do
+    local left = deadline - now()
+    if left <= 0 then
+      if not kind then kind, temporary, text = kind_of "timeout" end
+      break
+    end
+    local socket = ngx.socket.tcp()
+    local share = ms(left / (#list - i + 1))
+    socket:settimeouts(share, SEND_TIMEOUT, share)
+    local ok, err
+    if endpoint.path then ok, err = socket:connect(address) else ok, err = socket:connect(address, endpoint.port) end
+    if ok then return socket end
+    local why, again, said = kind_of(tostring(err))
+    -- Of two failures the one that came farther says what is wrong.
+    if not kind or kind == "refused" then kind, temporary, text = why, again, said end
+    if why == "dns" then break end
+  end
+  return nil, kind, ("cannot connect to %s: %s"):format(describe(endpoint), text), temporary
+end
+
+--- See docs/internals.md.
+---@param runtime table the resty runtime
+---@return moonrabbit.resty.Transport|nil, string? kind, string? text, boolean? temporary
+function M.open(runtime, endpoint, tls, timeout)
+  local now = runtime.now
+  local deadline = now() + (timeout or 60)
+  local identity, problem
+  if tls then
+    identity, problem = M.prepare(tls)
+    if identity == nil then return nil, "tls", problem, false end
+  end
+  local socket, kind, text, temporary = connect(endpoint, deadline, now)
+  if not socket then return nil, kind, text, temporary end
+  if tls then
+    local rest = ms(deadline - now())
+    socket:settimeouts(rest, rest, rest)
+    local ok
+    ok, kind, text, temporary = secure(socket, tls, identity)
+    if not ok then
+      socket:close()
+      return nil, kind, text, temporary
+    end
+  end
+  socket:settimeouts(SEND_TIMEOUT, SEND_TIMEOUT, READ_TIMEOUT)
+  return setmetatable({
+    socket = socket, secure = tls ~= nil, request = get_request(), now = now, check = runtime.check_cancelled,
+    read_timeout = READ_TIMEOUT, closed = false, reading = false, writing = false,
+  }, Transport)
+end
+
+return M

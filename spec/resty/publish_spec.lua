@@ -1,0 +1,379 @@
+-- moonrabbit.resty's publishing: from every phase, with confirms, bounded, and what it says of mistakes.
+local moonrabbit = require "moonrabbit"
+local broker = require "support.broker"
+local cjson = require "cjson.safe"
+local nginx = require "support.nginx"
+local ok = broker.ok
+
+local locations = [[
+  location /ping { return 200 "pong\n"; }
+  location /publish {
+    content_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      local args = ngx.req.get_uri_args()
+      local body = rabbit.request_body()
+      local ok, err = rabbit.publish(body, { routing_key = args.queue, exchange = args.exchange,
+        timeout = tonumber(args.timeout), headers = { via = "http" } })
+      if not ok then ngx.status = 503 end
+      ngx.say(ok and "ok" or err.kind .. " " .. err.message)
+    }
+  }
+  location /phases {
+    set_by_lua_block $set {
+      assert(require "moonrabbit.resty".publish_async("set", { routing_key = ngx.var.arg_queue }))
+      return "x"
+    }
+    rewrite_by_lua_block { assert(require "moonrabbit.resty".publish("rewrite", { routing_key = ngx.var.arg_queue })) }
+    access_by_lua_block { assert(require "moonrabbit.resty".publish("access", { routing_key = ngx.var.arg_queue })) }
+    content_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      assert(rabbit.publisher { routing_key = ngx.var.arg_queue, headers = { a = 1 } }:send("content",
+        { headers = { b = 2 } }))
+      local queue, result = ngx.var.arg_queue
+      ngx.timer.at(0, function() result = { rabbit.publish("timer", { routing_key = queue }) } end)
+      while not result do ngx.sleep(0.005) end
+      ngx.say(tostring(result[1]))
+    }
+    header_filter_by_lua_block {
+      assert(require "moonrabbit.resty".publish_async("header_filter", { routing_key = ngx.var.arg_queue }))
+    }
+    body_filter_by_lua_block {
+      if ngx.arg[2] then
+        assert(require "moonrabbit.resty".publish_async("body_filter", { routing_key = ngx.var.arg_queue }))
+      end
+    }
+    log_by_lua_block {
+      assert(require "moonrabbit.resty".publish_async("log", { routing_key = ngx.var.arg_queue }))
+    }
+  }
+  location /many {
+    content_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      local log = rabbit.publisher { routing_key = ngx.var.arg_queue }
+      for i = 1, tonumber(ngx.var.arg_n) do assert(log:send_async("m" .. i)) end
+      ngx.say "ok"
+    }
+  }
+  location /stats {
+    content_by_lua_block {
+      local stats = require "moonrabbit.resty".stats()
+      stats.reason = tostring(stats.reason)
+      ngx.say(require "cjson.safe".encode(stats))
+    }
+  }
+  location /run {
+    content_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      local count = assert(rabbit.run(function(conn)
+        local ch = assert(conn:channel())
+        local declared = assert(ch:queue_declare(ngx and "spec-run", { auto_delete = true }))
+        ch:close()
+        return declared.message_count
+      end))
+      ngx.say(count)
+      local ran, err = pcall(rabbit.run, function() error "inside" end)
+      ngx.say(tostring(ran), " ", err)
+      local late, why = rabbit.run(function() ngx.sleep(0.3) end, 0.05)
+      ngx.say(tostring(late), " ", why.kind)
+    }
+  }
+  location /call {
+    content_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      local reply, err = rabbit.call(ngx.var.arg_text, { routing_key = ngx.var.arg_queue, timeout = 5 })
+      ngx.say(reply and reply.body or err.kind)
+    }
+  }
+  location /mistakes {
+    access_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      ngx.ctx.lines = {}
+      local function try(...) ngx.ctx.lines[#ngx.ctx.lines + 1] = select(2, pcall(...)) end
+      try(rabbit.publish)
+      try(rabbit.publish, "x", { rooting_key = "q" })
+      try(rabbit.publish, "x", { routing_key = 7 })
+      try(rabbit.publish_async, "x", { headers = { f = function() end } })
+      try(rabbit.publish, "x", { timeout = -1 })
+      try(rabbit.start, {})
+      try(rabbit.consume, { queue = "q", handler = print })
+      try(rabbit.connect, { uri = "amqp://", runtime = "native" })
+      try(rabbit.call, "x", { reply_to = "q" })
+    }
+    content_by_lua_block { ngx.say(table.concat(ngx.ctx.lines, "\n")) }
+    log_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      for _, name in ipairs { "publish", "connect", "call", "run", "request_body" } do
+        local arguments = { publish = "x", connect = "amqp://", call = "x", run = print }
+        local ran, err = pcall(rabbit[name], arguments[name])
+        ngx.log(ngx.NOTICE, "in log: ", tostring(ran), " ", err, " end")
+      end
+    }
+  }
+]]
+
+describe("publishing in nginx #resty", function()
+  if not broker.url then pending "AMQP_URL is not set" return end
+  if nginx.missing() then pending(nginx.missing()) return end
+
+  local server, conn, channel, queue
+
+  setup(function()
+    conn = broker.connect()
+    channel = ok(conn:channel { confirm = true })
+    queue = broker.unique "nginx"
+    ok(channel:queue_declare(queue))
+    server = nginx.start {
+      http = [[
+        init_worker_by_lua_block {
+          local rabbit = require "moonrabbit.resty"
+          local _, twice = rabbit.start { uri = os.getenv "AMQP_URL", entries = 5000, bytes = 1000000, linger = 0.001 }
+          _, twice = pcall(rabbit.start, os.getenv "AMQP_URL")
+          ngx.log(ngx.NOTICE, "twice: ", twice)
+          for _, options in ipairs { { url = "amqp://" }, { uri = "amqp://a:b:c" },
+              { uri = "amqps://x/", tls = { ca = "/x" } }, { uri = "amqps://x/?cacertfile=/x" },
+              { tls = { min_version = "1.3" } }, { tls = { cert = "/x" } },
+              { tls = { cert = "/nowhere.pem", key = "/x" } }, { entries = 0 }, { reconnect = { frist = 1 } },
+              { runtime = "native" } } do
+            options.default = false
+            ngx.log(ngx.NOTICE, "start: ", select(2, pcall(rabbit.start, options)), " end")
+          end
+          ngx.log(ngx.NOTICE, "consume: ", select(2, pcall(rabbit.consume, { queue = "q" })), " end")
+          ngx.log(ngx.NOTICE, "publish: ", select(2, pcall(rabbit.publish, "x")), " end")
+        }
+        client_max_body_size 4m;
+        client_body_buffer_size 1m;
+      ]],
+      server = locations,
+    }
+    server:ready "/ping"
+  end)
+
+  teardown(function()
+    server:stop()
+    channel:queue_delete(queue)
+    broker.close_all()
+  end)
+
+  -- Everything in the queue, until n have come.
+  local function take(n)
+    local list = {}
+    broker.eventually(function()
+      local message = ok(channel:get(queue, { no_ack = true }))
+      if message then list[#list + 1] = message end
+      return #list >= n
+    end, 10, n .. " messages")
+    assert.is_false(channel:get(queue, { no_ack = true }))
+    return list
+  end
+
+  local function stats()
+    return cjson.decode((server:request "/stats"))
+  end
+
+  it("answers when the broker has confirmed", function()
+    local body, status = server:request("/publish?queue=" .. queue, { body = "hello" })
+    assert.equal("ok\n", body, server:log())
+    assert.equal(200, status)
+    local message = take(1)[1]
+    assert.equal("hello", message.body)
+    assert.equal("http", message.headers.via)
+    assert.equal(2, message.properties.delivery_mode)
+  end)
+
+  it("takes messages in every phase", function()
+    assert.equal("true\n", (server:request("/phases?queue=" .. queue)), server:log())
+    local seen = {}
+    for _, message in ipairs(take(8)) do
+      seen[message.body] = true
+      if message.body == "content" then assert.same({ a = 1, b = 2 }, message.headers) end
+    end
+    assert.same({ set = true, rewrite = true, access = true, content = true, timer = true, header_filter = true,
+      body_filter = true, log = true }, seen)
+  end)
+
+  it("says how a publish failed", function()
+    local body, status = server:request("/publish?queue=no-such-queue", { body = "x" })
+    assert.matches("^unroutable .*312", body)
+    assert.equal(503, status)
+    assert.matches("^overflow .*queue of this worker is full",
+      (server:request("/publish?queue=" .. queue, { body = ("x"):rep(1000001) })))
+  end)
+
+  it("fails the message that the broker closes the channel upon, and no other", function()
+    moonrabbit.run(function()
+      local answers = {}
+      for i = 1, 30 do
+        moonrabbit.spawn(function()
+          local bad = i % 10 == 5
+          answers[i] = server:request(bad and "/publish?exchange=no-such-exchange" or "/publish?queue=" .. queue,
+            { body = "m" .. i }) or "-"
+        end)
+      end
+      broker.eventually(function() return #answers == 30 and not answers[31] end, 20)
+      for i = 1, 30 do
+        if i % 10 == 5 then
+          assert.matches("^channel .*no exchange 'no%-such%-exchange'", answers[i])
+        else
+          assert.equal("ok\n", answers[i])
+        end
+      end
+    end)
+    -- What was under way on a channel that the broker closed is sent again: some come twice, none is missing.
+    local seen, n = {}, 0
+    broker.eventually(function()
+      local message = ok(channel:get(queue, { no_ack = true }))
+      if message and not seen[message.body] then
+        seen[message.body] = true
+        n = n + 1
+      end
+      return n == 27
+    end, 10)
+    broker.eventually(function() return stats().in_flight == 0 end)
+    ok(channel:queue_purge(queue))
+  end)
+
+  it("sends thousands that nobody waits for, and counts them", function()
+    local before = stats()
+    assert.equal("ok\n", (server:request("/many?n=3000&queue=" .. queue)), server:log())
+    broker.eventually(function() return stats().confirmed == before.confirmed + 3000 end)
+    local after = stats()
+    assert.equal(before.published + 3000, after.published)
+    assert.equal(0, after.queued)
+    assert.equal(0, after.in_flight)
+    assert.equal(0, after.bytes)
+    assert.equal("open", after.state)
+    assert.equal(3000, ok(channel:queue_purge(queue)))
+  end)
+
+  it("logs and counts what failed with nobody waiting", function()
+    local before = stats().failed.unroutable
+    assert.equal("ok\n", (server:request "/many?n=100&queue=no-such-queue"))
+    broker.eventually(function() return stats().failed.unroutable == before + 100 end)
+    server:logged "messages failed with nobody waiting for them; the last: no queue takes the message"
+  end)
+
+  it("runs functions on the connection, and calls", function()
+    local lines = {}
+    for line in (server:request "/run" or server:log()):gmatch "[^\n]+" do lines[#lines + 1] = line end
+    assert.equal("0", lines[1])
+    assert.matches("^false .*inside", lines[2])
+    assert.equal("nil timeout", lines[3])
+    local requests = broker.unique "rpc"
+    ok(channel:queue_declare(requests))
+    local consumer = ok(conn:consume(requests, function(message)
+      message:reply(message.body:upper())
+      message:ack()
+    end))
+    moonrabbit.run(function()
+      local answer
+      moonrabbit.spawn(function() answer = server:request("/call?text=hello&queue=" .. requests) end)
+      broker.eventually(function() return answer end)
+      assert.equal("HELLO\n", answer, server:log())
+    end)
+    consumer:cancel()
+    ok(channel:queue_delete(requests))
+    assert.equal("unroutable\n", (server:request("/call?text=hello&queue=" .. requests)), server:log())
+  end)
+
+  it("finishes what its client has left", function()
+    local before = stats().confirmed
+    server:request("/publish?queue=" .. queue, { body = "left", on = function(transport) transport:close() end })
+    assert.equal("left", take(1)[1].body)
+    broker.eventually(function() return stats().confirmed == before + 1 end)
+  end)
+
+  it("refuses bodies that were buffered to disk", function()
+    local body, status = server:request("/publish?queue=" .. queue, { body = ("x"):rep(1500000) })
+    assert.equal(500, status, body)
+    assert.matches("must be a string, not a nil", server:log())
+  end)
+
+  it("says which argument is wrong", function()
+    local lines = {}
+    for line in (server:request "/mistakes" or server:log()):gmatch "[^\n]+" do lines[#lines + 1] = line end
+    assert.matches("body must be a string", lines[1])
+    assert.matches("unknown option 'rooting_key' %(did you mean 'routing_key'%?%)", lines[2])
+    assert.matches("option 'routing_key' must be a string", lines[3])
+    assert.matches("headers", lines[4])
+    assert.matches("option 'timeout' must be a number of seconds", lines[5])
+    assert.matches("start belongs into init_worker_by_lua%*, and was called in access_by_lua%*", lines[6])
+    assert.matches("consume belongs into init_worker_by_lua%*", lines[7])
+    assert.matches("unknown option 'runtime'", lines[8])
+    assert.matches("Connection:call: unknown option 'reply_to'", lines[9])
+  end)
+
+  it("says in which phase nothing can wait", function()
+    server:request "/mistakes"
+    for _, name in ipairs { "publish", "connect", "call", "run", "request_body" } do
+      server:logged("in log: false [^\n]*resty." .. name .. " waits, which is impossible in log_by_lua%*")
+    end
+    assert.matches("publish_async is for every phase", server:log())
+    server:logged "publish: [^\n]*waits, which is impossible in init_worker_by_lua%*"
+  end)
+
+  it("says at the start what is wrong with the options", function()
+    for _, text in ipairs { "twice: [^\n]*start was called before", "unknown option 'url' %(did you mean 'uri'%?%)",
+      "invalid AMQP URI: ", "lua_ssl_trusted_certificate", "lua_ssl_protocols", "'tls.cert' and 'tls.key' go together",
+      "tls.cert: /nowhere.pem: No such file", "'entries' must be", "reconnect: unknown option 'frist'",
+      "unknown option 'runtime'", "consume: [^\n]*option 'handler' is missing" } do
+      assert.matches(text, server:log())
+    end
+  end)
+
+  it("leaves no error in the log but those", function()
+    assert.is_nil(server:log():find("%[alert%]"), server:log())
+    assert.is_nil(server:log():find("error in a task"), server:log())
+  end)
+end)
+
+describe("a wrong configuration #resty", function()
+  if nginx.missing() then pending(nginx.missing()) return end
+
+  -- What nginx says of a configuration that it must not start with.
+  local function refused(http)
+    local started, err = pcall(nginx.start, { http = http })
+    if started then err:stop() end
+    assert.is_false(started)
+    return err
+  end
+
+  it("keeps nginx from starting when init_by_lua checks it", function()
+    assert.matches("option 'entries' must be an integer",
+      refused [[init_by_lua_block { require "moonrabbit.resty".check { uri = "amqp://localhost/", entries = "x" } }]])
+    nginx.start({ http = [[init_by_lua_block { require "moonrabbit.resty".check "amqp://localhost/" }]] }):stop()
+  end)
+
+  it("is told that start is not for init_by_lua", function()
+    assert.matches("start belongs into init_worker_by_lua%*, and was called in init_by_lua%*",
+      refused [[init_by_lua_block { require "moonrabbit.resty".start "amqp://localhost/" }]])
+  end)
+
+  it("is told about lua_code_cache off, and about no start at all", function()
+    local location = [[
+      location /publish {
+        content_by_lua_block { ngx.say(select(2, pcall(require "moonrabbit.resty".publish, "x"))) }
+      }
+    ]]
+    local server = nginx.start {
+      http = "lua_code_cache off;\n" ..
+        'init_worker_by_lua_block { require "moonrabbit.resty".start "amqp://127.0.0.1:1/" }',
+      server = location,
+    }
+    local answer = server:request "/publish"
+    server:request "/publish"
+    local _, warnings = server:log():gsub("%[warn%][^\n]*moonrabbit: lua_code_cache is off", "")
+    local text = server:log()
+    server:stop()
+    assert.matches("lua_code_cache is off", answer, 1, text)
+    assert.equal(1, warnings, text)
+    server = nginx.start { server = location }
+    answer = server:request "/publish"
+    server:stop()
+    assert.matches("call moonrabbit.resty.start in init_worker_by_lua%* first %(this is content_by_lua%*%)", answer)
+  end)
+
+  it("is told where moonrabbit.resty runs", function()
+    assert.has_error(function() require "moonrabbit.resty" end,
+      'moonrabbit.resty runs inside nginx with ngx_lua (OpenResty): elsewhere use require "moonrabbit"')
+  end)
+end)

@@ -1,0 +1,227 @@
+-- nginx with ngx_lua for specs: in a folder and on a port of its own, ended by its pid.
+local broker = require "support.broker"
+local native = require "moonrabbit.runtime.native"
+local ok = broker.ok
+
+local MODULES = os.getenv "NGINX_MODULES" or "/usr/lib/nginx/modules"
+local NGINX = os.getenv "NGINX" or "/usr/sbin/nginx"
+
+local nginx = { modules = MODULES, program = NGINX }
+
+local function readable(path)
+  local file = io.open(path)
+  if file then file:close() end
+  return file ~= nil
+end
+
+local function slurp(path)
+  local file = io.open(path, "rb")
+  local text = file and file:read "*a" or ""
+  if file then file:close() end
+  return text
+end
+
+function nginx.shell(command)
+  local pipe = io.popen(command)
+  local output = pipe:read "*a"
+  pipe:close()
+  return (output:gsub("%s+$", ""))
+end
+
+local shell = nginx.shell
+
+--- Why there can be no nginx; nil where there can.
+function nginx.missing()
+  if not readable(NGINX) or not readable(MODULES .. "/ngx_http_lua_module.so") then
+    return "nginx with ngx_lua is not installed"
+  end
+end
+
+nginx.here = shell "pwd"
+local build = os.getenv "MOONRABBIT_BUILD" or "./build"
+if build:sub(1, 1) ~= "/" then build = nginx.here .. "/" .. build end
+
+--- A port that is free now.
+function nginx.free_port()
+  local probe = assert(native.listen("127.0.0.1", 0))
+  local port = probe:port()
+  probe:close()
+  return port
+end
+
+---@class support.Nginx
+local Nginx = {}
+Nginx.__index = Nginx
+
+-- What every configuration here begins with.
+local preamble = [[
+load_module $modules/ndk_http_module.so;
+load_module $modules/ngx_http_lua_module.so;
+daemon on;
+user $owner;
+worker_processes $workers;
+worker_shutdown_timeout 20s;
+pid $prefix/nginx.pid;
+error_log $prefix/logs/error.log info;
+env AMQP_URL;
+$main
+events { worker_connections 1024; }
+http {
+  access_log off;
+  lua_socket_log_errors off;
+  client_body_temp_path $prefix/tmp/body;
+  proxy_temp_path $prefix/tmp/proxy;
+  fastcgi_temp_path $prefix/tmp/fastcgi;
+  uwsgi_temp_path $prefix/tmp/uwsgi;
+  scgi_temp_path $prefix/tmp/scgi;
+  lua_package_path '$here/lua/?.lua;$here/lua/?/init.lua;$here/spec/resty/?.lua;$path/usr/share/lua/5.1/?.lua;;';
+  lua_package_cpath '$build/5.1/?.so;;';
+  $http
+  server {
+    listen 127.0.0.1:$port;
+    $server
+  }
+}
+]]
+
+local function fill(text, values)
+  return (text:gsub("%$(%l+)%f[^%l]", function(name) return values[name] and tostring(values[name]) end))
+end
+
+local function write(self, what)
+  -- Workers of a master that runs as root would be another user, who may not read the checkout.
+  local values = {
+    modules = MODULES, owner = shell "id -un" .. " " .. shell "id -gn", workers = what.workers or 1,
+    prefix = self.prefix, here = nginx.here, build = build, port = self.port, path = what.path or "",
+    main = what.main or "", http = what.http or "", server = what.server or "",
+  }
+  -- Twice: what is filled in has such names itself.
+  local text = fill(fill(what.text or preamble, values), values)
+  local file = assert(io.open(self.prefix .. "/nginx.conf", "w"))
+  file:write(text)
+  file:close()
+end
+
+local function command(self, arguments)
+  return ("%s '%s' -p '%s/' -c '%s/nginx.conf' %s 2>&1"):format(self.environment, NGINX, self.prefix, self.prefix,
+    arguments or "")
+end
+
+--- Starts one. what: `main`, `http` and `server` (pieces of configuration), `workers`, `env` (a table), `path` (put
+--- before lua_package_path, ";" at its end); or `text`, all of it. $port, $prefix, $here, $build and $modules in
+--- them are filled in.
+---@return support.Nginx
+function nginx.start(what)
+  local prefix = nginx.here .. "/build/resty-" .. shell "mktemp -u XXXXXXXX"
+  os.execute("mkdir -p " .. prefix .. "/logs " .. prefix .. "/tmp")
+  local self = setmetatable({ prefix = prefix, port = nginx.free_port(), what = what }, Nginx)
+  local environment = { "env AMQP_URL='" .. (broker.url or "") .. "'" }
+  for name, value in pairs(what.env or {}) do environment[#environment + 1] = ("%s='%s'"):format(name, value) end
+  self.environment = table.concat(environment, " ")
+  write(self, what)
+  local output = shell(command(self))
+  self.pid = tonumber((slurp(prefix .. "/nginx.pid")))
+  if not self.pid then
+    output = output .. "\n" .. slurp(prefix .. "/logs/error.log")
+    os.execute("rm -rf '" .. prefix .. "'")
+    error("nginx did not start: " .. output, 2)
+  end
+  return self
+end
+
+--- An HTTP request; nothing is answered where there is no connection. opts: `method`, `body`, `headers`, `timeout`,
+--- `on` (transport), called when the request is sent.
+---@return string|nil body, integer? status, table? headers
+function Nginx:request(path, opts)
+  opts = opts or {}
+  local transport, why = native.open({ host = "127.0.0.1", port = self.port }, nil, 5)
+  if not transport then return nil, nil, why end
+  local lines = { ("%s %s HTTP/1.0"):format(opts.method or (opts.body and "POST" or "GET"), path), "Host: localhost" }
+  for name, value in pairs(opts.headers or {}) do lines[#lines + 1] = name .. ": " .. value end
+  if opts.body then lines[#lines + 1] = "Content-Length: " .. #opts.body end
+  transport:write(table.concat(lines, "\r\n") .. "\r\n\r\n" .. (opts.body or ""))
+  if opts.on then opts.on(transport) end
+  local parts = {}
+  while true do
+    local bytes = transport:read(65536, opts.timeout or 30)
+    if not bytes then break end
+    parts[#parts + 1] = bytes
+  end
+  transport:close()
+  local response = table.concat(parts)
+  local head, body = response:match "^(.-)\r\n\r\n(.*)$"
+  if not head then return nil end
+  local headers = {}
+  for name, value in head:gmatch "\r\n([^:]+):%s*([^\r]*)" do headers[name:lower()] = value end
+  return body, tonumber(head:match "^HTTP/%S+ (%d+)"), headers
+end
+
+--- Waits until it answers.
+function Nginx:ready(path)
+  broker.eventually(function() return select(2, self:request(path)) == 200 end, 10, "nginx answers")
+  return self
+end
+
+--- The text of its error log.
+function Nginx:log() return slurp(self.prefix .. "/logs/error.log") end
+
+--- Waits for a line in the log.
+function Nginx:logged(pattern, seconds)
+  return ok(broker.eventually(function() return self:log():match(pattern) end, seconds or 10, "logged: " .. pattern))
+end
+
+--- The pids of its workers; those that are shutting down too.
+function Nginx:workers()
+  local list = {}
+  for pid in shell("ps -o pid= --ppid " .. self.pid):gmatch "%d+" do list[#list + 1] = tonumber(pid) end
+  table.sort(list)
+  return list
+end
+
+function nginx.alive(pid)
+  local state = slurp("/proc/" .. pid .. "/stat"):match "%) (%a)"
+  return state ~= nil and state ~= "Z"
+end
+
+--- Sends a signal to the master: HUP, QUIT, TERM.
+function Nginx:signal(name) os.execute(("kill -%s %d"):format(name, self.pid)) end
+
+--- Reloads, and waits until the new workers are there; returns the pids of the old ones.
+function Nginx:reload(what)
+  if what then write(self, what) end
+  local old = self:workers()
+  local is_old = {}
+  for _, pid in ipairs(old) do is_old[pid] = true end
+  self:signal "HUP"
+  broker.eventually(function()
+    for _, pid in ipairs(self:workers()) do
+      if not is_old[pid] then return true end
+    end
+  end, 10, "new workers")
+  return old
+end
+
+--- Waits until every one of these processes is gone.
+function nginx.gone(pids, seconds)
+  broker.eventually(function()
+    for _, pid in ipairs(pids) do
+      if nginx.alive(pid) then return false end
+    end
+    return true
+  end, seconds or 20, "processes gone")
+end
+
+--- Ends it, and removes its folder unless KEEP is set.
+function Nginx:stop()
+  local pids = self:workers()
+  pids[#pids + 1] = self.pid
+  if nginx.alive(self.pid) then self:signal "QUIT" end
+  if not pcall(nginx.gone, pids, 15) then
+    for _, pid in ipairs(pids) do
+      if nginx.alive(pid) then os.execute("kill -KILL " .. pid) end
+    end
+  end
+  if not os.getenv "KEEP" then os.execute("rm -rf '" .. self.prefix .. "'") end
+end
+
+return nginx
