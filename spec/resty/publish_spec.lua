@@ -249,7 +249,7 @@ describe("publishing in nginx #resty", function()
     local before = stats().failed.unroutable
     assert.equal("ok\n", (server:request "/many?n=100&queue=no-such-queue"))
     broker.eventually(function() return stats().failed.unroutable == before + 100 end)
-    server:logged "messages failed with nobody waiting for them; the last: no queue takes the message"
+    server:logged "messages failed with nobody waiting for them: %d+; the last: no queue takes the message"
   end)
 
   it("runs functions on the connection, and calls", function()

@@ -16,9 +16,9 @@ local function copy(self, from, to)
   to:close()
 end
 
---- Starts one; proxy.port is where it listens. `mode.silent = true` swallows everything.
-function proxy.start(host, port)
-  local server = assert(native.listen("127.0.0.1", 0))
+--- Starts one; proxy.port is where it listens: `at`, or a free port. `silent = true` swallows everything.
+function proxy.start(host, port, at)
+  local server = assert(native.listen("127.0.0.1", at or 0))
   local self = setmetatable({ server = server, port = server:port(), silent = false, lines = {} }, Proxy)
   native.spawn(function()
     while true do

@@ -148,7 +148,7 @@ function Outbound:unheard_of(err)
   self.unheard = self.unheard + 1
   if now() - self.unheard_at < LOG_EVERY then return end
   self.unheard_at = now()
-  runtime.log("error", ("%s: %d messages failed with nobody waiting for them; the last: %s"):format(self.config.name,
+  runtime.log("error", ("%s: messages failed with nobody waiting for them: %d; the last: %s"):format(self.config.name,
     self.unheard, tostring(err)))
   self.unheard = 0
 end
@@ -388,8 +388,16 @@ end
 -- The worker cannot stay any longer.
 function Outbound:abandon()
   local err = self:error("shutdown", "the worker has left before the broker confirmed the message", true)
+  local n = 0
   for index = self.head, self.tail - 1 do
-    if self.routes[index % self.entries + 1] then finish(self, index, nil, err) end
+    if self.routes[index % self.entries + 1] then
+      n = n + 1
+      finish(self, index, nil, err)
+    end
+  end
+  if n > 0 then
+    runtime.log("error", ("%s: %d messages were not confirmed when the worker had to leave"):format(
+      self.config.name, n))
   end
   self:fail_jobs(err)
 end

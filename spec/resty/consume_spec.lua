@@ -1,0 +1,167 @@
+-- moonrabbit.resty's consumers: handlers in the workers of nginx.
+local broker = require "support.broker"
+local cjson = require "cjson.safe"
+local nginx = require "support.nginx"
+local proxy = require "support.proxy"
+local ok = broker.ok
+
+local http = [[
+  lua_shared_dict seen 1m;
+  init_worker_by_lua_block {
+    local rabbit = require "moonrabbit.resty"
+    local seen = ngx.shared.seen
+    rabbit.start { uri = %q, reconnect = { first = 0.05, max = 0.2 }, exit_timeout = 3 }
+    rabbit.consume {
+      queue = %q, prefetch = 20, concurrency = 4, error_delay = 0.1,
+      handler = function(message)
+        local body = message.body
+        local running = seen:incr("running", 1, 0)
+        if running > (seen:get "most" or 0) then seen:set("most", running) end
+        local n = seen:incr(body, 1, 0)
+        if body:find "slow" then ngx.sleep(0.4) else ngx.sleep(0.002) end
+        seen:incr("running", -1)
+        if body:find "bad" and n < 3 then error("bad the " .. n .. ". time") end
+        seen:incr("done", 1, 0)
+        assert(rabbit.publish(body .. "!", { routing_key = %q }))
+        message:ack()
+      end,
+    }
+  }
+]]
+
+local locations = [[
+  location /ping { return 200 "pong\n"; }
+  location /seen {
+    content_by_lua_block {
+      local all = {}
+      for _, key in ipairs(ngx.shared.seen:get_keys(0)) do all[key] = ngx.shared.seen:get(key) end
+      all.stats = require "moonrabbit.resty".stats()
+      all.stats.reason = nil
+      ngx.say(require "cjson.safe".encode(all))
+    }
+  }
+]]
+
+describe("consuming in nginx #resty", function()
+  if not broker.url then pending "AMQP_URL is not set" return end
+  if nginx.missing() then pending(nginx.missing()) return end
+
+  local conn, channel, queue, answers, server, line
+
+  local function start(workers)
+    local to = broker.parsed()
+    line = proxy.start(to.host, to.port)
+    server = nginx.start {
+      workers = workers, server = locations,
+      http = http:format(broker.uri { host = "127.0.0.1", port = line.port }, queue, answers),
+    }
+    server:ready "/ping"
+  end
+
+  local function seen() return cjson.decode((server:request "/seen") or "null") or { stats = {} } end
+
+  before_each(function()
+    conn = broker.connect()
+    channel = ok(conn:channel { confirm = true })
+    queue, answers = broker.unique "in", broker.unique "out"
+    ok(channel:queue_declare(queue))
+    ok(channel:queue_declare(answers))
+  end)
+
+  after_each(function()
+    if server then server:stop() end
+    if line then line:stop() end
+    server, line = nil, nil
+    channel:queue_delete(queue)
+    channel:queue_delete(answers)
+    broker.close_all()
+  end)
+
+  local function send(...)
+    for _, body in ipairs { ... } do ok(channel:publish(body, { routing_key = queue })) end
+  end
+
+  local function count(name) return ok(channel:queue_declare(name, { passive = true })).message_count end
+
+  -- The answers, each with how often it came.
+  local function answered()
+    local all = {}
+    while true do
+      local message = ok(channel:get(answers, { no_ack = true }))
+      if not message then return all end
+      all[message.body] = (all[message.body] or 0) + 1
+    end
+  end
+
+  it("handles messages, so many at once, in every worker", function()
+    start(2)
+    for i = 1, 200 do ok(channel:publish_async("m" .. i, { routing_key = queue })) end
+    broker.eventually(function() return seen().done == 200 end)
+    broker.eventually(function() return count(answers) == 200 end)
+    local all = answered()
+    for i = 1, 200 do assert.equal(1, all["m" .. i .. "!"]) end
+    local most = seen().most
+    assert.truthy(most > 1 and most <= 8, most)
+    assert.equal("open", seen().stats.consuming)
+  end)
+
+  it("gives back what a handler threw at", function()
+    start(1)
+    send("good", "bad")
+    broker.eventually(function() return seen().done == 2 end)
+    assert.equal(3, seen().bad)
+    server:logged "%[error%][^\n]*moonrabbit: a handler of the consumer on '[^']+' threw: [^\n]*bad the 1. time"
+  end)
+
+  it("goes on after a lost connection and a deleted queue", function()
+    start(1)
+    send "one"
+    broker.eventually(function() return seen()["one"] end)
+    line:cut()
+    send "two"
+    broker.eventually(function() return seen()["two"] end)
+    ok(channel:queue_delete(queue))
+    server:logged "the consumer on '[^']+' has ended"
+    ok(channel:queue_declare(queue))
+    send "three"
+    broker.eventually(function() return seen()["three"] end)
+  end)
+
+  it("waits for a queue that is not there yet", function()
+    ok(channel:queue_delete(queue))
+    start(1)
+    server:logged "the consumer on '[^']+' has ended: [^\n]*no queue"
+    ok(channel:queue_declare(queue))
+    send "one"
+    broker.eventually(function() return seen()["one"] end)
+  end)
+
+  it("finishes what is being handled when it is reloaded, and loses nothing", function()
+    start(1)
+    for i = 1, 12 do send("slow" .. i) end
+    broker.eventually(function() return seen().running end)
+    local old = server:reload()
+    nginx.gone(old, 5)
+    broker.eventually(function() return count(answers) == 12 end)
+    local all = answered()
+    for i = 1, 12 do assert.equal(1, all["slow" .. i .. "!"], server:log()) end
+    for i = 1, 12 do assert.equal(1, seen()["slow" .. i]) end
+  end)
+
+  it("takes again what a crashed worker had", function()
+    start(1)
+    for i = 1, 8 do send("slow" .. i) end
+    broker.eventually(function() return seen().running end)
+    os.execute("kill -KILL " .. server:workers()[1])
+    broker.eventually(function()
+      local all = seen()
+      for i = 1, 8 do
+        if not all["slow" .. i] then return false end
+      end
+      return all.done == 8
+    end)
+    broker.eventually(function() return count(answers) == 8 end)
+    local all = answered()
+    for i = 1, 8 do assert.equal(1, all["slow" .. i .. "!"]) end
+  end)
+end)

@@ -1,0 +1,278 @@
+-- The life of a worker: before there is a broker, through lost connections, reloads, and its end.
+local moonrabbit = require "moonrabbit"
+local broker = require "support.broker"
+local cjson = require "cjson.safe"
+local nginx = require "support.nginx"
+local proxy = require "support.proxy"
+local ok = broker.ok
+
+local locations = [[
+  location /ping { return 200 "pong\n"; }
+  location /publish {
+    content_by_lua_block {
+      local args = ngx.req.get_uri_args()
+      local started = ngx.now()
+      local ok, err = require "moonrabbit.resty".publish(args.body, { routing_key = args.queue,
+        timeout = tonumber(args.timeout) })
+      if not ok then ngx.status = 503 end
+      ngx.say(ok and "ok" or err.kind .. " " .. tostring(err.temporary) .. " " .. err.message)
+    }
+  }
+  location /async {
+    content_by_lua_block {
+      local args = ngx.req.get_uri_args()
+      local n = 0
+      for i = 1, tonumber(args.n) do
+        local ok, err = require "moonrabbit.resty".publish_async(args.body .. i, { routing_key = args.queue })
+        if ok then n = n + 1 else ngx.ctx.err = err end
+      end
+      ngx.say(n, " ", ngx.ctx.err and ngx.ctx.err.kind or "ok")
+    }
+  }
+  location /late {
+    content_by_lua_block {
+      while not ngx.worker.exiting() do ngx.sleep(0.01) end
+      ngx.sleep(0.6)
+      local ok, err = require "moonrabbit.resty".publish("late", { routing_key = ngx.var.arg_queue })
+      ngx.say(ok and "ok" or tostring(err))
+    }
+    log_by_lua_block {
+      require "moonrabbit.resty".publish_async("logged", { routing_key = ngx.var.arg_queue })
+    }
+  }
+  location /stats {
+    content_by_lua_block {
+      local stats = require "moonrabbit.resty".stats()
+      stats.reason = stats.reason and tostring(stats.reason)
+      ngx.say(require "cjson.safe".encode(stats))
+    }
+  }
+]]
+
+describe("a worker of nginx #resty", function()
+  if not broker.url then pending "AMQP_URL is not set" return end
+  if nginx.missing() then pending(nginx.missing()) return end
+
+  local conn, channel, queue, server, line
+
+  local function open_line(at)
+    local to = broker.parsed()
+    return proxy.start(to.host, to.port, at)
+  end
+
+  -- options: of start, as Lua text.
+  local function start(port, options, what)
+    what = what or {}
+    what.http = ([[
+      init_worker_by_lua_block {
+        require "moonrabbit.resty".start { uri = %q, reconnect = { first = 0.05, max = 0.2 }, %s }
+      }]]):format(broker.uri { host = "127.0.0.1", port = port }, options or "")
+    what.server = locations
+    server = nginx.start(what):ready "/ping"
+    return server
+  end
+
+  setup(function()
+    conn = broker.connect()
+    channel = ok(conn:channel { confirm = true })
+    queue = broker.unique "life"
+    ok(channel:queue_declare(queue, { durable = true }))
+  end)
+
+  before_each(function() ok(channel:queue_purge(queue)) end)
+
+  after_each(function()
+    if line then line:stop() end
+    if server then server:stop() end
+    line, server = nil, nil
+  end)
+
+  teardown(function()
+    channel:queue_delete(queue)
+    broker.close_all()
+  end)
+
+  local function stats() return cjson.decode((server:request "/stats") or "null") or {} end
+
+  local function publish(body, timeout)
+    return server:request(("/publish?queue=%s&body=%s&timeout=%s"):format(queue, body, timeout or 10))
+  end
+
+  -- The bodies in the queue, with how often each came.
+  local function taken()
+    local seen, n = {}, 0
+    while true do
+      local message = ok(channel:get(queue, { no_ack = true }))
+      if not message then return seen, n end
+      if not seen[message.body] then n = n + 1 end
+      seen[message.body] = (seen[message.body] or 0) + 1
+    end
+  end
+
+  it("starts before the broker is there, and waits for it", function()
+    local port = nginx.free_port()
+    start(port, "entries = 10")
+    local body, status = publish("x", 0.2)
+    assert.matches("^refused true there was no connection to the broker for 0.2 s: ", body)
+    assert.equal(503, status)
+    assert.equal("10 overflow\n", (server:request(("/async?n=12&body=a&queue=%s"):format(queue))))
+    assert.equal(10, stats().queued)
+    assert.equal(2, stats().overflows)
+    assert.matches("^overflow true ", (publish "y"))
+    assert.equal("connecting", stats().state)
+    line = open_line(port)
+    broker.eventually(function() return stats().confirmed == 10 end)
+    assert.equal("ok\n", (publish "z"))
+    local seen, n = taken()
+    assert.equal(11, n)
+    assert.equal(1, seen.z)
+    assert.is_nil(seen.x)
+  end)
+
+  it("says at once what waiting does not help against", function()
+    local to = broker.parsed()
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block { require "moonrabbit.resty".start %q }]]):format(
+        ("amqp://guest:wrong@%s:%d/"):format(to.host, to.port)),
+      server = locations,
+    }
+    server:ready "/ping"
+    assert.matches("^auth false ", (publish("x", 20)))
+    assert.matches("^auth false ", (publish("y", 20)))
+    assert.is_nil(server:log():find("wrong", 1, true))
+  end)
+
+  it("sends again what a lost connection left unconfirmed", function()
+    line = open_line()
+    start(line.port)
+    assert.equal("ok\n", (publish "before"))
+    moonrabbit.run(function()
+      local answers, n = {}, 0
+      for i = 1, 200 do
+        moonrabbit.spawn(function()
+          if i > 100 then moonrabbit.sleep(0.002 * (i - 100)) end
+          answers[i] = publish("m" .. i)
+          n = n + 1
+        end)
+      end
+      for _ = 1, 4 do
+        moonrabbit.sleep(0.06)
+        line:cut()
+      end
+      broker.eventually(function() return n == 200 end, 20)
+      for i = 1, 200 do assert.equal("ok\n", answers[i], server:log()) end
+    end)
+    local seen = taken()
+    for i = 1, 200 do assert.truthy(seen["m" .. i]) end
+    assert.truthy(stats().sessions >= 2)
+    assert.equal(0, stats().in_flight)
+  end)
+
+  it("says that an outcome is unknown when the broker is silent", function()
+    line = open_line()
+    start(line.port)
+    assert.equal("ok\n", (publish "before"))
+    line.silent = true
+    assert.matches("^timeout true the broker has not confirmed the message within 0.3 s: its outcome is unknown",
+      (publish("silent", 0.3)))
+    assert.equal("pong\n", (server:request "/ping"))
+    line.silent = false
+    line:cut()
+    assert.equal("ok\n", (publish "after"))
+  end)
+
+  it("loses nothing that was confirmed while it is reloaded under load", function()
+    start(broker.parsed().port, "", { workers = 2 })
+    local old = {}
+    moonrabbit.run(function()
+      local accepted, failed, running, n = {}, {}, 8, 0
+      local over = false
+      for _ = 1, running do
+        moonrabbit.spawn(function()
+          while not over do
+            n = n + 1
+            local body = "m" .. n
+            local answer, status = publish(body)
+            if answer == "ok\n" then
+              accepted[#accepted + 1] = body
+            elseif status then -- a connection that nginx closed has promised nothing
+              failed[#failed + 1] = answer
+            end
+          end
+          running = running - 1
+        end)
+      end
+      for _ = 1, 3 do
+        moonrabbit.sleep(0.2)
+        for _, pid in ipairs(server:reload()) do old[#old + 1] = pid end
+      end
+      moonrabbit.sleep(0.1)
+      over = true
+      broker.eventually(function() return running == 0 end)
+      assert.same({}, failed, server:log())
+      local seen = taken()
+      for _, body in ipairs(accepted) do assert.truthy(seen[body], body) end
+      assert.truthy(#accepted > 50, #accepted)
+    end)
+    nginx.gone(old, 8)
+  end)
+
+  it("flushes what is queued when it quits", function()
+    line = open_line()
+    start(line.port, "linger = 5")
+    assert.equal("ok\n", (publish "before"))
+    assert.equal("300 ok\n", (server:request(("/async?n=300&body=a&queue=%s"):format(queue))))
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 5)
+    local _, n = taken()
+    assert.equal(301, n)
+  end)
+
+  it("still publishes for a request that outlives the reload", function()
+    start(broker.parsed().port)
+    assert.equal("ok\n", (publish "before"))
+    moonrabbit.run(function()
+      local answer
+      moonrabbit.spawn(function() answer = server:request("/late?queue=" .. queue) end)
+      moonrabbit.sleep(0.1)
+      local old = server:reload()
+      broker.eventually(function() return answer end)
+      assert.equal("ok\n", answer, server:log())
+      nginx.gone(old, 5)
+    end)
+    local seen = taken()
+    assert.equal(1, seen.late)
+    assert.equal(1, seen.logged)
+  end)
+
+  it("does not stay behind when the broker is silent or away", function()
+    line = open_line()
+    start(line.port, "exit_timeout = 0.5")
+    assert.equal("ok\n", (publish "before"))
+    line.silent = true
+    server:request(("/async?n=5&body=a&queue=%s"):format(queue))
+    local old = server:reload()
+    nginx.gone(old, 8)
+    server:logged "5 messages were not confirmed when the worker had to leave"
+    line:stop()
+    server:request(("/async?n=5&body=b&queue=%s"):format(queue))
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 8)
+  end)
+
+  it("is there again after a crash, and stops at once when told to", function()
+    start(broker.parsed().port)
+    assert.equal("ok\n", (publish "one"))
+    local pid = server:workers()[1]
+    os.execute("kill -KILL " .. pid)
+    broker.eventually(function() return not nginx.alive(pid) and publish("two") == "ok\n" end)
+    local pids = server:workers()
+    server:signal "TERM"
+    nginx.gone(pids, 3)
+    local seen = taken()
+    assert.equal(1, seen.one)
+    assert.truthy(seen.two)
+  end)
+end)
