@@ -63,8 +63,11 @@ enum { MR_ENGINE_CHANNELS = 1, MR_ENGINE_QUEUES, MR_ENGINE_OUTBOX };
 /* Slots of a queue's ring table: the anchor, then the messages. */
 enum { MR_RING_ANCHOR = 1, MR_RING_FIRST };
 
-/* The first member of what may stand in the outbox, to tell it apart. */
-typedef enum { MR_IS_QUEUE = 1, MR_IS_CHANNEL, MR_IS_CONFIRMATION } mrl_tag;
+/* The first member of every object of the hot paths is an address of ours, which no other library's
+ * userdata begins with: far cheaper to look at than a metatable. It also tells apart what stands in the
+ * outbox. Set it before anything can throw. */
+typedef const char *mrl_tag;
+extern const char MR_IS_QUEUE[], MR_IS_CHANNEL[], MR_IS_CONFIRMATION[], MR_IS_MESSAGE[];
 
 /* ---- scratch memory, one per Lua state ---- */
 
@@ -121,6 +124,7 @@ typedef struct {
   int out_first, out_last; /* the outbox holds [first, last] */
   uint32_t n_full;         /* queues that hold input up */
   bool admitted; /* input is taken all the same, until a full queue gets its next delivery */
+  bool told;     /* Lua knows of gathered acks, and has not looked at the output since */
 } mrl_engine;
 
 typedef struct {
@@ -155,6 +159,7 @@ typedef struct {
 } mrl_confirmation;
 
 typedef struct {
+  mrl_tag is;
   mrl_channel *channel;
   uint64_t tag;
   size_t body_len;
@@ -185,6 +190,19 @@ static inline void *mrl_test(lua_State *L, int i, int up) {
 static inline void *mrl_check(lua_State *L, int i, int up, const char *type) {
   void *p = mrl_test(L, i, up);
   if (MR_UNLIKELY(p == NULL)) luaL_argerror(L, i, lua_pushfstring(L, "%s expected", type));
+  return p;
+}
+
+/* The object at `i` if it begins with `tag` and has at least `size` bytes, else NULL. */
+static inline void *mrl_test_tag(lua_State *L, int i, mrl_tag tag, size_t size) {
+  void *p = lua_touserdata(L, i);
+  return MR_LIKELY(p && lua_rawlen(L, i) >= size && *(mrl_tag *)p == tag) ? p : NULL;
+}
+
+/* The same, or throws. */
+static inline void *mrl_check_tag(lua_State *L, int i, mrl_tag tag, size_t size) {
+  void *p = mrl_test_tag(L, i, tag, size);
+  if (MR_UNLIKELY(p == NULL)) luaL_argerror(L, i, lua_pushfstring(L, "%s expected", tag));
   return p;
 }
 
@@ -244,6 +262,7 @@ int mrl_set_headers(lua_State *L);    /* core.set_headers */
 int mrl_publish_packed(lua_State *L); /* Channel:publish_packed */
 int mrl_forward(lua_State *L);        /* Channel:forward */
 int mrl_ack(lua_State *L);            /* core.ack */
+int mrl_acker(lua_State *L);          /* core.acker */
 int mrl_settle(lua_State *L);         /* core.settle */
 int mrl_is_message(lua_State *L);     /* core.is_message */
 int mrl_outcome(lua_State *L);        /* core.outcome */
@@ -266,7 +285,7 @@ void mrl_push_error(lua_State *L, const mr_error *err);
 
 /* The channel at `i`; throws when it is none. */
 static inline mrl_channel *mrl_check_channel(lua_State *L, int i) {
-  return mrl_check(L, i, MR_UP_CHANNEL, MR_CHANNEL_TYPE);
+  return mrl_check_tag(L, i, MR_IS_CHANNEL, sizeof(mrl_channel));
 }
 /* Forgets what a channel that ended needs no more; absolute indices of its anchor and of the
  * engine's queues. */

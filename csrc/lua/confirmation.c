@@ -7,7 +7,7 @@
 #include "lua/binding.h"
 
 static mrl_confirmation *check_confirmation(lua_State *L) {
-  return mrl_check(L, 1, MR_UP_CONFIRMATION, MR_CONFIRMATION_TYPE);
+  return mrl_check_tag(L, 1, MR_IS_CONFIRMATION, sizeof(mrl_confirmation));
 }
 
 static mr_outcome last_outcome(mrl_confirmation *c) {
@@ -80,7 +80,7 @@ int mrl_take_acked(lua_State *L) {
     lua_settop(L, 5);
     lua_rawgeti(L, 1, at);
     lua_rawgeti(L, 2, at);
-    mrl_confirmation *c = mrl_test(L, 6, MR_UP_CONFIRMATION);
+    mrl_confirmation *c = mrl_test_tag(L, 6, MR_IS_CONFIRMATION, sizeof *c);
     if (!c || lua_type(L, 7) != LUA_TSTRING || outcome_of(c) != MR_ACKED) break;
     bytes += (size_t)lua_rawlen(L, 7);
     lua_pushboolean(L, 0);

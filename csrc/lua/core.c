@@ -10,16 +10,23 @@ static int codec_version(lua_State *L) {
 
 /* core.owner(message | confirmation) */
 static int owner(lua_State *L) {
-  if (!mrl_test(L, 1, MR_UP_MESSAGE) && !mrl_test(L, 1, MR_UP_CONFIRMATION))
+  if (!mrl_test_tag(L, 1, MR_IS_MESSAGE, sizeof(mrl_message)) &&
+      !mrl_test_tag(L, 1, MR_IS_CONFIRMATION, sizeof(mrl_confirmation)))
     return luaL_argerror(L, 1, "message or confirmation expected");
   mr_get_uservalue(L, 1);
   lua_rawgeti(L, -1, MR_ANCHOR_OWNER);
   return 1;
 }
 
+const char MR_IS_QUEUE[] = MR_QUEUE_TYPE;
+const char MR_IS_CHANNEL[] = MR_CHANNEL_TYPE;
+const char MR_IS_CONFIRMATION[] = MR_CONFIRMATION_TYPE;
+const char MR_IS_MESSAGE[] = MR_MESSAGE_TYPE;
+
 const luaL_Reg mrl_core_functions[] = {{"engine", mrl_new_engine},
                                        {"route", mrl_new_route},
                                        {"ack", mrl_ack},
+                                       {"acker", mrl_acker},
                                        {"settle", mrl_settle},
                                        {"outcome", mrl_outcome},
                                        {"acked", mrl_acked},

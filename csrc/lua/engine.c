@@ -17,6 +17,7 @@ static void port_rx_commit(void *ctx, size_t n, double now) {
 }
 
 static const uint8_t *port_tx_peek(void *ctx, size_t *len) {
+  ((mrl_engine *)ctx)->told = false;
   return mr_engine_tx_peek(((mrl_engine *)ctx)->handle, len);
 }
 
@@ -174,6 +175,7 @@ static int engine_drain(lua_State *L) {
   size_t len;
   lua_settop(L, 2);
   lua_pushliteral(L, "");
+  e->told = false;
   while (mr_engine_tx_peek(e->handle, &len) != NULL && len > 0) {
     size_t pending = mr_engine_tx_pending(e->handle);
     bool more = drain_some(L, e, pending > len ? pending : len, now);

@@ -9,7 +9,7 @@
 enum { LARGE_BODY = 256 };
 
 static mrl_message *check_message(lua_State *L) {
-  return mrl_check(L, 1, MR_UP_MESSAGE, MR_MESSAGE_TYPE);
+  return mrl_check_tag(L, 1, MR_IS_MESSAGE, sizeof(mrl_message));
 }
 
 /* ---- making one ---- */
@@ -75,6 +75,7 @@ static void push_large_body(lua_State *L, int i) {
 
 static void fill(mrl_message *m, const mr_event *event, mrl_channel *channel, bool large) {
   const mr_content *c = &event->content;
+  m->is = MR_IS_MESSAGE;
   m->channel = channel;
   m->tag = c->delivery_tag;
   m->body_len = c->body.len;
@@ -114,6 +115,13 @@ mrl_message *mrl_message_new(lua_State *L, const mr_event *event, mrl_channel *c
 
 /* ---- settling ---- */
 
+/* Pushes the owner of the channel of the message at 1. */
+static void push_owner(lua_State *L) {
+  mr_get_uservalue(L, 1);
+  lua_rawgeti(L, -1, MR_ANCHOR_OWNER);
+  lua_replace(L, -2);
+}
+
 /* Results: whether to flush, and the owner, which the caller needs at once. The message is at 1. */
 static int settle(lua_State *L, mrl_message *m, mr_settle_kind kind, bool requeue) {
   if (MR_UNLIKELY(m->no_ack)) return mrl_push_refusal(L, MR_UNKNOWN_TAG);
@@ -127,13 +135,55 @@ static int settle(lua_State *L, mrl_message *m, mr_settle_kind kind, bool requeu
   }
   m->settled = true;
   lua_pushboolean(L, status == MR_FLUSH);
-  mr_get_uservalue(L, 1);
-  lua_rawgeti(L, -1, MR_ANCHOR_OWNER);
-  lua_replace(L, -2);
+  push_owner(L);
   return 2;
 }
 
-int mrl_ack(lua_State *L) { return settle(L, check_message(L), MR_SETTLE_ACK, false); }
+int mrl_ack(lua_State *L) {
+  mrl_message *m = check_message(L);
+  if (!m->no_ack && m->channel->handle) m->channel->engine->told = true;
+  return settle(L, m, MR_SETTLE_ACK, false);
+}
+
+enum { UP_FULL = MR_UP_COUNT + 1, UP_FLUSH };
+
+/* Calls a function of Lua's, which must not yield, with the value on top of the stack. */
+static int hand_over(lua_State *L, int up, int results) {
+  lua_pushvalue(L, lua_upvalueindex(up));
+  lua_insert(L, -2);
+  lua_call(L, 1, results);
+  return results;
+}
+
+/* msg:ack(): Lua runs only where it has something to do. */
+static int ack_method(lua_State *L) {
+  mrl_message *m = check_message(L);
+  mr_status status = MR_CLOSED;
+  if (MR_LIKELY(!m->no_ack && m->channel->handle && m->channel->engine->told))
+    status = mr_settle(m->channel->handle, m->tag, MR_SETTLE_ACK, false);
+  if (MR_UNLIKELY(status < 0)) {
+    lua_settop(L, 1);
+    return hand_over(L, UP_FULL, 2);
+  }
+  m->settled = true;
+  if (status == MR_FLUSH) {
+    push_owner(L);
+    hand_over(L, UP_FLUSH, 0);
+  }
+  lua_pushboolean(L, 1);
+  return 1;
+}
+
+int mrl_acker(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TFUNCTION);
+  luaL_checktype(L, 2, LUA_TFUNCTION);
+  luaL_checkstack(L, MR_UP_COUNT + 2, NULL);
+  for (int i = 1; i <= MR_UP_COUNT; i++) lua_pushvalue(L, lua_upvalueindex(i));
+  lua_pushvalue(L, 1);
+  lua_pushvalue(L, 2);
+  lua_pushcclosure(L, ack_method, MR_UP_COUNT + 2);
+  return 1;
+}
 
 int mrl_settle(lua_State *L) {
   mrl_message *m = check_message(L);
@@ -221,11 +271,6 @@ static void make_headers(lua_State *L, const mrl_message *m) {
   lua_newtable(L);
 }
 
-static void push_channel_owner(lua_State *L) {
-  mr_get_uservalue(L, 1);
-  lua_rawgeti(L, -1, MR_ANCHOR_OWNER);
-}
-
 static void push_optional(lua_State *L, bool present, int64_t n) {
   if (present)
     mr_push_int64(L, n);
@@ -257,7 +302,7 @@ static void push_field(lua_State *L, const mrl_message *m, message_key key) {
     case KEY_PROPERTIES: push_cached(L, MR_UP_PROPERTIES, m, make_properties); return;
     case KEY_REDELIVERED: lua_pushboolean(L, m->redelivered); return;
     case KEY_CONSUMER_TAG: push_consumer_tag(L, m); return;
-    case KEY_CHANNEL: push_channel_owner(L); return;
+    case KEY_CHANNEL: push_owner(L); return;
     case KEY_MESSAGE_COUNT: push_optional(L, m->type == MR_EV_GET_OK, m->message_count); return;
     case KEY_REPLY_CODE: push_optional(L, m->type == MR_EV_RETURN, m->reply_code); return;
     case KEY_REPLY_TEXT: push_reply_text(L, m); return;
@@ -307,7 +352,7 @@ static int message_tostring(lua_State *L) {
 }
 
 int mrl_is_message(lua_State *L) {
-  lua_pushboolean(L, mrl_test(L, 1, MR_UP_MESSAGE) != NULL);
+  lua_pushboolean(L, mrl_test_tag(L, 1, MR_IS_MESSAGE, sizeof(mrl_message)) != NULL);
   return 1;
 }
 

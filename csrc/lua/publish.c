@@ -49,7 +49,7 @@ static mrl_confirmation *push_held(lua_State *L, mrl_channel *channel, int i) {
   if (lua_isnil(L, i + 1)) {
     c = push_confirmation(L, channel);
   } else {
-    c = mrl_check(L, i + 1, MR_UP_CONFIRMATION, MR_CONFIRMATION_TYPE);
+    c = mrl_check_tag(L, i + 1, MR_IS_CONFIRMATION, sizeof *c);
     if (!channel->handle || !mr_channel_is_confirm(channel->handle)) return NULL;
     mr_get_uservalue(L, 1);
     lua_pushvalue(L, i + 1);
@@ -296,7 +296,7 @@ static mr_status send_edited(mrl_state *st, mr_channel *handle, mr_publish_args 
 
 int mrl_forward(lua_State *L) {
   mrl_channel *channel = mrl_check_channel(L, 1);
-  const mrl_message *m = mrl_check(L, 2, MR_UP_MESSAGE, MR_MESSAGE_TYPE);
+  const mrl_message *m = mrl_check_tag(L, 2, MR_IS_MESSAGE, sizeof *m);
   mrl_state *st = mrl_get_state(L);
   mr_publish_args args;
   edits e;

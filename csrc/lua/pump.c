@@ -109,11 +109,10 @@ static int emit_failed(lua_State *L, const mrl_confirmation *c) {
 static int emit(lua_State *L) {
   void *entry = lua_touserdata(L, -1);
   if (!entry) return emit_packed(L);
-  switch (*(const mrl_tag *)entry) {
-    case MR_IS_QUEUE: return emit_deliver(L, entry);
-    case MR_IS_CHANNEL: return emit_confirm(L, entry);
-    default: return emit_failed(L, entry);
-  }
+  mrl_tag tag = *(const mrl_tag *)entry;
+  if (tag == MR_IS_QUEUE) return emit_deliver(L, entry);
+  if (tag == MR_IS_CHANNEL) return emit_confirm(L, entry);
+  return emit_failed(L, entry);
 }
 
 /* The results for the oldest entry that has something to say; 0: the outbox is empty. */

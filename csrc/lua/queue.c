@@ -8,7 +8,9 @@
 enum { FIRST_CAPACITY = 64, MOST_MESSAGES = 4096 };
 static const size_t MOST_BYTES = (size_t)16 << 20;
 
-static mrl_queue *check_queue(lua_State *L) { return mrl_check(L, 1, MR_UP_QUEUE, MR_QUEUE_TYPE); }
+static mrl_queue *check_queue(lua_State *L) {
+  return mrl_check_tag(L, 1, MR_IS_QUEUE, sizeof(mrl_queue));
+}
 
 mrl_queue *mrl_queue_new(lua_State *L, int anchor) {
   mrl_queue *q = mr_new_userdata(L, sizeof *q);

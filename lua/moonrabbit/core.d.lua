@@ -210,6 +210,14 @@ function DeliveryQueue:count() end
 --- mistake of the caller's); "unknown_tag" (nothing to settle: no_ack, or a returned message).
 ---@return boolean|nil, table|string owner_or_status
 function core.ack(message) end
+--- Makes a method that acks a message. It calls `full(message)`, which is to call core.ack and to see to it that the
+--- engine's deadline is looked at, and returns its two results; until the output is looked at next (a stream's flush,
+--- Engine:drain), further acks are taken without it. When bytes should leave now it calls `flush(owner)`. Neither may
+--- yield.
+---@param full fun(message: moonrabbit.core.Message): true|nil, table?
+---@param flush fun(owner: table)
+---@return fun(message: moonrabbit.core.Message): true|nil, table?
+function core.acker(full, flush) end
 ---@param kind "nack"|"reject"
 ---@param requeue boolean
 ---@return boolean|nil, table|string owner_or_status

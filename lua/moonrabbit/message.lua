@@ -44,18 +44,17 @@ end
 ---@return true|nil, moonrabbit.Error?
 function methods:ack()
   local flush, owner = core_ack(self)
-  if flush == false then
-    local session = owner._session
-    if not session.dirty then session:touch() end
-    return true
+  if flush == nil then
+    local none, err = not_settled(self, owner, "Message:ack", 4) -- core.acker's function is between
+    return none, err
   end
-  if flush then
-    owner._session:try_flush()
-    return true
-  end
-  local none, err = not_settled(self, owner, "Message:ack", 3)
-  return none, err
+  local session = owner._session
+  if flush then session:try_flush() else session:touch() end
+  return true
 end
+
+-- Nearly all acks change nothing for the session: those the core takes without a call of Lua.
+methods.ack = core.acker(methods.ack, function(owner) owner._session:try_flush() end)
 
 ---@class moonrabbit.RequeueOptions
 ---@field requeue boolean?  true by default

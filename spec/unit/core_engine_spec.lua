@@ -267,6 +267,68 @@ describe("methods #smoke", function()
   end)
 end)
 
+describe("core.acker #smoke", function()
+  local b, channel, queue, tag, fulls, flushed, ack
+  before_each(function()
+    b = fake.new { ack_delay = 1 }:open()
+    channel, tag, fulls, flushed = b:channel(), 0, 0, {}
+    channel:call("basic.qos", { prefetch_count = 40 })
+    b:send(fake.method(1, 60, 11))
+    queue = b:consumer(channel, "tag")
+    b:sent()
+    ack = core.acker(function(message)
+      fulls = fulls + 1
+      local flush, why = core.ack(message)
+      if flush == nil then error("not acked: " .. why, 2) end
+      return true, "full"
+    end, function(owner) flushed[#flushed + 1] = owner end)
+  end)
+
+  local function message()
+    tag = tag + 1
+    b:send(fake.deliver(1, "tag", tag, "x"))
+    return queue:pop()
+  end
+
+  it("calls Lua once until the output is looked at", function()
+    assert.same({ true, "full" }, { ack(message()) })
+    assert.same({ true }, { ack(message()) })
+    assert.same({ true }, { ack(message()) })
+    assert.equal(1, fulls)
+    assert.is_true(channel:flush_acks())
+    assert.equal("60.80", b:sent()[1].id) -- one ack with `multiple`
+    assert.equal(0, channel:unsettled())
+    assert.same({ true, "full" }, { ack(message()) })
+    assert.equal(2, fulls)
+  end)
+
+  it("asks for a flush when a quarter of the prefetch is gathered", function()
+    local owner
+    for i = 1, 10 do
+      assert.same({}, flushed)
+      local m = message()
+      owner = m.channel
+      assert.is_true((ack(m)), i)
+    end
+    assert.same({ owner }, flushed)
+    assert.equal(1, fulls)
+  end)
+
+  it("leaves to Lua what cannot be acked, and lets it throw", function()
+    local m = message()
+    ack(m)
+    fails("not acked: settled", ack, m)
+    assert.equal(2, fulls)
+    local late = message()
+    b.engine:eof()
+    b:pump()
+    fails("not acked: closed", ack, late)
+    fails("moonrabbit.message expected", ack, channel)
+    fails("function expected", core.acker, nil, print)
+    fails("function expected", core.acker, print)
+  end)
+end)
+
 describe("publish #smoke", function()
   local b, channel, owner
   before_each(function()
