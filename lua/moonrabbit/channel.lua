@@ -13,6 +13,7 @@ local options = require "moonrabbit.options"
 local Session = require "moonrabbit.session"
 local topology = require "moonrabbit.channel.topology"
 local publishing = require "moonrabbit.channel.publishing"
+local survival = require "moonrabbit.channel.survival"
 
 local Calls = Session.Calls
 local check, argument = options.check, options.argument
@@ -30,6 +31,7 @@ Channel.__name = "moonrabbit.Channel"
 
 topology.extend(Channel)
 publishing.extend(Channel)
+survival.extend(Channel)
 
 -- ---- Opening -------------------------------------------------------------------------------------
 
@@ -43,14 +45,14 @@ local channel_options = {
 -- Options of every call.
 local common = { timeout = seconds }
 
---- Opens a channel; used by Connection:channel.
+--- Opens a channel; used by Connection:channel, which lets it survive.
 ---@package
 function Channel.open(connection, session, opts, level)
   opts = check("Connection:channel", opts, channel_options, (level or 2) + 1)
   local self = setmetatable({
     connection = connection,
     timeout = opts.timeout or connection.timeout,
-    confirm = false,
+    confirm = opts.confirm or false,
     _session = session,
     _runtime = session.runtime,
     _calls = Calls.new(),
@@ -63,33 +65,15 @@ function Channel.open(connection, session, opts, level)
     _waiters = 0,
     _spare = {},
     _failures = {},              -- of publishes whose caller does not wait; `more`: beyond those kept
-    _unsure = false,             -- published since everything was last settled
     _prefetch = opts.prefetch,   -- what was chosen for its consumers, nil: nothing
     _told = opts.prefetch,       -- what basic.qos was last told, nil: nothing
     _window = opts.window or 65536,
   }, Channel)
-  if session.state ~= "open" then return nil, session.reason or session:error("closed", "the connection is closed") end
-  local core_channel, status = session.engine:open_channel(self)
-  if not core_channel then return nil, session:refusal(status, "Connection:channel") end
-  publishing.bind(core_channel)
-  self._core = core_channel
-  session.channels[self] = true
-  if opts.window then core_channel:set_window(opts.window) end
-
-  -- All in one go: the answers come in order, the last one says that everything is done.
-  local timeout = self.timeout
-  local deadline = session.runtime.now() + timeout
+  if session.state ~= "open" then return nil, connection:_closed_error() end
+  local deadline = session.runtime.now() + self.timeout
   -- Opened after all, and nobody waits for it any more (its task was cancelled).
-  local function late() self:_abandon() end
-  local calls = { session:expect(self._calls, "channel.open", late) }
-  if opts.confirm then
-    core_channel:call("confirm.select", {})
-    calls[#calls + 1] = session:expect(self._calls, "confirm.select", late)
-  end
-  if opts.prefetch then
-    core_channel:call("basic.qos", { prefetch_count = opts.prefetch })
-    calls[#calls + 1] = session:expect(self._calls, "basic.qos", late)
-  end
+  local calls, refusal = self:_attach(session, function() self:_abandon() end)
+  if not calls then return nil, refusal end
   for i = 1, #calls do
     local ok, err = session:await(calls[i], math.max(0, deadline - session.runtime.now()))
     if not ok then
@@ -100,16 +84,18 @@ function Channel.open(connection, session, opts, level)
       return nil, err
     end
   end
-  self.confirm = opts.confirm or false
   return self
 end
 
+-- The engine's methods that are called most.
+Channel._bind = function(_, core_channel) publishing.bind(core_channel) end
+
 -- Closes without waiting: what is to be said to the broker is said, whatever it answers is dropped.
 function Channel:_abandon()
-  if self._closed then return end
-  local unconfirmed = self._core:unconfirmed()
-  if unconfirmed > 0 then self._lost = unconfirmed end
   local err = self._session:error("closed", "the channel was closed by this side", { temporary = false })
+  if self._closed then return self:_ended(err, true) end
+  local unconfirmed = self._core:unconfirmed()
+  if unconfirmed > 0 then self._lost = (self._lost or 0) + unconfirmed end
   local said = self._core:close(200, "Goodbye")
   self._calls:fail(err)
   if said then self._session:expect(self._calls, "channel.close").abandoned = true end
@@ -331,20 +317,21 @@ end
 
 -- ---- Events -----------------------------------------------------------------------------------------
 
-local events = { close = true, ["return"] = true, flow = true, cancel = true }
+local events = { close = true, lost = true, recovered = true, ["return"] = true, flow = true, cancel = true }
 
 --- Calls `fn` on an event. The calls come one after the other, in a task of their own:
 ---
---- * "close" (err): the broker closed the channel, or the connection ended
+--- * "close" (err): the broker closed the channel, or the connection ended, and it does not come back
+--- * "lost" (err): the same, and it is opened again; "recovered" (): it can be used again
 --- * "return" (message): an unroutable publish came back; message.reply_code, message.reply_text
 --- * "flow" (active): the broker stopped publishing on this channel, or allowed it again
 --- * "cancel" (consumer): the broker cancelled it, for its queue was deleted
----@param event "close"|"return"|"flow"|"cancel"
+---@param event "close"|"lost"|"recovered"|"return"|"flow"|"cancel"
 ---@param fn function   it may wait; what it throws is logged
 ---@return function off takes `fn` off again
 function Channel:on(event, fn)
   if not events[event] then
-    error("Channel:on: there is no event '" .. tostring(event) .. "' (close, return, flow, cancel)", 2)
+    error("Channel:on: there is no event '" .. tostring(event) .. "' (close, lost, recovered, return, flow, cancel)", 2)
   end
   argument("Channel:on", "fn", fn, options.callback)
   self._listeners = self._listeners or {}
@@ -372,42 +359,25 @@ end
 ---@package
 function Channel:_consumer_cancelled(consumer_tag, queue)
   local consumer = queue and self._receivers[queue] or self._consumers[consumer_tag]
-  if consumer then
-    consumer:_finish(self._session:error("cancelled",
-      "the broker cancelled the consumer: its queue was deleted, or its node is gone", { temporary = true }), true)
-    if self._consumers[consumer_tag] == consumer then self:_emit("cancel", consumer) end
-    self._consumers[consumer_tag] = nil
-    if queue then self._receivers[queue] = nil end
-    if consumer._let_go then consumer:_let_go() end
+  if not consumer then return end
+  local err = self._session:error("cancelled",
+    "the broker cancelled the consumer: its queue was deleted, or its node is gone", { temporary = true })
+  if queue then self._receivers[queue] = nil end
+  local known = self._consumers[consumer_tag] == consumer
+  if known and self._lasting and consumer:_may_come_back() then
+    consumer:_suspend(err, true)
+    self.connection._repairs:add("consumer", consumer, err)
+  else
+    if known then self._consumers[consumer_tag] = nil end
+    consumer:_finish(err, true)
+    consumer:_let_go()
   end
+  if known then self:_emit("cancel", consumer) end
 end
 
 -- ---- Closing ----------------------------------------------------------------------------------------
 
---- The channel is over. `quiet`: by this side, so it is no event.
----@package
-function Channel:_ended(err, quiet)
-  if self._closed then return end
-  self._closed = err
-  self._session.channels[self] = nil
-  if not quiet then self._calls:fail(err) end
-  -- How many were unsettled when it ended, where that is known.
-  if not quiet and self.confirm and self._unsure then self._lost = self._pending or true end
-  for _, waiter in pairs(self._waiting) do waiter.condition:broadcast() end
-  self._waiting, self._order, self._head, self._tail, self._waiters = {}, {}, 1, 0, 0
-  for _, consumer in pairs(self._consumers) do consumer:_finish(err, false) end
-  self._consumers = {}
-  for _, receiver in pairs(self._receivers) do
-    if receiver._channel_ended then receiver:_channel_ended(err) end
-  end
-  self._receivers = {}
-  self._room:broadcast()
-  self._settled:broadcast()
-  self._session.room:broadcast() -- its publishers may wait there
-  if not quiet then self:_emit("close", err) end
-end
-
---- Whether it is open.
+--- Whether it can be used now.
 ---@return boolean
 function Channel:is_open()
   return not self._closed
@@ -420,18 +390,20 @@ end
 ---@return true|nil, moonrabbit.Error?
 function Channel:close(timeout)
   if timeout ~= nil then argument("Channel:close", "timeout", timeout, seconds) end
-  if self._closed then return true end
+  if self._over then return true end
   local session = self._session
+  local err = session:error("closed", "the channel was closed by this side", { temporary = false })
   local unconfirmed = self._core:unconfirmed()
-  local ok = self._core:close(200, "Goodbye")
-  if unconfirmed > 0 then self._lost = unconfirmed end
+  local ok = not self._closed and self._core:close(200, "Goodbye")
+  if unconfirmed > 0 then self._lost = (self._lost or 0) + unconfirmed end
   if not ok then
-    self:_ended(session.reason or session:error("closed", "the channel is closed"), true)
+    self:_ended(err, true)
     return true
   end
   local call = session:expect(self._calls, "channel.close")
-  self:_ended(session:error("closed", "the channel was closed by this side", { temporary = false }), true)
-  local result, err = session:await(call, timeout or self.timeout)
+  self:_ended(err, true)
+  local result
+  result, err = session:await(call, timeout or self.timeout)
   self._calls:fail(self._closed)
   if not result and err.kind == "timeout" then return nil, err end
   return true

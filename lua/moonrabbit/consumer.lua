@@ -16,6 +16,7 @@
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
 local yielding_pcall = require "moonrabbit.protect"
+local survival = require "moonrabbit.consumer.survival"
 
 local huge = math.huge
 
@@ -41,6 +42,8 @@ local Consumer = {}
 Consumer.__index = Consumer
 Consumer.__name = "moonrabbit.Consumer"
 
+survival.extend(Consumer)
+
 -- Prefetch of an acking consumer for which nobody chose one. RabbitMQ's advice is 100 to 300
 -- (https://www.rabbitmq.com/docs/confirms#channel-qos-prefetch-throughput).
 local DEFAULT_PREFETCH = 250
@@ -58,7 +61,7 @@ local consume_options = {
   timeout = options.seconds,
 }
 
-local serial = 0
+local serial, started = 0, 0
 
 local function choose_tag(opts)
   if opts.tag and opts.tag ~= "" then return opts.tag end
@@ -98,28 +101,13 @@ function Consumer.start(channel, queue, opts, handler, level)
   local session, runtime = channel._session, channel._runtime
   local tag = choose_tag(opts)
   if channel._consumers[tag] then error(what .. ": this channel has a consumer with that tag already", level) end
-  -- The broker applies a prefetch to the consumers that start after it was told. Both go out together,
-  -- so that no other task's comes between.
-  local calls = {}
+  if queue == "" then queue = channel._last_queue or queue end
   local prefetch = choose_prefetch(channel, queue, opts)
-  if not opts.no_ack and prefetch ~= (channel._told or 0) then
-    channel._core:call("basic.qos", { prefetch_count = prefetch })
-    channel._told = prefetch
-    calls[1] = session:expect(channel._calls, "basic.qos")
-  end
-  local delivery_queue, status = channel._core:consume {
-    queue = queue, consumer_tag = tag, no_local = opts.no_local, no_ack = opts.no_ack,
-    exclusive = opts.exclusive, arguments = all_arguments(opts),
-  }
-  if not delivery_queue then
-    if calls[1] then calls[1].abandoned = true end
-    if status == "closed" then return nil, channel:_closed_error() end
-    return nil, session:refusal(status, what, level)
-  end
+  started = started + 1
   local self = setmetatable({
     channel = channel, connection = channel.connection, queue = queue, tag = tag, prefetch = prefetch,
-    no_ack = opts.no_ack or false,
-    _session = session, _runtime = runtime, _deliveries = delivery_queue, _pop = delivery_queue.pop,
+    no_ack = opts.no_ack or false, kind = "consumer",
+    _opts = opts, _session = session, _runtime = runtime, _serial = started,
     _ready = runtime.condition(), _receiving = 0,
   }, Consumer)
   if handler then
@@ -129,26 +117,45 @@ function Consumer.start(channel, queue, opts, handler, level)
     self._workers, self._idle, self._waking = 0, 0, false
     self._tasks = setmetatable({}, { __mode = "k" }) -- of the workers
   end
-  channel._receivers[delivery_queue] = self
+  local calls, refusal = self:_subscribe(level)
+  if not calls then return nil, refusal end
   channel._consumers[tag] = self
-  calls[#calls + 1] = session:expect(channel._calls, "basic.consume", function()
-    -- Nobody waits for it any more.
-    self:_abandon()
-  end)
-  local timeout = opts.timeout or channel.timeout
-  local deadline = runtime.now() + timeout
+  local deadline = runtime.now() + (opts.timeout or channel.timeout)
   for i = 1, #calls do
     local ok, err = session:await(calls[i], math.max(0, deadline - runtime.now()))
     if not ok then
       for j = i + 1, #calls do calls[j].abandoned = true end
       if not self._ended then
         self._ended = err
-        channel._consumers[tag] = nil
+        if channel._consumers[tag] == self then channel._consumers[tag] = nil end
       end
       return nil, err
     end
   end
+  self._started = true
   return self
+end
+
+--- The fields of its basic.consume.
+---@package
+function Consumer:_consume_fields()
+  local opts = self._opts
+  return {
+    queue = self.queue, consumer_tag = self.tag, no_local = opts.no_local, no_ack = opts.no_ack,
+    exclusive = opts.exclusive, arguments = all_arguments(opts),
+  }
+end
+
+--- Takes its messages from this DeliveryQueue, after those that have arrived in the one before.
+---@package
+function Consumer:_takes(queue)
+  self._pop = queue.pop
+  if self._deliveries and self:buffered() > 0 then
+    self._later = self._later or {}
+    self._later[#self._later + 1] = queue
+  else
+    self._deliveries, self._later = queue, nil
+  end
 end
 
 -- A consumer whose start was given up, and that started after all.
@@ -177,16 +184,26 @@ function Consumer:_delivered()
   self:_wake_worker()
 end
 
+-- The next message, after a DeliveryQueue that is empty that of the subscription after it.
+local function take(self)
+  local pop = self._pop
+  local message = pop(self._deliveries)
+  local later = self._later
+  while not message and later and later[1] do
+    self._deliveries = table.remove(later, 1)
+    message = pop(self._deliveries)
+  end
+  return message
+end
+
 local function receive(self, timeout)
-  local pop, queue = self._pop, self._deliveries
-  local message = pop(queue)
+  local message = take(self)
   if message then return message end
   if self._ended then
     self:_let_go()
     return nil, self._ended
   end
-  local session = self._session
-  session:drain()
+  self._session:drain()
   local now = self._runtime.now
   local deadline = timeout < huge and now() + timeout
   local ready = self._ready
@@ -198,23 +215,24 @@ local function receive(self, timeout)
       if left <= 0 and timeout > 0 then break end
     end
     ready:wait(left and math.max(0, left))
-    message = pop(queue)
+    message = take(self)
     if message or timeout == 0 then break end
   until self._ended
   self._receiving = self._receiving - 1
   if message then
-    if self._receiving > 0 and queue:count() > 0 then ready:signal() end
+    if self._receiving > 0 and self._deliveries:count() > 0 then ready:signal() end
     return message
   end
   if self._ended then
     self:_let_go()
     return nil, self._ended
   end
-  return nil, session:error("timeout", ("no message within %g s"):format(timeout))
+  return nil, self._session:error("timeout", ("no message within %g s"):format(timeout)
+    .. (self._down and " (the consumer is coming back: " .. self._down.message .. ")" or ""))
 end
 
---- Takes the next message, waiting for one. err.kind `timeout`: none came; anything else: the
---- consumer has ended, as Consumer:reason says.
+--- Takes the next message, waiting for one, also while the consumer is coming back. err.kind `timeout`: none
+--- came; anything else: the consumer has ended, as Consumer:reason says.
 ---@param timeout number? seconds; nil: for ever; 0: only what has arrived
 ---@return moonrabbit.Message|nil, moonrabbit.Error?
 function Consumer:receive(timeout)
@@ -255,12 +273,13 @@ function Consumer:messages()
       return message
     end
     message = receive(self, huge)
+    queue = self._deliveries -- of the present subscription
     turned = now()
     return message
   end
 end
 
---- Why the consumer ended, or nil while it has not. err.kind: `cancelled` (err.temporary when the
+--- Why the consumer ended for good, or nil while it has not. err.kind: `cancelled` (err.temporary when the
 --- broker did it), or what ended its channel or connection.
 ---@return moonrabbit.Error?
 function Consumer:reason()
@@ -285,14 +304,19 @@ end
 
 -- Handles messages until the queue is empty. state.message is the one being handled.
 local function work(self, state)
-  local pop, queue, handler = self._pop, self._deliveries, self._handler
-  local message = pop(queue)
+  local pop, handler = self._pop, self._handler
+  local message = take(self)
+  local queue = self._deliveries
   while message do
     if not self._waking and queue:count() > 0 then self:_wake_worker() end
     state.message = message
     handler(message)
     state.message = nil
     message = pop(queue)
+    if not message then
+      message = take(self)
+      queue = self._deliveries
+    end
   end
 end
 
@@ -376,6 +400,7 @@ end
 -- What came and was not taken goes back, and so does what still comes.
 function Consumer:_discard()
   self._deliveries:discard()
+  for _, queue in ipairs(self._later or {}) do queue:discard() end
   self._session:drain()
   self._session:touch()
 end
@@ -399,6 +424,24 @@ end
 
 local cancel_options = { drain = options.boolean, timeout = options.seconds }
 
+-- Waits until its handlers have ended, but for the one that calls.
+local function wait_for_handlers(self, timeout, deadline)
+  local current = self._runtime.current
+  local me = current and current()
+  local own = me and self._tasks[me] and 1 or 0
+  local now = self._runtime.now
+  self._drained = self._drained or self._runtime.condition()
+  while self._workers > own do
+    local left = deadline - now()
+    if left <= 0 then
+      return nil, self._session:error("timeout",
+        ("%d handlers have not ended within %g s"):format(self._workers, timeout))
+    end
+    self._drained:wait(left < huge and left or nil)
+  end
+  return true
+end
+
 --- Stops it. Messages that have arrived and were not taken yet go back to the queue, unless told to
 --- `drain`; with a handler the call then also waits until the last one has been handled. basic.cancel
 ---@param opts moonrabbit.CancelOptions?
@@ -410,33 +453,28 @@ function Consumer:cancel(opts)
   local now = self._runtime.now
   local timeout = opts.timeout or channel.timeout
   local deadline = now() + timeout
-  local ok, status = channel._core:call("basic.cancel", { consumer_tag = self.tag })
-  if not ok then
-    if status == "closed" then return nil, channel:_closed_error() end
-    return nil, session:refusal(status, "Consumer:cancel")
+  local result, err
+  if self._down then
+    result = true -- the broker knows of none; one that is being started is cancelled when the answer comes
+  else
+    local ok, status = channel._core:call("basic.cancel", { consumer_tag = self.tag })
+    if not ok then
+      if status == "closed" then return nil, channel:_closed_error() end
+      return nil, session:refusal(status, "Consumer:cancel")
+    end
+    result, err = session:await(session:expect(channel._calls, "basic.cancel"), timeout)
   end
-  local call = session:expect(channel._calls, "basic.cancel")
-  local result, err = session:await(call, timeout)
   if not self._ended then
     if not opts.drain and not self.no_ack then self:_discard() end
     self:_finish(session:error("cancelled", "cancelled by consumer:cancel()", { temporary = false }), true)
   end
   if channel._consumers[self.tag] == self then channel._consumers[self.tag] = nil end
   if result then channel._receivers[self._deliveries] = nil end
+  self.connection:_unused(self.queue)
   if not result and not (err.kind == "closed" or err.kind == "channel") then return nil, err end
   if self._handler and (opts.drain or self._owns_channel) then
-    -- Its own handler may be who calls.
-    local current = self._runtime.current
-    local me = current and current()
-    local own = me and self._tasks[me] and 1 or 0
-    self._drained = self._drained or self._runtime.condition()
-    while self._workers > own do
-      local left = deadline - now()
-      if left <= 0 then
-        return nil, session:error("timeout", ("%d handlers have not ended within %g s"):format(self._workers, timeout))
-      end
-      self._drained:wait(left < huge and left or nil)
-    end
+    local drained, late = wait_for_handlers(self, timeout, deadline)
+    if not drained then return nil, late end
   end
   if self._owns_channel and not (opts.drain and not self._handler) and (self._workers or 0) == 0 then
     return channel:close(math.max(0, deadline - now()))
@@ -448,7 +486,7 @@ end
 -- The channel that was opened for it closes as soon as nothing is left to handle or to settle there.
 ---@package
 function Consumer:_let_go()
-  if not self._owns_channel or not self._ended or self.channel._closed then return end
+  if not self._owns_channel or not self._ended or self.channel._over then return end
   if (self._workers or 0) > 0 or self:buffered() > 0 then return end
   if not self._handler and self.channel:unsettled() > 0 then return end
   self.channel:_abandon()
@@ -457,12 +495,14 @@ end
 --- How many messages have arrived and were not taken yet.
 ---@return integer
 function Consumer:buffered()
-  return self._deliveries:count()
+  local n = self._deliveries:count()
+  for _, queue in ipairs(self._later or {}) do n = n + queue:count() end
+  return n
 end
 
 function Consumer:__tostring()
   return ("%s %s on '%s' (%s)"):format(Consumer.__name, self.tag, self.queue,
-    self._ended and "ended: " .. self._ended.kind or "open")
+    self._ended and "ended: " .. self._ended.kind or self._down and "coming back" or "open")
 end
 
 Consumer.options = consume_options

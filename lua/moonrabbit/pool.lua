@@ -50,6 +50,12 @@ function Pool.new(opts, level)
   local connect = opts.connect or {}
   if type(connect) == "string" then connect = { uri = connect } end
   options.check("pool: connect", connect, Connection.options, level)
+  if connect.reconnect == nil then
+    -- The pool itself replaces a connection that is lost.
+    local given = connect
+    connect = { reconnect = false }
+    for key, value in pairs(given) do connect[key] = value end
+  end
   local confirm = opts.confirm
   if confirm == nil then confirm = true end
   local runtime = runtimes.find(connect.runtime, level)

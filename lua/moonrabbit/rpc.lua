@@ -52,7 +52,9 @@ Replies._channel_ended = Replies._finish
 
 -- The channel with the reply consumer; started when there is none.
 local function start(connection, deadline, now)
-  local channel, err = connection:channel { confirm = true, timeout = math.max(0, deadline - now()) }
+  -- It does not come back with the connection: the next call starts another one.
+  local channel, err = require("moonrabbit.channel").open(connection, connection._session,
+    { confirm = true, timeout = math.max(0, deadline - now()) })
   if not channel then return nil, err end
   local queue, status = channel._core:consume { queue = REPLY_TO, consumer_tag = REPLY_TO, no_ack = true }
   if not queue then

@@ -466,7 +466,7 @@ function handlers.flow(self, owner, active)
 end
 
 function handlers.channel_closed(self, owner, report)
-  owner:_ended(self:report(report))
+  owner:_closed_by_broker(self:report(report))
 end
 
 function handlers.blocked(self, reason)
@@ -541,6 +541,7 @@ end
 function Session:finish(err)
   if self.state == "closed" then return end
   unwatch_turns(self)
+  local goodbye = self.state == "closing"
   if self.state == "closing" and (err.code == nil or err.code == 200) and err.kind == "closed" then
     self.said_goodbye = err.code == 200 -- the broker has answered
     self.cut_short = err
@@ -561,7 +562,8 @@ function Session:finish(err)
   self.calls:fail(err)
   local channels = self.channels
   self.channels = {}
-  for channel in pairs(channels) do channel:_ended(err) end
+  local meanwhile = not goodbye and self.survives and self.survives(self, err)
+  for channel in pairs(channels) do channel:_session_ended(err, meanwhile) end
   self.dirty = true
   self.wake:broadcast()
   self.drained:broadcast()
@@ -586,7 +588,7 @@ local function shake_hands(self, deadline, timeout)
 end
 
 --- Connects and shakes hands.
----@param config table runtime, endpoint {host, port, path}, label, tls, engine (config of core.engine), timeout, secret, log, emit, health
+---@param config table runtime, endpoint {host, port, path}, label, tls, engine (config of core.engine), timeout, secret, log, emit, health, survives
 ---@return moonrabbit.Session|nil, moonrabbit.Error?
 function Session.open(config)
   local runtime, timeout = config.runtime, config.timeout
@@ -605,6 +607,7 @@ function Session.open(config)
   local self = setmetatable({
     engine = engine, transport = transport, runtime = runtime, state = "connecting",
     endpoint = config.label, secrets = {}, log = config.log, emit = config.emit, health = config.health,
+    survives = config.survives, -- (session, err) -> what the calls of its channels are told until they are back, or nil
     channels = {}, calls = Calls.new(),
     dirty = false, corked = false, flushing = false, paused = false, heartbeat = 0,
     awaiting = 0,          -- tasks in `block`, and those that were cancelled there
@@ -650,6 +653,14 @@ function Session:flush(timeout)
   end
   if self.state == "closed" then return nil, self.reason end
   return true
+end
+
+--- Ends it as one whose peer is gone.
+---@param text string why
+function Session:fail(text)
+  if self.state == "closed" then return end
+  self.engine:eof(text)
+  self:pump()
 end
 
 --- Sends what is to be sent, acks included, and Connection.Close; waits for its answer.

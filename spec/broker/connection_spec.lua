@@ -159,7 +159,7 @@ describe("connection", function()
 
   it("learns that the broker closed it", function()
     if not broker.name then pending "the broker is not ours" return end
-    local conn = broker.connect { name = broker.unique "victim" }
+    local conn = broker.connect { name = broker.unique "victim", reconnect = false }
     local ch = ok(conn:channel { confirm = true })
     local queue = ok(ch:queue_declare("", { exclusive = true })).queue
     local consumer = ok(ch:consume(queue))

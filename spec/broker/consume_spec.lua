@@ -185,7 +185,10 @@ describe("consuming", function()
     assert.is_true(ch:is_open())
   end)
 
-  it("ends with its channel", function()
+  it("ends with its channel, where nothing is to come back", function()
+    conn = broker.connect { reconnect = false }
+    ch = ok(conn:channel { confirm = true })
+    queue = ok(ch:queue_declare("", { exclusive = true })).queue
     fill(5)
     local consumer = ok(ch:consume(queue, { prefetch = 5 }))
     local message = ok(consumer:receive(5))

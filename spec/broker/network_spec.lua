@@ -92,7 +92,7 @@ describe("network", function()
   end)
 
   it("a broker that falls silent is noticed by the heartbeat", function()
-    local conn = connect_through { heartbeat = 1 }
+    local conn = connect_through { heartbeat = 1, reconnect = false }
     local ch = ok(conn:channel())
     through.silent = true
     local started = native.now()
@@ -136,7 +136,7 @@ describe("network", function()
   end)
 
   it("a cut line ends everything that waits with closed", function()
-    local conn = connect_through()
+    local conn = connect_through { reconnect = false }
     local ch = ok(conn:channel { confirm = true })
     local queue = ok(ch:queue_declare("", { exclusive = true })).queue
     ok(ch:publish("one", { routing_key = queue }))
@@ -229,7 +229,8 @@ describe("network", function()
       for text, kind in pairs { ["not enough memory"] = "overflow", ["something else"] = "closed" } do
         other.throw = nil
         local logged
-        local conn = connect { log = function(level, line) if level == "error" then logged = line end end }
+        local conn = connect { reconnect = false,
+          log = function(level, line) if level == "error" then logged = line end end }
         local ch = ok(conn:channel { confirm = true })
         local results = {}
         moonrabbit.run(function()

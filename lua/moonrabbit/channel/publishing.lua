@@ -56,7 +56,7 @@ function Channel:_failure(confirmation)
   elseif outcome == "unroutable" then
     err = self._session:error("unroutable", "no queue takes the message", { code = 312 })
   else
-    local reason = self:_closed_error()
+    local reason = self._lost_by or self:_closed_error()
     err = self._session:error(reason.kind, "the outcome of the publish is unknown: " .. reason.message,
       { code = reason.code, class = reason.class, method = reason.method, temporary = reason.temporary })
   end
@@ -75,11 +75,11 @@ end
 
 -- The engine refused: waits for what it lacks, within `timeout`, and tries again.
 local function publish_slow(self, again, x, y, status, timeout, level)
-  local session = self._session
   local now = self._runtime.now
   local deadline
   local confirmation, flush
   repeat
+    local session = self._session -- another one, once the connection was lost and is back
     if status == "closed" then return nil, self:_closed_error() end
     if status ~= "window" and status ~= "overflow" and status ~= "blocked" then
       return nil, session:refusal(status, "publish", level + 1)
@@ -102,9 +102,9 @@ local function publish_slow(self, again, x, y, status, timeout, level)
     local condition = status == "window" and self._room or session.room
     session:block(condition, left)
     confirmation, flush = again(self, x, y)
+    session = self._session
     if confirmation then
-      self._unsure = true
-      if flush then session:try_flush() else session:touch() end
+        if flush then session:try_flush() else session:touch() end
       condition:signal() -- there may be room for the next one too
       return confirmation
     end
@@ -135,7 +135,6 @@ function Channel:publish_async(body, opts)
   local confirmation, flush = core_publish(self._core, body, opts)
   if confirmation then
     local session = self._session
-    self._unsure = true
     if flush then
       session:try_flush()
     elseif not session.dirty then
@@ -166,7 +165,6 @@ function Channel:publish(body, opts)
       if flush then self._session:try_flush() else self._session:touch() end
       return true
     end
-    self._unsure = true
     return self:_wait(confirmation, timeout, true)
   end
   local now = self._runtime.now
@@ -185,7 +183,6 @@ function Channel:_publish_route(route, body, timeout)
   local confirmation, flush = core_publish_route(self._core, route, body)
   if confirmation then
     local session = self._session
-    self._unsure = true
     if flush then
       session:try_flush()
     elseif not session.dirty then
@@ -217,7 +214,6 @@ function Channel:_forward(message, exchange, routing_key, opts, timeout)
   end
   local confirmation, flush = again()
   if confirmation then
-    self._unsure = true
     if flush then self._session:try_flush() else self._session:touch() end
     return confirmation
   end
@@ -293,13 +289,9 @@ local function wake_settled(self, limit)
   return true
 end
 
--- Whoever waits for the last confirm goes on. A core channel that has ended has none left either: what it
--- left behind is for _ended to say.
+-- Whoever waits for the last confirm goes on.
 local function all_settled(self)
-  local core_channel = self._core
-  if core_channel:unconfirmed() > 0 then return end
-  if core_channel:is_open() then self._unsure = false end
-  self._settled:broadcast()
+  if self._core:unconfirmed() == 0 then self._settled:broadcast() end
 end
 
 -- `_notice`, where somebody has set it, is called when publishes were settled, and must not yield: what it does
@@ -416,8 +408,8 @@ end
 --- Waits until every publish of this channel is settled: true when all since the last call were
 --- acked. Else err.failed is a list of { seq, outcome, err }, without those whose failure `publish`
 --- has returned already; on a `timeout`, err.pending tells how many are not settled yet. err.kind is
---- otherwise the first failure's, or what ended the channel (`closed`, `channel`). On a channel without
---- confirms it throws.
+--- otherwise the first failure's, or what ended the channel (`closed`, `channel`); on a channel that has come
+--- back since, what was lost is told once, err.pending says how many. On a channel without confirms it throws.
 ---@param timeout number? seconds; the channel's by default
 ---@return true|nil, moonrabbit.Error?
 function Channel:wait_for_confirms(timeout)
@@ -427,24 +419,26 @@ function Channel:wait_for_confirms(timeout)
   local session, now = self._session, self._runtime.now
   local deadline = now() + timeout
   session:touch()
-  local pending = self._core:unconfirmed()
+  local core_channel = self._core
+  local pending = core_channel:unconfirmed()
   local failed = self._failures
-  while pending > 0 and not self._closed do
+  while pending > 0 and not self._closed and self._core == core_channel do
     local left = deadline - now()
     if left <= 0 then break end
-    self._pending = pending
     session:block(self._settled, left)
-    pending = self._core:unconfirmed()
+    pending = core_channel:unconfirmed()
   end
-  self._pending = nil
   -- Another task that waited may have taken them, and left new ones.
   if #failed == 0 then failed = self._failures end
   local err
-  if self._closed and self._lost then
-    local reason = self._closed
+  -- What this core channel lost is told to all who waited on it, what earlier ones did to the next who asks.
+  local lost = math.max(core_channel:lost(), self._lost or 0)
+  if lost > 0 then
+    local reason = self._lost_by or self._closed
     err = session:error(reason.kind, "publishes may not have been settled: " .. reason.message,
       { code = reason.code, class = reason.class, method = reason.method, temporary = reason.temporary })
-    if type(self._lost) == "number" then err.pending = self._lost end
+    err.pending = lost
+    if not self._over then self._lost = nil end
   elseif pending > 0 then
     err = session:error("timeout", ("%d publishes were not confirmed within %g s"):format(pending, timeout))
     err.pending = pending

@@ -24,6 +24,24 @@ local function done(result, err)
   return nil, err
 end
 
+-- Calls; what the broker grants (later too, when nobody waits any more) is told to the record of what is to
+-- come back: record[what](record, ...).
+local function recorded(self, method, fields, opts, what, ...)
+  local record = self.connection._record
+  if not record then return self:_rpc(method, fields, opts) end
+  local a, b, c, d, e = ...
+  local function note() record[what](record, a, b, c, d, e) end
+  local result, err = self:_rpc(method, fields, opts, note)
+  if result then note() end
+  return result, err
+end
+
+-- AMQP's "" is the queue that was declared last on the channel; the broker's own memory of it is lost with
+-- the connection.
+local function last_queue(self, queue)
+  return queue == "" and self._last_queue or queue
+end
+
 -- ---- Exchanges --------------------------------------------------------------------------------------
 
 ---@class moonrabbit.ExchangeDeclareOptions : moonrabbit.NoWaitOptions
@@ -47,10 +65,11 @@ local exchange_declare_options = options.merge(with_nowait, {
 function Channel:exchange_declare(exchange, opts)
   argument("Channel:exchange_declare", "exchange", exchange, shortstr)
   opts = check("Channel:exchange_declare", opts, exchange_declare_options)
-  return done(self:_rpc("exchange.declare", {
+  local fields = {
     exchange = exchange, type = opts.type or "direct", passive = opts.passive, durable = opts.durable,
     auto_delete = opts.auto_delete, internal = opts.internal, arguments = opts.arguments, nowait = opts.no_wait,
-  }, opts))
+  }
+  return done(recorded(self, "exchange.declare", fields, opts, "exchange_declared", fields))
 end
 
 ---@class moonrabbit.ExchangeDeleteOptions : moonrabbit.NoWaitOptions
@@ -66,8 +85,8 @@ local exchange_delete_options = options.merge(with_nowait, { if_unused = boolean
 function Channel:exchange_delete(exchange, opts)
   argument("Channel:exchange_delete", "exchange", exchange, shortstr)
   opts = check("Channel:exchange_delete", opts, exchange_delete_options)
-  return done(self:_rpc("exchange.delete", { exchange = exchange, if_unused = opts.if_unused, nowait = opts.no_wait },
-    opts))
+  return done(recorded(self, "exchange.delete",
+    { exchange = exchange, if_unused = opts.if_unused, nowait = opts.no_wait }, opts, "exchange_deleted", exchange))
 end
 
 ---@class moonrabbit.BindOptions : moonrabbit.NoWaitOptions
@@ -87,10 +106,12 @@ local function exchange_binding(self, what, method, destination, source, routing
   argument(what, "source", source, shortstr, 3)
   if routing_key ~= nil then argument(what, "routing_key", routing_key, shortstr, 3) end
   opts = check(what, opts, valid, 3)
-  return done(self:_rpc(method, {
-    destination = destination, source = source, routing_key = routing_key or "", arguments = opts.arguments,
+  routing_key = routing_key or ""
+  return done(recorded(self, method, {
+    destination = destination, source = source, routing_key = routing_key, arguments = opts.arguments,
     nowait = opts.no_wait,
-  }, opts))
+  }, opts, method == "exchange.bind" and "bound" or "unbound", "exchange_binding", destination, source, routing_key,
+    opts.arguments))
 end
 
 --- Binds an exchange to an exchange: what `source` routes there goes on to `destination`.
@@ -142,10 +163,18 @@ local queue_declare_options = options.merge(with_nowait, {
 function Channel:queue_declare(queue, opts)
   if queue ~= nil then argument("Channel:queue_declare", "queue", queue, shortstr) end
   opts = check("Channel:queue_declare", opts, queue_declare_options)
-  local result, err = self:_rpc("queue.declare", {
+  local fields = {
     queue = queue or "", passive = opts.passive, durable = opts.durable, exclusive = opts.exclusive,
     auto_delete = opts.auto_delete, arguments = opts.arguments, nowait = opts.no_wait,
-  }, opts)
+  }
+  local record = self.connection._record
+  local function note(reply)
+    local name = reply == true and queue or reply.queue
+    if name then self._last_queue = name end
+    if record and name then record:queue_declared(name, fields) end
+  end
+  local result, err = self:_rpc("queue.declare", fields, opts, note)
+  if result then note(result) end
   if result == true then return { queue = queue } end
   return result, err
 end
@@ -161,10 +190,13 @@ function Channel:queue_bind(queue, exchange, routing_key, opts)
   argument("Channel:queue_bind", "exchange", exchange, shortstr)
   if routing_key ~= nil then argument("Channel:queue_bind", "routing_key", routing_key, shortstr) end
   opts = check("Channel:queue_bind", opts, bind_options)
-  return done(self:_rpc("queue.bind", {
-    queue = queue, exchange = exchange, routing_key = routing_key or "", arguments = opts.arguments,
+  routing_key = routing_key or ""
+  if queue == "" and routing_key == "" then routing_key = last_queue(self, queue) end -- as the broker does
+  queue = last_queue(self, queue)
+  return done(recorded(self, "queue.bind", {
+    queue = queue, exchange = exchange, routing_key = routing_key, arguments = opts.arguments,
     nowait = opts.no_wait,
-  }, opts))
+  }, opts, "bound", "queue_binding", queue, exchange, routing_key, opts.arguments))
 end
 
 --- Takes a binding of a queue away: the one with the same exchange, key and arguments; one that is not
@@ -179,9 +211,12 @@ function Channel:queue_unbind(queue, exchange, routing_key, opts)
   argument("Channel:queue_unbind", "exchange", exchange, shortstr)
   if routing_key ~= nil then argument("Channel:queue_unbind", "routing_key", routing_key, shortstr) end
   opts = check("Channel:queue_unbind", opts, unbind_options)
-  return done(self:_rpc("queue.unbind", {
-    queue = queue, exchange = exchange, routing_key = routing_key or "", arguments = opts.arguments,
-  }, opts))
+  routing_key = routing_key or ""
+  if queue == "" and routing_key == "" then routing_key = last_queue(self, queue) end
+  queue = last_queue(self, queue)
+  return done(recorded(self, "queue.unbind", {
+    queue = queue, exchange = exchange, routing_key = routing_key, arguments = opts.arguments,
+  }, opts, "unbound", "queue_binding", queue, exchange, routing_key, opts.arguments))
 end
 
 local function counted(result, err)
@@ -198,7 +233,7 @@ end
 function Channel:queue_purge(queue, opts)
   argument("Channel:queue_purge", "queue", queue, shortstr)
   opts = check("Channel:queue_purge", opts, with_nowait)
-  return counted(self:_rpc("queue.purge", { queue = queue, nowait = opts.no_wait }, opts))
+  return counted(self:_rpc("queue.purge", { queue = last_queue(self, queue), nowait = opts.no_wait }, opts))
 end
 
 ---@class moonrabbit.QueueDeleteOptions : moonrabbit.NoWaitOptions
@@ -215,9 +250,14 @@ local queue_delete_options = options.merge(with_nowait, { if_unused = boolean, i
 function Channel:queue_delete(queue, opts)
   argument("Channel:queue_delete", "queue", queue, shortstr)
   opts = check("Channel:queue_delete", opts, queue_delete_options)
-  return counted(self:_rpc("queue.delete", {
+  queue = last_queue(self, queue)
+  -- Its consumers here are cancelled by that, before the answer comes or after it: for good.
+  self.connection:_deletes(queue, true)
+  local result, err = recorded(self, "queue.delete", {
     queue = queue, if_unused = opts.if_unused, if_empty = opts.if_empty, nowait = opts.no_wait,
-  }, opts))
+  }, opts, "queue_deleted", queue)
+  if not result and err.kind ~= "timeout" then self.connection:_deletes(queue, nil) end
+  return counted(result, err)
 end
 
 -- ---- Flow and transactions --------------------------------------------------------------------------

@@ -33,6 +33,7 @@ function connect.open(args, extra)
   options.name = "moonrabbit " .. args.command
   local patience = args.command ~= "consume" and args.timeout or 10
   options.timeout, options.connect_timeout = patience, patience
+  options.reconnect = false -- a command says what went wrong, and ends
   for name, value in pairs(extra or {}) do options[name] = value end
   local moonrabbit = require "moonrabbit"
   local conn, err = moonrabbit.connect(options)
