@@ -1,5 +1,4 @@
 -- Connections that are lost and come back: a proxy cuts the line, the broker closes it, or names change.
-local moonrabbit = require "moonrabbit"
 local broker = require "support.broker"
 local proxy = require "support.proxy"
 local ok, unique, eventually = broker.ok, broker.unique, broker.eventually
@@ -36,14 +35,6 @@ describe("a connection that survives", function()
     broker.close_all()
     through:stop()
   end)
-
-  -- What another connection sees.
-  local function outside(fn)
-    local other = broker.connect { reconnect = false }
-    local result = { fn(ok(other:channel { confirm = true }), other) }
-    other:close(5)
-    return (table.unpack or unpack)(result) -- luacheck: ignore 143 113
-  end
 
   it("keeps its channel and consumer, and tells what happens", function()
     connect()
