@@ -21,6 +21,8 @@ function Probe:_ended(err)
   self.calls:fail(err)
 end
 
+Probe._closed_by_broker = Probe._ended
+
 function Probe._flow() end
 
 -- Sends the next one: what is to be waited for, or nil when there is no channel for it.
