@@ -93,6 +93,11 @@ function broker.ctl(...)
   return (output:gsub("rc=%d+%s*$", ""))
 end
 
+--- A client of our broker's management API.
+function broker.management()
+  return require "moonrabbit.management".new(os.getenv "AMQP_MANAGEMENT_URL")
+end
+
 --- The port of AMQP_URL.
 function broker.parsed()
   return assert(moonrabbit.uri.parse(broker.url))

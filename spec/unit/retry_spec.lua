@@ -281,3 +281,58 @@ describe("deaths", function()
     end
   end)
 end)
+
+describe("a copy", function()
+  local copy = require "moonrabbit.app.copy"
+  local notes = { attempts = 1, error = ("x"):rep(2000), error_kind = "error", exchange = "e", routing_key = "k" }
+
+  local function edits(msg_of, user, size)
+    return copy.edits(msg_of, { notes = notes, ladder = "app" }, user, size or 1)
+  end
+
+  it("leaves behind what would end its trip, or the channel", function()
+    local got = edits({
+      headers = { CC = { "a" }, BCC = { "b" }, ["x-delivery-count"] = 3, ["x-death"] = { { queue = "q", count = 1 } },
+        ["x-first-death-queue"] = "q", keep = 1 },
+      properties = { expiration = "5", user_id = "theirs", reply_to = "amq.rabbitmq.reply-to", priority = 1 },
+    }, "mine")
+    table.sort(got.remove)
+    table.sort(got.remove_properties)
+    assert.same({ "BCC", "CC", "x-death", "x-delivery-count", "x-first-death-queue" }, got.remove)
+    assert.same({ "expiration", "reply_to", "user_id" }, got.remove_properties)
+    assert.same({ "a" }, got.set["moonrabbit-cc"])
+    assert.same({ "b" }, got.set["moonrabbit-bcc"])
+    assert.equal("5", got.set["moonrabbit-expiration"])
+    assert.equal("theirs", got.set["moonrabbit-user-id"])
+    assert.equal("amq.rabbitmq.reply-to", got.set["moonrabbit-reply-to"])
+    assert.same({ { queue = "q", count = 1 } }, got.set["moonrabbit-deaths"]["x-death"])
+    assert.equal(1024, #got.set["moonrabbit-error"])
+  end)
+
+  it("keeps its own user and a reply address that the broker made", function()
+    local mine = { user_id = "mine", reply_to = "amq.rabbitmq.reply-to.g1h2" }
+    local got = edits({ headers = {}, properties = mine }, "mine")
+    assert.same({}, got.remove_properties)
+    -- A user that the client does not know (a certificate's) may be another one.
+    assert.same({ "user_id" }, edits({ headers = {}, properties = { user_id = "mine" } }).remove_properties)
+  end)
+
+  it("always says how often and where from", function()
+    local got = edits({ headers = { ["moonrabbit-deaths"] = {} }, properties = {} }, nil, 3)
+    assert.same({ ["moonrabbit-attempts"] = 1, ["moonrabbit-error-kind"] = "error", ["moonrabbit-exchange"] = "e",
+      ["moonrabbit-key"] = "k" }, got.set)
+    assert.same({ "moonrabbit-deaths" }, got.remove)
+  end)
+
+  it("believes no header that makes no sense", function()
+    for _, junk in ipairs { -1, 1.5, "3", true, {}, 1e300, 0 / 0 } do
+      assert.equal(0, copy.attempts { headers = { ["moonrabbit-attempts"] = junk } })
+    end
+    local from = { headers = { ["moonrabbit-exchange"] = {}, ["moonrabbit-key"] = "k" }, exchange = "e",
+      routing_key = "r" }
+    assert.same({ "e", "r" }, { copy.origin(from) })
+    from.headers["moonrabbit-exchange"] = ""
+    assert.same({ "", "k" }, { copy.origin(from) })
+    assert.is_nil(copy.first_failure { headers = { ["moonrabbit-first-failure"] = "yesterday" } })
+  end)
+end)

@@ -5,6 +5,8 @@
 -- `x-last-death-*`, of the last. Deaths in the wait queues of our own ladder are retries, and not noted.
 -- @module moonrabbit.app.deaths
 
+local core = require "moonrabbit.core"
+
 local deaths = {}
 
 local first = { "x-first-death-exchange", "x-first-death-queue", "x-first-death-reason" }
@@ -39,6 +41,15 @@ local function joined(newer, older)
   return both
 end
 
+-- Times are read as numbers; they are to stay times.
+local function timed(entry)
+  if type(entry.time) ~= "number" then return entry end
+  local copy = {}
+  for key, value in pairs(entry) do copy[key] = value end
+  copy.time = core.types.timestamp(math.floor(entry.time))
+  return copy
+end
+
 local function merged_list(kept, noted, most, ladder)
   local list = {}
   for _, entry in ipairs(noted) do
@@ -50,7 +61,7 @@ local function merged_list(kept, noted, most, ladder)
   for _, entry in ipairs(kept) do
     if type(entry) == "table" and not find(list, entry) then list[#list + 1] = entry end
   end
-  for i = #list, most + 1, -1 do list[i] = nil end
+  for i = #list, 1, -1 do list[i] = i <= most and timed(list[i]) or nil end
   return list
 end
 

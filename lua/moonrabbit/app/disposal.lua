@@ -182,6 +182,10 @@ local function publisher(self)
   return nil, err or errors.new { kind = "closed", message = "there is no channel to publish on" }
 end
 
+local function failed_attempt(self, msg, failure, attempt)
+  return attempt or failure and failure.attempt or self:attempt(msg)
+end
+
 -- ---- Retry ------------------------------------------------------------------------------------------
 
 -- Once. A step that somebody deleted is declared again, and tried a second time.
@@ -209,13 +213,14 @@ local asked = { message = "the handler asked for a retry", kind = "retry" }
 ---@param msg moonrabbit.Message
 ---@param delay number seconds
 ---@param failure moonrabbit.RetryFailure?  none: the handler asked for it
----@param attempt integer? the attempt that failed; as the message's headers say by default
+---@param attempt integer? the attempt that failed; failure.attempt, or what the message's headers say, by default
 ---@return true|nil, moonrabbit.Error?
 function Disposal:retry(msg, delay, failure, attempt)
   options.argument("Disposal:retry", "delay", delay, options.seconds)
   local step, err = self.ladder:step(delay)
   if not step then return nil, err end
-  local notes = copy.notes(msg, failure or asked, attempt or self:attempt(msg), self.queue, self.now())
+  local failed = failed_attempt(self, msg, failure, attempt)
+  local notes = copy.notes(msg, failure or asked, failed, self.queue, self.now())
   local ok
   ok, err = persist(self, msg, "retry", function() return send_up(self, msg, step, notes) end)
   return ok, err
@@ -244,12 +249,12 @@ end
 ---@param msg moonrabbit.Message
 ---@param reason string why, in a few words
 ---@param failure moonrabbit.RetryFailure?  none: no handler failed, it was decided
----@param attempt integer? the attempt that failed; as the message's headers say by default
+---@param attempt integer? the attempt that failed; failure.attempt, or what the message's headers say, by default
 ---@return true|nil, moonrabbit.Error?
 function Disposal:dead_letter(msg, reason, failure, attempt)
   if not self.parking then error("Disposal:dead_letter: the consumer has no dead-letter queue", 2) end
   local at = self.now()
-  local notes = copy.notes(msg, failure or {}, attempt or self:attempt(msg), self.queue, at)
+  local notes = copy.notes(msg, failure or {}, failed_attempt(self, msg, failure, attempt), self.queue, at)
   if not failure then notes.error, notes.last_failure, notes.first_failure = nil, nil, nil end
   notes.reason, notes.app = tostring(reason), self.app
   notes.traceback = failure and failure.traceback

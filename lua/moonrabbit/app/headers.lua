@@ -67,9 +67,7 @@ end
 ---@return number?
 function headers.time(all, name)
   local value = all[name]
-  if type(value) == "number" then return value end
-  if value == nil or type(value) ~= "userdata" or value.type ~= "timestamp" then return nil end
-  return tonumber(value.value)
+  if type(value) == "number" and value >= 0 and value < 1e12 then return value end
 end
 
 return headers
