@@ -85,11 +85,13 @@ build = {
       sources = {
         "csrc/lua/net.c",
         "csrc/lua/net_address.c",
+        "csrc/lua/net_alarm.c",
         "csrc/lua/net_poll.c",
         "csrc/lua/net_server.c",
         "csrc/lua/net_stream.c",
         "csrc/lua/net_tls.c",
         "csrc/net/address.c",
+        "csrc/net/alarm.c",
         "csrc/net/clock.c",
         "csrc/net/descriptor.c",
         "csrc/net/listen.c",

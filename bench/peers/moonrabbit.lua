@@ -1,5 +1,5 @@
--- moonrabbit by its public API only, as a plain script.
-local moonrabbit = require "moonrabbit"
+-- moonrabbit by its public API only, as a plain script; by in_loop.lua, in another event loop.
+local moonrabbit = rawget(_G, "MOONRABBIT") or require "moonrabbit" -- luacheck: ignore 113
 local figures = dofile((arg[0]:match "^(.*)/peers/" or ".") .. "/figures.lua")
 
 local mode, url, size, count, window = arg[1], arg[2], tonumber(arg[3]), tonumber(arg[4]), tonumber(arg[5])

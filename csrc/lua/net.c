@@ -42,5 +42,6 @@ MR_EXPORT int luaopen_moonrabbit_net(lua_State *L) {
   mrn_bind_stream(L);
   mrn_bind_server(L);
   mrn_bind_poll(L);
+  mrn_bind_alarm(L);
   return 1;
 }

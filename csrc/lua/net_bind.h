@@ -13,6 +13,7 @@
 #define MRN_STREAM_TYPE "moonrabbit.net.Stream"
 #define MRN_SERVER_TYPE "moonrabbit.net.Server"
 #define MRN_POLLER_TYPE "moonrabbit.net.Poller"
+#define MRN_ALARM_TYPE "moonrabbit.net.Alarm"
 
 /* Each makes its types and adds its functions to the module's table, on top of the stack. */
 void mrn_bind_address(lua_State *L);
@@ -20,6 +21,7 @@ void mrn_bind_tls(lua_State *L);
 void mrn_bind_stream(lua_State *L);
 void mrn_bind_server(lua_State *L);
 void mrn_bind_poll(lua_State *L);
+void mrn_bind_alarm(lua_State *L);
 
 /* nil, "again" | nil, "full" | nil, kind, text, temporary. */
 int mrn_push_failure(lua_State *L, mrn_status status, const mrn_error *err);

@@ -45,6 +45,16 @@ function moonrabbit.pool(options)
   return pool
 end
 
+--- moonrabbit in another event loop: a table with the functions `connect`, `pool`, `spawn`, `sleep` and
+--- `pcall` of this module, for that loop, and its `null`, `types`, `errors` and `uri`. They are called in
+--- coroutines of that loop; docs/runtimes.md has an example for each.
+---@param runtime ("cqueues"|"copas"|"luv"|"native"|string|table) a name, or a runtime (docs/internals.md)
+---@return moonrabbit.On
+function moonrabbit.on(runtime)
+  local on = require("moonrabbit.on").on(runtime, 2)
+  return on
+end
+
 local function native()
   return require("moonrabbit.runtime").find("native", 3)
 end

@@ -93,6 +93,18 @@ function Poller:wait(timeout) end
 function Poller:next() end
 function Poller:close() end
 
+--- A descriptor that becomes readable at a set time, for loops that wait for descriptors only. Linux.
+---@return moonrabbit.net.Alarm|nil, string? text
+function net.alarm() end
+---@class moonrabbit.net.Alarm : userdata
+local Alarm = {}
+---@return integer fd -1 when closed
+function Alarm:fd() end
+--- Readable from `seconds` on (zero or less: now) until it is set again.
+---@param seconds number
+function Alarm:set(seconds) end
+function Alarm:close() end
+
 --- Watches a signal ("INT" "TERM" "HUP" "USR1" ...), or stops watching and restores what was there before. The C
 --- handler only counts and writes to a pipe; with exit_on_second, the second of the signals that are watched like
 --- that ends the process from there with 128 + its number, even while Lua is busy.

@@ -28,11 +28,9 @@ function runtime.find(which, level)
   end
   local name = "moonrabbit.runtime." .. which
   local ok, found = pcall(require, name)
-  if not ok then
-    if tostring(found):find("module '" .. name .. "' not found", 1, true) then
-      error("option 'runtime': there is no runtime '" .. which .. "'", level)
-    end
-    error(found, 0)
+  if not ok and not tostring(found):find("module '" .. name .. "' not found", 1, true) then error(found, level) end
+  if not ok or type(found) ~= "table" or not found.open then
+    error("option 'runtime': there is no runtime '" .. which .. "'", level)
   end
   return found
 end

@@ -29,6 +29,7 @@ end
 
 -- The child finds the modules where this process does.
 local setup = ("package.path=%q package.cpath=%q"):format(package.path, package.cpath):gsub("\\\n", "\\n")
+process.setup = setup
 
 --- Script and arguments as one command of the shell.
 function process.command(words, options)

@@ -507,4 +507,43 @@ describe("moonrabbit.net", function()
       assert.equal("tls", kind)
     end)
   end)
+
+  describe("alarms", function()
+    local function ready(alarm, timeout)
+      local poller = net.poller()
+      assert(poller:set(alarm:fd(), "r"))
+      local n = poller:wait(timeout)
+      poller:close()
+      return n > 0
+    end
+
+    local alarm = net.alarm()
+    if not alarm then
+      pending("this system has none", function() end)
+      return
+    end
+
+    it("are readable from their time on, until they are set again", function()
+      local began = net.now()
+      alarm:set(0.01)
+      assert.is_true(ready(alarm, 20))
+      assert.is_true(net.now() - began >= 0.009)
+      assert.is_true(ready(alarm, 0))
+      alarm:set(60)
+      assert.is_false(ready(alarm, 0))
+      alarm:set(-1)
+      assert.is_true(ready(alarm, 20))
+      alarm:set(math.huge)
+      assert.is_false(ready(alarm, 0))
+    end)
+
+    it("throw for what is no time, and once they are closed", function()
+      assert.has_error(function() alarm:set(0 / 0) end)
+      assert.has_error(function() alarm:set "soon" end)
+      alarm:close()
+      alarm:close()
+      assert.equal(-1, alarm:fd())
+      assert.has_error(function() alarm:set(1) end)
+    end)
+  end)
 end)

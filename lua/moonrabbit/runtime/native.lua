@@ -7,10 +7,14 @@
 
 local net = require "moonrabbit.net"
 local loop = require "moonrabbit.runtime.native.loop"
-local condition = require "moonrabbit.runtime.native.condition"
-local open = require "moonrabbit.runtime.native.open"
-local server = require "moonrabbit.runtime.native.server"
+local descriptors = require "moonrabbit.runtime.native.descriptors"
+local condition = require "moonrabbit.runtime.shared.condition"
+local open = require "moonrabbit.runtime.shared.open"
+local server = require "moonrabbit.runtime.shared.server"
+local transport = require "moonrabbit.runtime.shared.transport"
 local signals = require "moonrabbit.runtime.native.signals"
+
+local new_transport = transport.of(descriptors, loop.alone)
 
 ---@class moonrabbit.runtime.native
 ---@field on_error fun(text: string, task: table) an error that left a task, with its traceback
@@ -24,9 +28,9 @@ local M = {
   current = loop.current,
   cancel = loop.cancel,
   cancelled = loop.cancelled,
-  condition = condition.new,
-  open = open.open,
-  listen = server.listen,
+  condition = condition.of(loop),
+  open = open.of(descriptors, new_transport, loop.cancelled),
+  listen = server.of(descriptors, new_transport),
   signal = signals.signal,
   run = loop.run,
   turn_source = loop.turn_source,

@@ -34,21 +34,43 @@ function M.explain(err)
   return M.refusal
 end
 
-local function forward(co, ok, ...)
-  if not ok then return false, M.explain((...)) end
+local function described(err) return type(err) == "string" and err or tostring(err) end
+
+local function plainly(_, err) return false, err end
+
+local function with_traceback(co, err) return false, err, debug.traceback(co, described(err)) end
+
+local function forward(fail, co, ok, ...)
+  if not ok then return fail(co, M.explain((...))) end
   if status(co) == "dead" then return true, ... end
-  return forward(co, resume(co, yield(...)))
+  return forward(fail, co, resume(co, yield(...)))
+end
+
+local function call_in_coroutine(fail, fn, ...)
+  local outer = running()
+  if not outer then return plain_pcall(fn, ...) end -- the main chunk: nothing to yield to
+  local co = create(function(...) return fn(...) end) -- 5.1 takes no C function there
+  outer_of[co] = outer
+  return forward(fail, co, resume(co, ...))
 end
 
 --- Calls a function in protected mode; it may yield.
 ---@param fn function
 ---@return boolean ok, any ... what the function returned, or its error
-local function emulated(fn, ...)
-  local outer = running()
-  if not outer then return plain_pcall(fn, ...) end -- the main chunk: nothing to yield to
-  local co = create(function(...) return fn(...) end) -- 5.1 takes no C function there
-  outer_of[co] = outer
-  return forward(co, resume(co, ...))
+local function emulated(fn, ...) return call_in_coroutine(plainly, fn, ...) end
+
+local failure = {} -- what xpcall's handler hands on
+
+local function catch(err)
+  failure.text = debug.traceback(described(err), 2)
+  return err
+end
+
+local function caught(ok, ...)
+  if ok then return true, ... end
+  local text = failure.text
+  failure.text = nil
+  return false, (...), text or described((...))
 end
 
 --- The coroutine that a coroutine made by `pcall` runs in, however deep; any other is its own.
@@ -91,8 +113,10 @@ local function no_c_below(co)
   return true
 end
 
+--- `M.traced(fn, ...)`: as `pcall`, and with an error comes its traceback, as text.
 if yields_across_pcall() then
   M.pcall = plain_pcall
+  M.traced = function(fn, ...) return caught(xpcall(fn, catch, ...)) end
   M.owner = function(co) return co end
   M.may_yield = not rawget(_G, "jit") and coroutine.isyieldable -- luacheck: ignore 143
   if not M.may_yield then -- 5.2 cannot tell, LuaJIT cannot compile it: they try
@@ -104,6 +128,7 @@ if yields_across_pcall() then
   end
 else
   M.pcall = emulated
+  M.traced = function(fn, ...) return call_in_coroutine(with_traceback, fn, ...) end
   M.owner = owner_of_emulated
   M.may_yield = function(co, task)
     if not M.suspicious then

@@ -1,0 +1,192 @@
+--- The runtime for Copas: tasks are threads of Copas, beside the user's own, timers and servers.
+--
+-- Copas waits by LuaSocket's select(2), for sockets or what looks like them: an object with `getfd`, and
+-- `dirty`, which says that it can be read whatever its descriptor says. Each descriptor that is waited
+-- for is one such object. So none may be over 1023, and a turn costs as much as there are such waits.
+--
+-- Copas 2 and later have a clock (sleep, wakeup). Copas 1 (Debian's lua-copas) has none: there every
+-- wait is such an object, and an alarm (a descriptor) ends the select when the next deadline has come.
+--
+-- Names are looked up by the system (getaddrinfo, in threads of ours): Copas would block.
+
+local found, copas = pcall(require, "copas")
+if not found then
+  error("the runtime 'copas' needs the module copas (luarocks install copas; Debian: lua-copas): "
+    .. (tostring(copas):match "[^\n]+"), 0)
+end
+local net = require "moonrabbit.net"
+local hosted = require "moonrabbit.runtime.shared.hosted"
+
+local now = net.now
+local receive, send = copas.receivepartial or copas.receivePartial, copas.send
+local pause, pause_forever, wakeup = copas.pause, copas.pauseforever, copas.wakeup
+
+if copas.sleep and not pause_forever then -- before 4.0
+  pause = copas.sleep
+  pause_forever = function() copas.sleep(-1) end
+end
+local has_clock = pause_forever ~= nil
+
+local host = {
+  name = "copas",
+  outside = "it must be made in a thread of Copas: in a function given to copas.addthread, a timer or a "
+    .. "server's handler, while copas.loop runs",
+  home = function() return hosted.coroutine() and true end,
+}
+
+-- ---- Objects that Copas selects ---------------------------------------------------------------------------------------------
+
+local socket = require "socket"
+local writable = (socket.udp4 or socket.udp)() -- can always be written to
+
+local arm -- Copas 1: the alarm for a deadline
+
+local function due(side)
+  if not side.waiting then return false end
+  if side.woken then return true end
+  local deadline = side.deadline
+  if not deadline then return false end
+  if now() >= deadline then return true end
+  arm(deadline)
+  return false
+end
+
+--- A descriptor and who waits for it: one task to read, one to write.
+local Object = {}
+Object.__index = Object
+
+local function new_object(fd)
+  return setmetatable({ fd = fd, r = { waiting = false }, w = { waiting = false } }, Object)
+end
+
+-- Both are asked before each select. `dirty` speaks for reading only.
+function Object:getfd() return due(self.w) and writable:getfd() or self.fd end
+
+function Object:dirty() return due(self.r) end
+
+-- Copas tries first, then waits until the object is ready, and tries again.
+local function try(side)
+  if side.asked then return true end
+  side.asked = true
+  return nil, "timeout"
+end
+
+function Object:receive() return try(self.r) end
+
+function Object:send()
+  local done, err = try(self.w)
+  return done, err, 0
+end
+
+function Object:settimeout() end -- luacheck: ignore 212
+function Object:close() end      -- luacheck: ignore 212
+
+--- Waits for one side of an object. False: it was woken, or the deadline has come.
+local function select_for(object, events, deadline)
+  local side = object[events]
+  side.deadline, side.asked, side.woken, side.waiting = deadline, false, false, true
+  if events == "w" then send(object, "") else receive(object, 1) end
+  side.waiting = false
+  return not side.woken and not (deadline and now() >= deadline)
+end
+
+-- ---- Copas 1 ----------------------------------------------------------------------------------------------------------------
+
+local alarm, alarm_at, never
+local OFF = 1e9
+
+local function new_alarm()
+  local made, text = net.alarm()
+  if not made then error("this system needs Copas 2 or later, which has a clock: " .. text, 0) end
+  return made
+end
+
+-- The alarm's thread: whoever still waits arms it anew, before the next select.
+local function watch_alarm()
+  local object = new_object(alarm:fd())
+  while true do
+    select_for(object, "r")
+    alarm_at = nil
+    alarm:set(OFF)
+  end
+end
+
+function arm(deadline)
+  if alarm_at and alarm_at <= deadline then return end
+  alarm_at = deadline
+  alarm:set(deadline - now())
+end
+
+local function pause_without_clock(task, seconds, watch, events)
+  if not alarm then
+    alarm, never = new_alarm(), new_alarm()
+    copas.addthread(watch_alarm)
+  end
+  local object = watch and watch.object
+  if not object then
+    object = new_object(watch and watch.fd or never:fd())
+    if watch then watch.object = object end
+  end
+  task.side = object[events or "r"]
+  local ready = select_for(object, events or "r", seconds and now() + seconds)
+  task.side = nil
+  return ready and watch ~= nil
+end
+
+-- ---- Copas 2 and later ------------------------------------------------------------------------------------------------------
+
+--- A thread that wakes a waiting side in time; woken itself, it ends before.
+local function limit(side, seconds)
+  local limiter = {}
+  side.limiter = limiter
+  limiter.thread = copas.addthread(function()
+    if side.limiter == limiter then pause(seconds) end
+    if side.limiter == limiter then side.woken = true end
+  end)
+  return limiter
+end
+
+local function pause_with_clock(task, seconds, watch, events)
+  if not watch then
+    if seconds then pause(seconds) else pause_forever() end
+    return false
+  end
+  local object = watch.object or new_object(watch.fd)
+  watch.object = object
+  local side = object[events]
+  local limiter = seconds and limit(side, seconds)
+  task.side = side
+  local ready = select_for(object, events)
+  task.side = nil
+  if limiter then
+    side.limiter = nil
+    wakeup(limiter.thread)
+  end
+  return ready
+end
+
+-- ---- The host ---------------------------------------------------------------------------------------------------------------
+
+host.pause = has_clock and pause_with_clock or pause_without_clock
+
+function host.wake(task)
+  if task.side then
+    task.side.woken = true
+  elseif has_clock and task.co then
+    wakeup(task.co)
+  end
+end
+
+function host.start(fn, ...)
+  local arguments, n = { ... }, select("#", ...)
+  local unpack = table.unpack or unpack -- luacheck: ignore 143 113
+  copas.addthread(function()
+    if not has_clock then pause_without_clock({}, 0) end -- Copas 1 runs it at once
+    fn(unpack(arguments, 1, n))
+  end)
+end
+
+---@class moonrabbit.runtime.copas
+local M = hosted.runtime(host)
+
+return M

@@ -1,0 +1,190 @@
+--- The runtime for luv (libuv): tasks are coroutines that callbacks of uv.run resume.
+--
+-- Any coroutine may wait, the user's own too. Nothing that goes wrong in one of them is thrown from a
+-- callback: it is reported through `on_error`. Handles are active only while something is waited for,
+-- so that uv.run returns when nothing is open; those of a connection are closed with it.
+-- Names are looked up by uv.getaddrinfo.
+
+local found, uv = pcall(require, "luv")
+if not found then
+  error("the runtime 'luv' needs the module luv (luarocks install luv; Debian: lua-luv): "
+    .. (tostring(uv):match "[^\n]+"), 0)
+end
+local net = require "moonrabbit.net"
+local hosted = require "moonrabbit.runtime.shared.hosted"
+
+local now, ceil = net.now, math.ceil
+local unpack = table.unpack or unpack -- luacheck: ignore 143 113
+local create, resume, yield, status = coroutine.create, coroutine.resume, coroutine.yield, coroutine.status
+
+--- Rounds of tasks before descriptors get their turn, while tasks keep one another busy.
+local ROUNDS, ROUNDS_TIME = 8, 0.001
+
+local host = {
+  name = "luv",
+  outside = "it must be made in a coroutine, and uv.run must be running: "
+    .. "start one with moonrabbit.on \"luv\".spawn, in callbacks too",
+  home = function() return true end,
+}
+
+---@class moonrabbit.runtime.luv
+local M
+
+-- ---- Coroutines that can run: an idle handle, active while there are any, runs them -----------------------------------------
+
+local idle
+local queue, queued = {}, 0
+local spare = {}
+
+local function step(co, task)
+  local ok, err = resume(co)
+  if not ok then M.failed(debug.traceback(co, type(err) == "string" and err or tostring(err)), task) end
+end
+
+local function round()
+  local batch, n = queue, queued
+  queue, queued, spare = spare, 0, batch
+  for i = 1, n do
+    local task = batch[i]
+    batch[i] = nil
+    local co = task.woken
+    task.woken = nil
+    if co and status(co) == "suspended" then step(co, task) end
+  end
+end
+
+local function run_queue()
+  local started, rounds = now(), 0
+  repeat
+    round()
+    rounds = rounds + 1
+  until queued == 0 or rounds == ROUNDS or now() - started > ROUNDS_TIME
+  if queued == 0 then idle:stop() end
+end
+
+local function enqueue(task, co)
+  if task.woken then return end
+  task.woken = co
+  if queued == 0 then
+    idle = idle or uv.new_idle()
+    if not idle:is_active() then idle:start(run_queue) end
+  end
+  queued = queued + 1
+  queue[queued] = task
+end
+
+function host.start(fn, task, ...)
+  local arguments, n = { ... }, select("#", ...)
+  enqueue(task, create(function() return fn(task, unpack(arguments, 1, n)) end))
+end
+
+-- ---- Pauses -----------------------------------------------------------------------------------------------------------------
+
+local function timer_of(task)
+  local timer = task.timer
+  if not timer then
+    timer = uv.new_timer()
+    task.timer = timer
+    task.expired = function()
+      if task.co and task.parked then enqueue(task, task.co) end
+    end
+  end
+  return timer
+end
+
+function host.pause(task, seconds)
+  if seconds == 0 then
+    enqueue(task, task.co)
+  elseif seconds then
+    uv.update_time()
+    timer_of(task):start(ceil(seconds * 1000), 0, task.expired)
+  end
+  yield()
+  if seconds and seconds > 0 then task.timer:stop() end
+  return false
+end
+
+function host.wake(task) enqueue(task, task.co) end
+
+function host.ended(task)
+  local timer = task.timer
+  if timer and not timer:is_closing() then timer:close() end
+  task.timer = nil
+end
+
+-- ---- Descriptors ------------------------------------------------------------------------------------------------------------
+
+local polls = {} -- fd -> handle
+
+function host.set(fd, events)
+  local poll = polls[fd]
+  if events == "" then
+    if poll then
+      polls[fd] = nil
+      poll:close()
+    end
+    return true
+  end
+  if not poll then
+    local text
+    poll, text = uv.new_poll(fd)
+    if not poll then return nil, text end
+    polls[fd] = poll
+  end
+  poll:start(events, function(err, ready)
+    -- An error is found out by whoever reads or writes.
+    M.notify(fd, err ~= nil or ready:find("r", 1, true) ~= nil, err ~= nil or ready:find("w", 1, true) ~= nil)
+  end)
+  return true
+end
+
+-- ---- Names ------------------------------------------------------------------------------------------------------------------
+
+local function literal(host_name)
+  return host_name == "localhost" or host_name:find(":", 1, true) or not host_name:find "[^%d.]"
+end
+
+-- libuv's answers, as addresses of ours.
+local function addresses_of(answers, port)
+  local list = {}
+  for _, answer in ipairs(answers) do
+    local resolver = net.resolve(answer.addr, port)
+    local addresses = resolver and resolver:result()
+    if addresses then list[#list + 1] = addresses[1] end
+  end
+  if #list == 0 then return nil, "dns", "the name has no address", true end
+  return list
+end
+
+-- What a task waits for that has asked: `park` gives up on it, and a late answer meets nobody.
+local Question = {}
+Question.__index = Question
+function Question:forget() self.given_up = true end
+
+--- See shared/open.lua.
+function host.look_up(loop)
+  return function(name, port, deadline)
+    if literal(name) then
+      local resolver, text = net.resolve(name, port)
+      if not resolver then return nil, "dns", text, false end
+      return resolver:result()
+    end
+    local task, question = loop.enter(), setmetatable({}, Question)
+    local request, text = uv.getaddrinfo(name, nil, { socktype = "stream" }, function(err, answers)
+      question.err, question.answers = err, answers
+      if not question.given_up then loop.ready(task, true) end
+    end)
+    if not request then return nil, "dns", text, true end
+    task.on = question
+    local answered, given_up = loop.park(task, deadline, true)
+    if not answered then request:cancel() end
+    if given_up then error(loop.cancelled, 0) end
+    if not answered then return nil, "timeout", "no answer of the resolver in time", true end
+    if question.err then return nil, "dns", question.err, true end
+    return addresses_of(question.answers, port)
+  end
+end
+
+M = hosted.runtime(host)
+
+return M

@@ -1,0 +1,55 @@
+-- Every runtime does what spec/support/conformance.lua says, each in a process of its own.
+local conformance = require "support.conformance"
+local loops = require "support.loops"
+local process = require "support.process"
+
+local RUNTIMES = { "native", "cqueues", "copas", "luv" }
+
+local function results_of(text)
+  local results = {}
+  for line in text:gmatch "[^\n]+" do
+    local name, result = line:match "^(.-)\t(.*)$"
+    if name then results[name] = result end
+  end
+  return results
+end
+
+describe("the contract of runtimes #smoke", function()
+  local path, running, results = package.path, {}, {}
+
+  setup(function()
+    for _, runtime in ipairs(RUNTIMES) do
+      if loops.has(runtime) then
+        running[runtime] = process.start({ "spec/support/conform.lua", runtime }, { timeout = 120 })
+      end
+    end
+  end)
+
+  teardown(function()
+    for _, one in pairs(running) do one:stop() end
+    package.path = path
+  end)
+
+  for _, runtime in ipairs(RUNTIMES) do
+    describe(runtime, function()
+      if not loops.has(runtime) then
+        pending(runtime .. " is not installed", function() end)
+        return
+      end
+
+      it("ends by itself, with nothing on stderr", function()
+        local one = running[runtime]
+        assert.equal(0, one:wait(120), one:err() .. one:out())
+        assert.equal("", one:err())
+        results[runtime] = results_of(one:out())
+      end)
+
+      for _, case in ipairs(conformance.cases) do
+        it(case.name, function()
+          local result = results[runtime] and results[runtime][case.name] or "it was not run"
+          if result:find "^skipped" then pending(result) else assert.equal("ok", result) end
+        end)
+      end
+    end)
+  end
+end)

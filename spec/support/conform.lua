@@ -1,0 +1,24 @@
+-- Runs the conformance cases on a runtime, in this process, and prints a line for each:
+--   lua spec/support/conform.lua RUNTIME
+local loops = require "support.loops"
+local conformance = require "support.conformance"
+local moonrabbit = require "moonrabbit"
+
+local name = arg[1]
+io.stdout:setvbuf "line"
+
+loops.run(name, function(runtime)
+  local t = {
+    rt = runtime, moonrabbit = moonrabbit.on(name), url = os.getenv "AMQP_URL", listen = true, errors = {},
+  }
+  if os.getenv "AMQPS_URL" then
+    local uri = assert(moonrabbit.uri.parse(os.getenv "AMQPS_URL"))
+    t.tls = { host = uri.host, port = uri.port, ca = os.getenv "MOONRABBIT_TLS_DIR" .. "/ca.pem" }
+  end
+  runtime.on_error = function(text) t.errors[#t.errors + 1] = text end
+  local began = runtime.now()
+  conformance.run(t, function(case, result)
+    if os.getenv "TIMES" then io.write(("%.2f "):format(runtime.now() - began)) end
+    print(case .. "\t" .. result:gsub("%c", " | "))
+  end)
+end)

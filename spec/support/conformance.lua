@@ -1,0 +1,592 @@
+--- What every runtime must do: a list of cases, `{ name, fn, needs = {...} }`. Each `fn(t)` runs in a task
+--- of the runtime and throws when something is wrong. Plain Lua, so that nginx can run it too.
+--
+-- `t` is what the harness gives:
+--
+-- * `rt`: the runtime (docs/internals.md)
+-- * `moonrabbit`: connect, spawn, sleep, pcall for it
+-- * `url`: of a broker                                          needs "broker"
+-- * `tls`: { host, port, ca } of a broker                       needs "tls"
+-- * `listen`: true where rt.listen is there                     needs "listen"
+-- * `errors`: the texts that rt.on_error was given; a case empties it
+--
+-- `conformance.run(t, wanted)` runs them one after another and returns { { name, "ok"|"skipped"|text } … }.
+
+local conformance = {}
+
+local cases = {}
+
+local function case(name, needs, fn)
+  cases[#cases + 1] = { name = name, needs = needs, fn = fn }
+end
+
+local function eventually(t, what, fn, seconds)
+  local deadline = t.rt.now() + (seconds or 20)
+  while not fn() do
+    if t.rt.now() > deadline then error("it never happens: " .. what, 2) end
+    t.rt.sleep(0.005)
+  end
+end
+
+local function equal(expected, found, what)
+  if expected ~= found then
+    error(("%s: expected %s, found %s"):format(what or "value", tostring(expected), tostring(found)), 2)
+  end
+end
+
+local function has(text, part)
+  if not tostring(text):find(part, 1, true) then error(("'%s' lacks '%s'"):format(tostring(text), part), 2) end
+end
+
+-- ---- Tasks ----------------------------------------------------------------------------------------------------------
+
+case("tasks start at the next turn, with their arguments", {}, function(t)
+  local seen = {}
+  t.rt.spawn(function(...) seen[#seen + 1] = select("#", ...) .. tostring((...)) end, "a", nil, nil)
+  seen[#seen + 1] = "spawned"
+  eventually(t, "it ran", function() return #seen == 2 end)
+  equal("spawned 3a", table.concat(seen, " "))
+end)
+
+case("tasks know themselves", {}, function(t)
+  local me, other, known = t.rt.current(), nil, 0
+  assert(me, "there is no current task")
+  other = t.rt.spawn(function()
+    if t.rt.current() == other then known = known + 1 end
+    t.rt.sleep(0.001)
+    if t.rt.current() == other then known = known + 1 end
+  end)
+  eventually(t, "it ran", function() return known == 2 end)
+  equal(me, t.rt.current(), "the current task")
+  assert(me ~= other)
+end)
+
+case("errors in tasks are reported with a traceback, and the others go on", {}, function(t)
+  local done = false
+  t.rt.spawn(function() error "first failure" end)
+  t.rt.spawn(function()
+    t.rt.sleep(0.001)
+    error(setmetatable({}, { __tostring = function() return "an object" end }))
+  end)
+  t.rt.spawn(function()
+    t.rt.sleep(0.01)
+    done = true
+  end)
+  eventually(t, "both are reported", function() return done and #t.errors == 2 end)
+  has(t.errors[1], "first failure")
+  has(t.errors[1], "conformance.lua")
+  has(t.errors[1], "stack traceback")
+  has(t.errors[2], "an object")
+  t.errors[1], t.errors[2] = nil, nil
+end)
+
+case("10,000 tasks sleep and wait side by side", {}, function(t)
+  local rt, many = t.rt, t.many or 10000
+  local condition, woken, slept = rt.condition(), 0, 0
+  for i = 1, many do
+    rt.spawn(function()
+      if i % 2 == 0 then
+        if condition:wait(60) then woken = woken + 1 end
+      else
+        rt.sleep(0.05)
+        slept = slept + 1
+      end
+    end)
+  end
+  eventually(t, "half of them slept", function() return slept == many / 2 end, 60)
+  condition:broadcast()
+  eventually(t, "the others were woken", function() return woken == many / 2 end, 60)
+end)
+
+case("spawn wants a function, sleep a number", {}, function(t)
+  assert(not pcall(t.rt.spawn, nil), "spawn(nil)")
+  assert(not t.moonrabbit.pcall(t.rt.sleep, "x"), "sleep 'x'")
+end)
+
+case("a protected call may wait", {}, function(t)
+  local ok, err = t.moonrabbit.pcall(function()
+    t.rt.sleep(0.001)
+    error("boom", 0)
+  end)
+  equal(false, ok)
+  equal("boom", err)
+end)
+
+-- ---- Time -----------------------------------------------------------------------------------------------------------
+
+case("sleepers wake in the order of their times, none too early", {}, function(t)
+  local rt, order, early = t.rt, {}, 0
+  for _, seconds in ipairs { 0.12, 0.04, 0.08 } do
+    rt.spawn(function()
+      local began = rt.now()
+      rt.sleep(seconds)
+      if rt.now() - began < seconds - 0.002 then early = early + 1 end
+      order[#order + 1] = seconds
+    end)
+  end
+  eventually(t, "all woke", function() return #order == 3 end)
+  equal("0.04 0.08 0.12", table.concat(order, " "))
+  equal(0, early, "too early")
+end)
+
+case("sleep(0) lets the others run", {}, function(t)
+  local turns = 0
+  t.rt.spawn(function() turns = turns + 1 end)
+  for _ = 1, 1000 do
+    if turns == 1 then break end
+    t.rt.sleep(0)
+  end
+  equal(1, turns)
+end)
+
+-- ---- Conditions -----------------------------------------------------------------------------------------------------
+
+case("a signal wakes the one that waited longest, a broadcast all", {}, function(t)
+  local rt, condition, woken = t.rt, t.rt.condition(), {}
+  for i = 1, 4 do
+    rt.spawn(function()
+      assert(condition:wait(20))
+      woken[#woken + 1] = i
+    end)
+    rt.sleep(0.002)
+  end
+  rt.sleep(0.01)
+  condition:signal()
+  eventually(t, "the first woke", function() return #woken == 1 end)
+  rt.sleep(0.01)
+  equal(1, #woken)
+  condition:broadcast()
+  eventually(t, "all woke", function() return #woken == 4 end)
+  equal(1, woken[1])
+end)
+
+case("a wait ends at its timeout, and tells so", {}, function(t)
+  local condition, began = t.rt.condition(), t.rt.now()
+  equal(false, condition:wait(0.03))
+  assert(t.rt.now() - began >= 0.028, "too early")
+  equal(false, condition:wait(0))
+end)
+
+case("a signal that nobody waits for is not kept", {}, function(t)
+  local condition = t.rt.condition()
+  condition:signal()
+  condition:broadcast()
+  equal(false, condition:wait(0.02))
+end)
+
+case("a waiter whose time is over takes no signal from the next", {}, function(t)
+  local rt, condition, woken = t.rt, t.rt.condition(), 0
+  equal(false, condition:wait(0.01))
+  rt.spawn(function() if condition:wait(20) then woken = woken + 1 end end)
+  rt.sleep(0.01)
+  condition:signal()
+  eventually(t, "it woke", function() return woken == 1 end)
+end)
+
+-- ---- Cancelling -----------------------------------------------------------------------------------------------------
+
+case("a cancelled task ends in its wait, quietly", {}, function(t)
+  local rt, condition, reached, ended = t.rt, t.rt.condition(), 0, 0
+  local function wait_in(fn)
+    return rt.spawn(function()
+      local ok, err = t.moonrabbit.pcall(fn)
+      if ok then reached = reached + 1 end
+      if not ok and err == rt.cancelled then ended = ended + 1 end
+      error(err, 0)
+    end)
+  end
+  local tasks = { wait_in(function() condition:wait() end) }
+  if not t.sleep_is_deaf then tasks[2] = wait_in(function() rt.sleep(60) end) end
+  rt.sleep(0.01)
+  for _, task in ipairs(tasks) do rt.cancel(task) end
+  eventually(t, "they ended", function() return ended == #tasks end)
+  equal(0, reached)
+  local other = false
+  rt.spawn(function() other = condition:wait(20) end)
+  rt.sleep(0.01)
+  condition:signal()
+  eventually(t, "the signal went to the next", function() return other end)
+end)
+
+case("a task cancelled while it connects leaves nothing", { "listen" }, function(t)
+  local rt, ended = t.rt, false
+  local server = assert(rt.listen("127.0.0.1", 0))
+  local task = rt.spawn(function()
+    local _, err = t.moonrabbit.pcall(rt.open, { host = "127.0.0.1", port = server:port() }, { verify = false }, 20)
+    ended = err == rt.cancelled
+  end)
+  local peer = assert(server:accept())
+  rt.cancel(task)
+  eventually(t, "it ended", function() return ended end)
+  while peer:read() do end -- the hello, then the end
+  peer:close()
+  server:close()
+end)
+
+-- ---- Opening --------------------------------------------------------------------------------------------------------
+
+case("a port that nobody listens on refuses", {}, function(t)
+  local port = 1
+  if t.listen then
+    local server = assert(t.rt.listen("127.0.0.1", 0))
+    port = server:port()
+    server:close()
+  end
+  local transport, kind, text, temporary = t.rt.open({ host = "127.0.0.1", port = port }, nil, 5)
+  equal(nil, transport)
+  equal("refused", kind)
+  equal(true, temporary)
+  assert(#text > 0)
+end)
+
+case("a name that is none is not found", {}, function(t)
+  local transport, kind, text = t.rt.open({ host = "no-such-host.invalid", port = 5672 }, nil, 20)
+  equal(nil, transport)
+  equal("dns", kind, text)
+end)
+
+case("a peer that says nothing to a TLS handshake is given up in time", { "listen" }, function(t)
+  local server = assert(t.rt.listen("127.0.0.1", 0))
+  local transport, kind, text, temporary = t.rt.open({ host = "127.0.0.1", port = server:port() }, {}, 0.1)
+  equal(nil, transport)
+  equal("timeout", kind)
+  equal(true, temporary)
+  has(text, "TLS handshake")
+  server:close()
+end)
+
+local function echo(t, server, endpoint)
+  local rt = t.rt
+  rt.spawn(function()
+    local peer = assert(server:accept())
+    while true do
+      local bytes = peer:read()
+      if not bytes or not peer:write(bytes) then break end
+    end
+    peer:close()
+  end)
+  local transport = assert(rt.open(endpoint, nil, 5))
+  assert(transport:write "hello")
+  equal("hello", transport:read(100, 5))
+  transport:close()
+  server:close()
+end
+
+case("unix sockets", { "listen" }, function(t)
+  local path = os.tmpname()
+  os.remove(path)
+  echo(t, assert(t.rt.listen(path)), { path = path })
+  os.remove(path)
+end)
+
+case("IPv6, and localhost", { "listen" }, function(t)
+  local server = t.rt.listen("::1", 0)
+  if server then echo(t, server, { host = "::1", port = server:port() }) end
+  server = assert(t.rt.listen("127.0.0.1", 0))
+  echo(t, server, { host = "localhost", port = server:port() })
+end)
+
+-- ---- Transports -----------------------------------------------------------------------------------------------------
+
+local function pair(t)
+  local server = assert(t.rt.listen("127.0.0.1", 0))
+  local near
+  t.rt.spawn(function() near = assert(t.rt.open({ host = "127.0.0.1", port = server:port() }, nil, 5)) end)
+  local far = assert(server:accept())
+  eventually(t, "connected", function() return near end)
+  server:close()
+  return near, far
+end
+
+case("eight megabytes go there and back", { "listen" }, function(t)
+  local near, far = pair(t)
+  t.rt.spawn(function()
+    while true do
+      local bytes = far:read(65536)
+      if not bytes or not far:write(bytes) then break end
+    end
+    far:close()
+  end)
+  local chunk = ("0123456789abcdef"):rep(65536)
+  t.rt.spawn(function() for _ = 1, 8 do assert(near:write(chunk)) end end)
+  local parts, n = {}, 0
+  while n < 8 * #chunk do
+    local bytes = assert(near:read(65536, 20))
+    parts[#parts + 1], n = bytes, n + #bytes
+  end
+  equal(true, table.concat(parts) == chunk:rep(8), "the same bytes")
+  near:close()
+end)
+
+case("a read ends at its timeout, and the next one reads", { "listen" }, function(t)
+  local near, far = pair(t)
+  local bytes, kind = near:read(10, 0.02)
+  equal(nil, bytes)
+  equal("timeout", kind)
+  assert(far:write "late")
+  equal("late", near:read(10, 5))
+  far:close()
+  bytes, kind = near:read(10, 5)
+  equal(nil, bytes)
+  equal("closed", kind)
+  near:close()
+end)
+
+case("a peer that does not read holds the writer back, not the others", { "listen" }, function(t)
+  local near, far = pair(t)
+  local ok, kind = near:write(("x"):rep(32 * 1024 * 1024), 0.1)
+  equal(nil, ok)
+  equal("timeout", kind)
+  near:close()
+  far:close()
+end)
+
+case("closing wakes who waits to read and who waits to write", { "listen" }, function(t)
+  local near, far = pair(t)
+  local ends = {}
+  t.rt.spawn(function() ends.read = select(2, near:read()) end)
+  t.rt.spawn(function() ends.write = select(2, near:write(("x"):rep(32 * 1024 * 1024))) end)
+  t.rt.sleep(0.05)
+  near:close()
+  near:close()
+  eventually(t, "both ended", function() return ends.read and ends.write end)
+  equal("closed", ends.read)
+  equal("closed", ends.write)
+  equal("closed", select(2, near:read()))
+  far:close()
+end)
+
+case("closing a server wakes who accepts", { "listen" }, function(t)
+  local server, kind = assert(t.rt.listen("127.0.0.1", 0)), nil
+  t.rt.spawn(function() kind = select(2, server:accept()) end)
+  t.rt.sleep(0.01)
+  server:close()
+  eventually(t, "it ended", function() return kind end)
+  equal("closed", kind)
+end)
+
+-- ---- TLS ------------------------------------------------------------------------------------------------------------
+
+case("TLS: a certificate of the authority for this name is taken", { "tls" }, function(t)
+  local transport = assert(t.rt.open({ host = t.tls.host, port = t.tls.port }, { ca = t.tls.ca }, 10))
+  has(transport:tls_info(), "TLSv1")
+  transport:close()
+end)
+
+case("TLS: another name is not", { "tls" }, function(t)
+  local transport, kind, text, temporary = t.rt.open({ host = t.tls.host, port = t.tls.port },
+    { ca = t.tls.ca, server_name = "another.example" }, 10)
+  equal(nil, transport)
+  equal("tls", kind, text)
+  equal(false, temporary)
+end)
+
+case("TLS: an unknown authority is not", { "tls" }, function(t)
+  local transport, kind, text = t.rt.open({ host = t.tls.host, port = t.tls.port }, {}, 10)
+  equal(nil, transport)
+  equal("tls", kind, text)
+end)
+
+-- ---- With a broker --------------------------------------------------------------------------------------------------
+
+local function options(t, more)
+  local all = { uri = t.url, timeout = 20 }
+  -- What is lost stays lost here.
+  if require("moonrabbit.connection").options.reconnect then all.reconnect = false end
+  for key, value in pairs(more or {}) do all[key] = value end
+  return all
+end
+
+local function with_queue(t, more)
+  local conn = assert(t.moonrabbit.connect(options(t, more)))
+  local ch = assert(conn:channel { confirm = true })
+  return conn, ch, assert(ch:queue_declare("", { exclusive = true })).queue
+end
+
+case("confirmed publishes are consumed and acked", { "broker" }, function(t)
+  local conn, ch, queue = with_queue(t)
+  for i = 1, 300 do assert(ch:publish_async("m" .. i, { routing_key = queue })) end
+  assert(ch:wait_for_confirms(20))
+  local consumer = assert(ch:consume(queue))
+  for i = 1, 300 do
+    local message = assert(consumer:receive(20))
+    equal("m" .. i, message.body)
+    assert(message:ack())
+  end
+  assert(consumer:cancel())
+  equal(0, assert(ch:queue_declare(queue, { passive = true })).message_count)
+  local _, err = ch:publish("x", { routing_key = "no-such-queue" })
+  equal("unroutable", err and err.kind)
+  assert(conn:close(10))
+end)
+
+case("handlers wait, and the heartbeats are kept", { "broker" }, function(t)
+  local conn, ch, queue = with_queue(t, { heartbeat = 1 })
+  local handled = 0
+  assert(conn:consume(queue, { concurrency = 10 }, function(message)
+    t.moonrabbit.sleep(3.2)
+    message:ack()
+    handled = handled + 1
+  end))
+  for i = 1, 10 do assert(ch:publish("m" .. i, { routing_key = queue })) end
+  eventually(t, "all are handled", function() return handled == 10 end)
+  equal("open", conn:state())
+  assert(conn:close(10))
+end)
+
+case("a handler that throws is reported, and the next one runs", { "broker" }, function(t)
+  local conn, ch, queue = with_queue(t)
+  local reported, handled
+  conn:on("error", function(text) reported = text end)
+  assert(conn:consume(queue, { concurrency = 1, error_delay = 0 }, function(message)
+    if message.body == "bad" and not message.redelivered then
+      t.moonrabbit.sleep(0.001)
+      error "the handler failed"
+    end
+    message:ack()
+    handled = message.body
+  end))
+  assert(ch:publish("bad", { routing_key = queue }))
+  eventually(t, "it came again", function() return handled end)
+  has(reported, "the handler failed")
+  assert(conn:close(10))
+end)
+
+case("many tasks publish on one channel, and each has its own answer", { "broker" }, function(t)
+  local conn, ch, queue = with_queue(t)
+  local good, bad = 0, 0
+  for i = 1, 200 do
+    t.moonrabbit.spawn(function()
+      local ok, err = ch:publish("m", { routing_key = i % 4 == 0 and "no-such-queue" or queue })
+      if ok then good = good + 1 elseif err.kind == "unroutable" then bad = bad + 1 end
+    end)
+  end
+  eventually(t, "all are answered", function() return good + bad == 200 end)
+  equal(150, good)
+  assert(conn:close(10))
+end)
+
+case("a body of four megabytes is the same when it comes back", { "broker" }, function(t)
+  local conn, ch, queue = with_queue(t)
+  local body = ("0123456789abcdef"):rep(262144)
+  assert(ch:publish(body, { routing_key = queue }))
+  equal(true, assert(ch:get(queue)).body == body, "the same body")
+  assert(conn:close(10))
+end)
+
+case("a close sends what was published before", { "broker" }, function(t)
+  local conn, ch, queue = with_queue(t)
+  local name = "conformance-" .. queue
+  assert(ch:queue_declare(name, { arguments = { ["x-expires"] = 60000 } }))
+  for i = 1, 1000 do assert(ch:publish_async("m" .. i, { routing_key = name })) end
+  assert(conn:close(10))
+  equal("closed", conn:state())
+  conn, ch = with_queue(t)
+  eventually(t, "all 1,000 came", function()
+    return assert(ch:queue_declare(name, { passive = true })).message_count == 1000
+  end)
+  assert(ch:queue_delete(name))
+  assert(conn:close(10))
+end)
+
+case("a connection that the broker closes ends what waits; another one works", { "broker" }, function(t)
+  local conn, ch, queue = with_queue(t)
+  local consumer = assert(ch:consume(queue))
+  local ended
+  t.moonrabbit.spawn(function() ended = select(2, consumer:receive(20)) end)
+  t.rt.sleep(0.01)
+  local _, err = ch:flow(false) -- not implemented: 540
+  equal(540, err and err.code)
+  eventually(t, "the consumer ended", function() return ended end)
+  equal(540, ended.code)
+  equal("closed", conn:state())
+  conn = with_queue(t)
+  assert(conn:close(10))
+end)
+
+case("the errors of connecting have their kinds", { "broker" }, function(t)
+  local function kind(uri, more)
+    local conn, err = t.moonrabbit.connect(options(t, { uri = uri, connect_timeout = more }))
+    assert(not conn, "connected")
+    return err.kind
+  end
+  equal("auth", kind((t.url:gsub("://[^@]*@", "://guest:wrong@"))))
+  equal("vhost", kind((t.url:gsub("/[^/]*$", "/no-such-vhost"))))
+end)
+
+case("a peer that says nothing to AMQP is given up in time", { "listen" }, function(t)
+  local server = assert(t.rt.listen("127.0.0.1", 0))
+  local conn, err = t.moonrabbit.connect(options(t, {
+    uri = ("amqp://127.0.0.1:%d/"):format(server:port()), connect_timeout = 0.1,
+  }))
+  equal(nil, conn)
+  equal("timeout", err.kind)
+  server:close()
+end)
+
+case("a line that is cut ends the connection", { "broker", "listen" }, function(t)
+  local rt = t.rt
+  local uri = assert(require("moonrabbit.uri").parse(t.url))
+  local server, lines = assert(rt.listen("127.0.0.1", 0)), {}
+  local function copy(from, to)
+    while true do
+      local bytes = from:read(65536)
+      if not bytes or not to:write(bytes) then break end
+    end
+    from:close()
+    to:close()
+  end
+  rt.spawn(function()
+    local client = assert(server:accept())
+    local upstream = assert(rt.open({ host = uri.host, port = uri.port }, nil, 5))
+    lines[1] = client
+    rt.spawn(copy, client, upstream)
+    rt.spawn(copy, upstream, client)
+  end)
+  local conn, ch, queue = with_queue(t, { uri = (t.url:gsub("@[^/]*", "@127.0.0.1:" .. server:port())) })
+  assert(ch:publish("x", { routing_key = queue }))
+  lines[1]:close()
+  eventually(t, "it is closed", function() return conn:state() == "closed" end)
+  local ok, err = ch:publish("x", { routing_key = queue })
+  equal(nil, ok)
+  equal("closed", err.kind)
+  equal(true, err.temporary)
+  server:close()
+end)
+
+conformance.cases = cases
+
+-- ---- Running them ---------------------------------------------------------------------------------------------------
+
+local function missing(t, one)
+  for _, need in ipairs(one.needs) do
+    if need == "broker" and not t.url or need ~= "broker" and not t[need] then return need end
+  end
+end
+
+--- Runs the cases, in a task of the runtime.
+---@param t table see above
+---@param report fun(name: string, result: string)? called after each
+---@return table results { name, "ok" | "skipped: …" | what went wrong } each
+function conformance.run(t, report)
+  local results = {}
+  for i, one in ipairs(cases) do
+    local lacking, result = missing(t, one), "ok"
+    if lacking then
+      result = "skipped: no " .. lacking
+    else
+      local ok, err = t.moonrabbit.pcall(one.fn, t)
+      if not ok then
+        result = tostring(err)
+      elseif #t.errors > 0 then
+        result = "an error in a task: " .. t.errors[1]
+      end
+      for j = #t.errors, 1, -1 do t.errors[j] = nil end
+    end
+    results[i] = { one.name, result }
+    if report then report(one.name, result) end
+  end
+  return results
+end
+
+return conformance
