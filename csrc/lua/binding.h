@@ -257,6 +257,7 @@ int mrl_open_channel(lua_State *L);   /* Engine:open_channel, in channel.c */
 int mrl_new_route(lua_State *L);      /* core.route */
 int mrl_publish(lua_State *L);        /* Channel:publish */
 int mrl_publish_route(lua_State *L);  /* Channel:publish_route */
+int mrl_hold(lua_State *L);           /* Channel:hold */
 int mrl_pack(lua_State *L);           /* core.pack */
 int mrl_set_headers(lua_State *L);    /* core.set_headers */
 int mrl_publish_packed(lua_State *L); /* Channel:publish_packed */

@@ -26,10 +26,8 @@ static void grow_pending(lua_State *L, mrl_channel *channel, int anchor) {
   channel->pending_capacity = capacity;
 }
 
-/* Pushes the channel's anchor and a confirmation for its next publish, or nothing when it has no
- * confirms. The channel is at index 1. */
-static mrl_confirmation *push_confirmation(lua_State *L, mrl_channel *channel) {
-  if (!channel->handle || !mr_channel_is_confirm(channel->handle)) return NULL;
+/* Pushes the anchor of the channel at index 1 and a new confirmation. */
+static mrl_confirmation *new_confirmation(lua_State *L, mrl_channel *channel) {
   mr_get_uservalue(L, 1);
   mrl_confirmation *c = mr_new_userdata(L, sizeof *c);
   *c = (mrl_confirmation){.tag = MR_IS_CONFIRMATION, .outcome = MR_PENDING, .channel = channel};
@@ -38,6 +36,24 @@ static mrl_confirmation *push_confirmation(lua_State *L, mrl_channel *channel) {
   lua_pushvalue(L, lua_upvalueindex(MR_UP_CONFIRMATION));
   lua_setmetatable(L, -2);
   return c;
+}
+
+/* Pushes the channel's anchor and a confirmation for its next publish, or nothing when it has no
+ * confirms. The channel is at index 1. */
+static mrl_confirmation *push_confirmation(lua_State *L, mrl_channel *channel) {
+  if (!channel->handle || !mr_channel_is_confirm(channel->handle)) return NULL;
+  return new_confirmation(L, channel);
+}
+
+/* Channel:hold(number): the held confirmation of what is yet to be published. */
+int mrl_hold(lua_State *L) {
+  mrl_channel *channel = mrl_check_channel(L, 1);
+  uint64_t number = mrl_check_uint(L, 2, INT64_MAX);
+  mrl_confirmation *c = new_confirmation(L, channel);
+  c->outcome = MR_LOST;
+  c->held = true;
+  c->number = number;
+  return 1;
 }
 
 /* The same for a publisher that may publish again: `i` is the index of its own number (or nil), and

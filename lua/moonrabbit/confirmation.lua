@@ -9,6 +9,12 @@ local options = require "moonrabbit.options"
 
 local core_acked, core_outcome, core_owner = core.acked, core.outcome, core.owner
 
+-- Who knows about it: the channel, or the publisher that may have sent it on several.
+local function keeper(confirmation)
+  local owner = core_owner(confirmation)
+  return owner._publisher or owner
+end
+
 ---@class moonrabbit.Confirmation
 local methods = core.confirmation_methods
 
@@ -19,7 +25,7 @@ local methods = core.confirmation_methods
 function methods:wait(timeout)
   if core_acked(self) then return true end
   if timeout ~= nil then options.argument("Confirmation:wait", "timeout", timeout, options.seconds) end
-  return core_owner(self):_wait(self, timeout, false)
+  return keeper(self):_wait(self, timeout, false)
 end
 
 --- How it ended, in a word.
@@ -28,11 +34,11 @@ function methods:outcome()
   return (core_outcome(self))
 end
 
---- Its number on the channel, counted from 1.
+--- Its number on the channel, counted from 1; of a publisher's message, its number there.
 ---@return integer
 function methods:seq()
-  local _, seq = core_outcome(self)
-  return seq
+  local _, seq, number = core_outcome(self)
+  return number or seq
 end
 
 --- Looks and does not wait: true once the broker has the message, false while it is not settled;
@@ -40,7 +46,7 @@ end
 ---@return boolean|nil, moonrabbit.Error?
 function methods:poll()
   local acked = core_acked(self)
-  if acked == nil then return nil, core_owner(self):_failure(self) end
+  if acked == nil then return nil, keeper(self):_failure(self) end
   return acked
 end
 

@@ -147,6 +147,10 @@ function Channel:publish(body, opts) end
 ---@param again moonrabbit.core.Confirmation? of the publish before, of whatever channel: it goes on with this one
 ---@return moonrabbit.core.Confirmation|true|nil, boolean|string
 function Channel:publish_route(route, body, number, again) end
+--- The held Confirmation of what is yet to be published; the channel may have ended.
+---@param number integer
+---@return moonrabbit.core.Confirmation
+function Channel:hold(number) end
 --- Publishes what core.pack has packed; number and again as for publish_route, but the properties stay as they are.
 ---@param mandatory boolean
 ---@param props string

@@ -19,12 +19,13 @@
 -- | `unroutable` | no queue takes the message | no |
 -- | `blocked` | the broker is short of memory or disk; nothing was sent | yes |
 -- | `overflow` | the window, the buffer or a size limit is exceeded; nothing was sent | but for sizes |
+-- | `outbox` | an outbox cannot store or read messages | unless the file is damaged or may not be written |
 -- | `cancelled` | the consumer was cancelled | when the broker did it |
 -- | `shutdown` | the program is stopping | no |
 -- | `http` | the management API refuses: see `code`, an HTTP status | only 408, 429 and 5xx |
 -- @module moonrabbit.errors
 
----@alias moonrabbit.ErrorKind "refused"|"timeout"|"dns"|"tls"|"auth"|"vhost"|"protocol"|"closed"|"channel"|"nacked"|"unroutable"|"blocked"|"cancelled"|"overflow"|"shutdown"|"http"
+---@alias moonrabbit.ErrorKind "refused"|"timeout"|"dns"|"tls"|"auth"|"vhost"|"protocol"|"closed"|"channel"|"nacked"|"unroutable"|"blocked"|"cancelled"|"overflow"|"outbox"|"shutdown"|"http"
 
 ---@class moonrabbit.Error
 ---@field kind moonrabbit.ErrorKind  one of the table above
@@ -36,6 +37,7 @@
 ---@field endpoint string?    "host:port"
 ---@field strategy ("fixed"|"adaptive"|"consecutive")?  of a `timeout` that ended a connection: what found the broker silent (moonrabbit.health)
 ---@field failed table[]?     of `wait_for_confirms`: { seq, outcome, err } for each publish that failed
+---@field unsent boolean?     of Publisher:send: the message was never sent, and is not going to be
 ---@field pending integer?    of `wait_for_confirms`: how many are not settled yet
 local Error = {}
 Error.__index = Error

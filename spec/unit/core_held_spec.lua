@@ -92,6 +92,21 @@ describe("held confirmations #smoke", function()
     assert.is_true(core.acked(c))
   end)
 
+  it("can be had before anything is published", function()
+    local c = channel:hold(3)
+    assert.same({ "pending", 0, 3 }, { core.outcome(c) })
+    assert.equal(owner, core.owner(c))
+    assert.equal(c, (channel:publish_route(route, "body", 3, c)))
+    b:send(fake.ack(1, 1))
+    assert.is_true(core.acked(c))
+    b.engine:eof "gone"
+    b:pump()
+    local late = channel:hold(4)
+    assert.is_false(core.acked(late))
+    core.conclude(late, "lost")
+    assert.equal("lost", (core.outcome(late)))
+  end)
+
   it("are taken off the front of their ring as far as they are acked", function()
     local confirmations, kept = {}, {}
     for n = 5, 9 do -- the places of 5 … 9 in rings of 4 would collide: only the last four

@@ -309,6 +309,7 @@ function Channel:_confirmed()
   self._room:signal()
   all_settled(self)
   if self._notice then self._notice() end
+  if self._publisher then self._publisher:_confirmed() end
 end
 
 ---@package
@@ -332,6 +333,7 @@ function Channel:_failed(seq, outcome, confirmation)
   else
     err = self._session:error("nacked", "the broker refused the message (basic.nack)", { class = 60, method = 120 })
   end
+  if self._publisher and confirmation and self._publisher:_failed(outcome, confirmation, err) then return end
   if confirmation then failure_of[confirmation] = err end
   local waiter = self._waiting[seq]
   local own = waiter and waiter.own or confirmation and confirmation == self._own

@@ -1,0 +1,611 @@
+-- The publisher without a broker: its options, its ring, and what it does when channels come and go, on an engine
+-- in memory and a clock that stands still.
+local core = require "moonrabbit.core"
+local errors = require "moonrabbit.errors"
+local fake = require "support.fake_broker"
+local virtual = require "support.virtual"
+local Publisher = require "moonrabbit.publisher"
+local Policy = require "moonrabbit.publisher.policy"
+local Ring = require "moonrabbit.publisher.ring"
+local ids = require "moonrabbit.publisher.ids"
+require "moonrabbit.confirmation"
+
+local function fails(text, fn, ...)
+  local ok, err = pcall(fn, ...)
+  assert.is_false(ok)
+  assert.truthy(tostring(err):find(text, 1, true), "'" .. tostring(err) .. "' does not contain '" .. text .. "'")
+end
+
+-- ---- A connection without a socket --------------------------------------------------------------------
+
+local Session = {}
+Session.__index = Session
+
+function Session.error(_, kind, message, more)
+  local fields = more or {}
+  fields.kind, fields.message = kind, message
+  return errors.new(fields)
+end
+function Session:refusal(status) return self:error("overflow", "refused: " .. status) end
+function Session:touch() self.dirty = true end
+function Session.try_flush() end
+function Session.block(_, condition, left) condition:wait(left < math.huge and left or nil) end
+
+local World = {}
+World.__index = World
+
+local function world()
+  local self = setmetatable({ runtime = virtual.new(), log = {} }, World)
+  self:connect()
+  return self
+end
+
+function World:connect()
+  self.broker = fake.new(self.config):open()
+  self.session = setmetatable({ state = "open", room = self.runtime.condition() }, Session)
+end
+
+local Channel = {}
+Channel.__index = Channel
+function Channel:_watch(hooks) self.hooks = hooks end
+function Channel._failure(_, confirmation)
+  return errors.new { kind = "closed", message = (core.outcome(confirmation)) }
+end
+function Channel.close() return true end
+
+-- A core channel whose events lead to this owner.
+local function core_channel(b, owner, window)
+  local opened = assert(b.engine:open_channel(owner))
+  b:send(fake.method(opened:id(), 20, 11, fake.long ""))
+  assert(opened:call("confirm.select", {}))
+  b:send(fake.method(opened:id(), 85, 11))
+  opened:set_window(window)
+  b:take()
+  b:sent()
+  return opened
+end
+
+function World:publisher(opts)
+  local runtime, session = self.runtime, self.session
+  local channel = setmetatable({ _runtime = runtime, timeout = 30, _session = session }, Channel)
+  self.channel, self.window = channel, opts and opts.window or 65536
+  channel._core = core_channel(self.broker, channel, self.window)
+  local connection = {
+    _runtime = runtime,
+    _log = function(_, text) self.log[#self.log + 1] = text end,
+    channel = function() return channel end,
+  }
+  local publisher, err = Publisher.new(connection, opts, 1)
+  self.publisher_ = publisher
+  return publisher, err
+end
+
+-- What the broker says, and what follows from it.
+function World:say(...)
+  self.broker:send(...)
+  for _, event in ipairs(self.broker:take()) do
+    local owner = event[2]
+    if event[1] == "confirm" then
+      owner._publisher:_confirmed()
+    elseif event[1] == "failed" then
+      owner._publisher:_failed(event[4], event[5], errors.new { kind = event[4], message = event[4] })
+    end
+  end
+  self.runtime.settle()
+end
+
+function World:cut(err)
+  self.broker.engine:eof "cut"
+  self.broker:pump()
+  self.broker:take()
+  self.session.state = "closed"
+  self.channel.hooks.lost(err or errors.new { kind = "closed", message = "cut" })
+  self.runtime.settle()
+end
+
+function World:restore()
+  self:connect()
+  self.channel._session = self.session
+  self.channel._core = core_channel(self.broker, self.channel, self.window)
+  self.channel.hooks.recovered()
+  self.runtime.settle()
+end
+
+-- What was published since the last look: a list of bodies, those that carry the mark with a "!" in front.
+function World:published()
+  local list, header = {}, nil
+  self.ids = {}
+  for _, frame in ipairs(self.broker:sent()) do
+    if frame.kind == 2 then header = frame.payload end
+    if frame.kind == 3 then
+      local mark = header:find("moonrabbit-resent", 1, true) and "!" or ""
+      list[#list + 1] = mark .. frame.payload
+      self.ids[#self.ids + 1] = header:match("%x+%-" .. ("%x"):rep(12))
+    end
+  end
+  return list
+end
+
+local function outcomes(list)
+  local out = {}
+  for i, c in ipairs(list) do out[i] = c:outcome() end
+  return out
+end
+
+-- ---- The parts ----------------------------------------------------------------------------------------
+
+describe("retry policies of a publisher #smoke", function()
+  it("are on by default, and off when told so", function()
+    local policy = Policy.new(nil, "f", 1)
+    assert.same({ true, false, 10 }, { policy.on_nack, policy.on_return, policy.attempts })
+    assert.same(policy, Policy.new(true, "f", 1))
+    assert.is_nil(Policy.new(false, "f", 1))
+  end)
+
+  it("wait longer each time, up to a bound, and give up", function()
+    local policy = Policy.new({ first = 1, factor = 3, max = 5, attempts = 4, jitter = 0.5 }, "f", 1)
+    assert.same({ 1, 3, 5, 5 }, {
+      policy:delay("nacked", 1, 0.5), policy:delay("nacked", 2, 0.5), policy:delay("nacked", 3, 0.5),
+      policy:delay("nacked", 4, 0.5),
+    })
+    assert.is_nil(policy:delay("nacked", 5, 0.5))
+    assert.is_nil(policy:delay("unroutable", 1, 0.5))
+    assert.same({ 0.5, 1.5 }, { policy:delay("nacked", 1, 0), policy:delay("nacked", 1, 1) })
+    assert.equal(1, Policy.new({ first = 1, on_return = true }, "f", 1):delay("unroutable", 1, 0.5))
+    assert.is_nil(Policy.new({ on_nack = false }, "f", 1):delay("nacked", 1, 0.5))
+  end)
+
+  it("refuse what makes no sense, naming it", function()
+    local wrong = { first = -1, factor = 0.5, max = "x", attempts = 1.5, jitter = 2, on_nack = 1, deadline = -1 }
+    for field, value in pairs(wrong) do
+      fails("option '" .. field .. "'", Policy.new, { [field] = value }, "f", 1)
+    end
+    fails("did you mean 'attempts'", Policy.new, { attemts = 1 }, "f", 1)
+    fails("option 'retry' must be a boolean or a table", function() world():publisher { retry = 5 } end)
+  end)
+end)
+
+describe("the ring of a publisher #smoke", function()
+  it("grows, keeps its order, and shrinks from the front", function()
+    local b = fake.new():open()
+    local channel = b:channel(true)
+    local ring, route = Ring.new(), core.route({ message_id = "x" .. ids.ROOM }, true)
+    for n = 1, 1000 do
+      ring:reserve()
+      assert.equal(n, ring:add(tostring(n), (channel:publish_route(route, tostring(n), n))))
+      if n % 3 == 0 then
+        b:send(fake.ack(1, n / 3))
+        ring:advance()
+      end
+    end
+    assert.same({ 334, 1000, 1024 }, { ring.first, ring.last, ring.size })
+    for n = 334, 1000 do assert.equal(tostring(n), (ring:at(n))) end
+    assert.equal(false, (ring:at(333)))
+    ring:settle(335)
+    assert.equal(666, #ring:unsettled())
+    b:send(fake.ack(1, 1000, true))
+    local over = {}
+    ring:record(500).mine = true
+    ring:advance(function(record) over[#over + 1] = record.number end)
+    assert.same({ 1001, 0, { 500 } }, { ring.first, ring.bytes, over })
+  end)
+end)
+
+describe("message ids of a publisher #smoke", function()
+  it("are its own, and those that core stamps", function()
+    assert.is_true(ids.prefix() ~= ids.prefix())
+    assert.matches("^%x+%-$", ids.prefix())
+    for _, n in ipairs { 1, 255, 16777215, 16777216, 281474976710655 } do
+      assert.equal(("%012x"):format(n), ids.stamp(n))
+    end
+  end)
+
+  it("do not hang on /dev/urandom", function()
+    local open = io.open
+    io.open = function() return nil end -- luacheck: ignore 122
+    local one, other = ids.prefix(), ids.prefix()
+    io.open = open -- luacheck: ignore 122
+    assert.equal(17, #one)
+    assert.is_true(one ~= other)
+  end)
+end)
+
+-- ---- What becomes of messages -------------------------------------------------------------------------
+
+describe("a publisher #smoke", function()
+  local w, p
+
+  local function start(opts)
+    w = world()
+    p = w:publisher(opts or { routing_key = "k" })
+    return p
+  end
+
+  it("sends again what was not confirmed, in order, before anything newer, with the same id and a mark", function()
+    start()
+    local c = {}
+    for i = 1, 5 do c[i] = p:send_async(tostring(i)) end
+    assert.same({ "1", "2", "3", "4", "5" }, w:published())
+    local first_ids = w.ids
+    w:say(fake.ack(1, 1), fake.ack(1, 3))
+    w:cut()
+    assert.same({ "acked", "pending", "acked", "pending", "pending" }, outcomes(c))
+    c[6], c[7] = p:send_async "6", p:send_async "7"
+    assert.same({ unconfirmed = 5, unsent = 5, bytes = 6, resent = 0, stored = 0 }, p:stats())
+    w:restore()
+    c[8] = p:send_async "8"
+    assert.same({ "!2", "!4", "!5", "6", "7", "8" }, w:published())
+    assert.same({ first_ids[2], first_ids[4], first_ids[5] }, { w.ids[1], w.ids[2], w.ids[3] })
+    w:say(fake.ack(1, 6, true))
+    for i = 1, 8 do assert.equal("acked", c[i]:outcome()) end
+    assert.same({ unconfirmed = 0, unsent = 0, bytes = 0, resent = 3, stored = 0 }, p:stats())
+  end)
+
+  it("survives one outage after the other, also amid its sending again", function()
+    start { routing_key = "k", window = 3, max_kept = 100 }
+    local c = {}
+    for i = 1, 8 do c[i] = p:send_async(tostring(i)) end
+    assert.same({ "1", "2", "3" }, w:published())
+    w:cut()
+    w:restore()
+    assert.same({ "!1", "!2", "!3" }, w:published())
+    w:say(fake.ack(1, 1))
+    assert.same({ "4" }, w:published())
+    w:cut()
+    w:restore()
+    assert.same({ "!2", "!3", "!4" }, w:published())
+    for seq = 1, 7 do
+      assert.is_true(w.channel._core:unconfirmed() <= 3)
+      w:say(fake.ack(1, seq))
+    end
+    assert.same({ "5", "6", "7", "8" }, w:published())
+    for i = 1, 8 do assert.equal("acked", c[i]:outcome()) end
+    assert.equal(0, p:unconfirmed())
+  end)
+
+  it("never has more in flight than its window, whatever happens", function()
+    math.randomseed(7)
+    start { routing_key = "k", window = 10, max_kept = 1000, retry = { first = 0.1, jitter = 0, attempts = math.huge } }
+    local c, sent, up, seen, done = {}, 0, true, {}, 0
+    local low -- the highest seq of this channel that the broker has answered
+    low = 0
+    local function look()
+      for _, body in ipairs(w:published()) do
+        local number = tonumber((body:gsub("!", "")))
+        seen[number] = (seen[number] or 0) + 1
+        sent = sent + 1
+      end
+    end
+    for step = 1, 3000 do
+      local dice = math.random(20)
+      if dice <= 10 and #c < 500 then
+        c[#c + 1] = assert(p:send_async(tostring(#c + 1), { timeout = 0 }))
+      elseif dice == 11 and up then
+        look()
+        w:cut()
+        up = false
+      elseif dice >= 12 and not up and dice <= 14 then
+        w:restore()
+        up, low, sent = true, 0, 0
+      elseif up and sent > low then
+        low = low + 1
+        w:say(math.random(4) == 1 and fake.nack(1, low) or fake.ack(1, low))
+      end
+      if up then look() end
+      assert.is_true(w.channel._core:unconfirmed() <= 10, "step " .. step)
+      if step % 10 == 0 then w.runtime.advance(0.05) end
+    end
+    if not up then
+      w:restore()
+      low, sent = 0, 0
+    end
+    for _ = 1, 5000 do
+      look()
+      if sent > low then
+        low = low + 1
+        w:say(fake.ack(1, low))
+      end
+      w.runtime.advance(0.02)
+      if p:unconfirmed() == 0 then break end
+    end
+    for i, confirmation in ipairs(c) do
+      assert.equal("acked", confirmation:outcome(), "message " .. i)
+      assert.truthy(seen[i])
+      done = done + 1
+    end
+    assert.truthy(done >= 400)
+    assert.same({ 0, 0, 0 }, { p:unconfirmed(), p:stats().bytes, p._keeper._due })
+  end)
+
+  it("sends what was nacked again after a pause, and gives up after so many times", function()
+    start { routing_key = "k", retry = { first = 1, factor = 2, jitter = 0, attempts = 2 } }
+    local c, other = p:send_async "1", p:send_async "2"
+    w:say(fake.nack(1, 1), fake.ack(1, 2))
+    assert.same({ "pending", "acked" }, outcomes { c, other })
+    assert.same({ "1", "2" }, w:published())
+    w.runtime.advance(0.9)
+    assert.same({}, w:published())
+    w.runtime.advance(0.2)
+    assert.same({ "!1" }, w:published())
+    w:say(fake.nack(1, 3))
+    w.runtime.advance(1.9)
+    assert.same({}, w:published())
+    w.runtime.advance(0.2)
+    assert.same({ "!1" }, w:published())
+    w:say(fake.nack(1, 4))
+    assert.equal("nacked", c:outcome())
+    local none, err = c:wait(0)
+    assert.is_nil(none)
+    assert.equal("nacked", err.kind)
+    assert.equal(0, p:unconfirmed())
+    local result
+    w.runtime.run(function() result = { p:wait(1) } end)
+    assert.is_nil(result[1])
+    assert.same({ 1, "nacked" }, { result[2].failed[1].seq, result[2].failed[1].outcome })
+    w.runtime.run(function() result = { p:wait(1) } end)
+    assert.is_true(result[1])
+  end)
+
+  it("keeps strict order with a window of one", function()
+    start { routing_key = "k", window = 1, max_kept = 10, retry = { first = 1, jitter = 0 } }
+    for i = 1, 3 do p:send_async(tostring(i)) end
+    w:say(fake.nack(1, 1))
+    assert.same({ "1" }, w:published()) -- and neither "2" nor "3"
+    p:send_async "4"
+    w.runtime.advance(1)
+    assert.same({ "!1" }, w:published())
+    w:say(fake.nack(1, 2))
+    w:cut()
+    w:restore()
+    assert.same({ "!1" }, w:published()) -- at once with the new channel
+    for seq = 1, 4 do w:say(fake.ack(1, seq)) end
+    w.runtime.advance(10)
+    assert.same({ "2", "3", "4" }, w:published())
+    assert.equal(0, p:unconfirmed())
+  end)
+
+  it("reports a return at once, or sends it again where it is told to", function()
+    start { routing_key = "k" }
+    local c = p:send_async "1"
+    local function returned(body, seq)
+      return fake.method(1, 60, 50, fake.u16(312) .. fake.short "NO_ROUTE" .. fake.short "" .. fake.short "k")
+        .. fake.content(1, body, "\32\0" .. core.encode_table { ["moonrabbit-seq"] = core.types.int64(seq) })
+        .. fake.ack(1, seq)
+    end
+    w:say(returned("1", 1))
+    assert.equal("unroutable", c:outcome())
+    start { routing_key = "k", retry = { on_return = true, first = 1, jitter = 0 } }
+    c = p:send_async "1"
+    w:published()
+    w:say(returned("1", 1))
+    assert.equal("pending", c:outcome())
+    w.runtime.advance(1)
+    assert.same({ "!1" }, w:published())
+    w:say(fake.ack(1, 2))
+    assert.equal("acked", c:outcome())
+  end)
+
+  it("gives messages up when the policy's deadline has come", function()
+    start { routing_key = "k", retry = { deadline = 5 } }
+    local c = p:send_async "1"
+    w.runtime.advance(100) -- a broker that is only slow has all the time it wants
+    assert.equal("pending", c:outcome())
+    w:cut()
+    local late = p:send_async "2"
+    w.runtime.advance(4)
+    assert.same({ "pending", "pending" }, outcomes { c, late })
+    w.runtime.advance(2)
+    assert.same({ "lost", "lost" }, outcomes { c, late })
+    local _, err = c:poll()
+    assert.equal("timeout", err.kind)
+    assert.matches("retry.deadline", err.message)
+    w:restore()
+    assert.same({}, w:published())
+    assert.equal(0, p:unconfirmed())
+  end)
+
+  it("ends nothing that was confirmed in time", function()
+    start { routing_key = "k", retry = { deadline = 5 } }
+    local c = { p:send_async "1", p:send_async "2" }
+    w:cut()
+    w:restore()
+    w:say(fake.ack(1, 2))
+    w.runtime.advance(6)
+    assert.same({ "lost", "acked" }, outcomes(c))
+    assert.equal(0, p:unconfirmed())
+  end)
+
+  it("lets send wait through an outage, and takes back what was never sent when the time is up", function()
+    start()
+    local results = {}
+    w.runtime.run(function() results[1] = { p:send "1" } end)
+    w:cut()
+    w.runtime.run(function() results[2] = { p:send("2", { timeout = 5 }) } end)
+    w.runtime.run(function() results[3] = { p:send("3", { timeout = 50 }) } end)
+    w.runtime.advance(6)
+    assert.is_nil(results[2][1])
+    assert.same({ "timeout", true }, { results[2][2].kind, results[2][2].unsent })
+    w:restore()
+    assert.same({ "!1", "3" }, w:published())
+    w:say(fake.ack(1, 2, true))
+    assert.same({ true }, results[1])
+    assert.same({ true }, results[3])
+    assert.equal(0, p:unconfirmed())
+  end)
+
+  it("does not take back what may have been sent", function()
+    start()
+    local result
+    w.runtime.run(function() result = { p:send("1", { timeout = 5 }) } end)
+    w:cut()
+    w.runtime.advance(6)
+    assert.same({ "timeout" }, { result[2].kind, result[2].unsent })
+    w:restore()
+    assert.same({}, { select(2, #w:published() - 1) })
+    w:say(fake.ack(1, 1))
+    assert.equal(0, p:unconfirmed())
+  end)
+
+  it("keeps no more than it may: messages and bytes", function()
+    start { routing_key = "k", max_kept = 2, timeout = 7 }
+    w:cut()
+    assert(p:send_async "1")
+    assert(p:send_async "2")
+    local result
+    w.runtime.run(function() result = { p:send_async("3", { timeout = 5 }) } end)
+    w.runtime.advance(4)
+    assert.is_nil(result)
+    w.runtime.advance(2)
+    assert.equal("overflow", result[2].kind)
+    assert.matches("2 messages are kept already", result[2].message)
+    w.runtime.run(function() result = { p:send_async("4", { timeout = 100 }) } end)
+    w:restore()
+    assert.same({ "1", "2" }, w:published())
+    w:say(fake.ack(1, 1))
+    assert.same({ "4" }, w:published())
+    start { routing_key = "k", max_kept_bytes = 10 }
+    assert(p:send_async "123456789012345") -- one is always taken
+    w.runtime.run(function() result = { p:send_async("x", { timeout = 0 }) } end)
+    assert.equal("overflow", result[2].kind)
+    w:say(fake.ack(1, 1))
+    assert(p:send_async "1")
+  end)
+
+  it("keeps messages with properties of their own, as they were", function()
+    start { routing_key = "k", headers = { base = 1 } }
+    local headers = { a = core.types.int8(5), list = { "x" } }
+    local c = p:send_async("1", { routing_key = "other", headers = headers, message_id = "mine" })
+    headers.list[1] = "changed later"
+    w:cut()
+    w:restore()
+    local header = w.broker:sent()
+    assert.truthy(header[1].payload:find("other", 1, true))
+    local props = header[2].payload:sub(13)
+    assert.truthy(props:find("mine", 1, true))
+    assert.truthy(props:find("ab\5", 1, true)) -- still an int8
+    assert.is_nil(props:find("changed", 1, true))
+    assert.truthy(props:find("moonrabbit-resent", 1, true))
+    w:say(fake.ack(1, 1))
+    assert.equal("acked", c:outcome())
+  end)
+
+  it("ends what was on its way with the error that closed its channel for good, and nothing else", function()
+    start()
+    local c = { p:send_async "1" }
+    w:cut(errors.new { kind = "channel", code = 404, message = "no exchange 'nope'" })
+    c[2] = p:send_async "2"
+    local _, err = c[1]:wait(0)
+    assert.same({ "channel", 404 }, { err.kind, err.code })
+    assert.equal("pending", c[2]:outcome())
+    w:restore()
+    assert.same({ "2" }, w:published())
+  end)
+
+  it("ends everything when there is no other connection to come", function()
+    start()
+    local results, c = {}, p:send_async "1"
+    w.runtime.run(function() results[1] = { p:send "2" } end)
+    w.runtime.run(function() results[2] = { p:wait(50) } end)
+    w:cut()
+    w.channel.hooks.ended(errors.new { kind = "auth", message = "no longer welcome" })
+    w.runtime.settle()
+    assert.equal("lost", c:outcome())
+    assert.equal("auth", results[1][2].kind)
+    assert.is_nil(results[2][1])
+    local _, err = p:send_async "3"
+    assert.equal("auth", err.kind)
+    assert.equal(0, p:unconfirmed())
+  end)
+
+  it("closes", function()
+    start()
+    local c = p:send_async "1"
+    assert.is_true(p:close())
+    assert.equal("lost", c:outcome())
+    local _, err = p:send_async "2"
+    assert.equal("closed", err.kind)
+    assert.is_true(p:close())
+  end)
+
+  it("waits for many confirmations, in whatever order they come", function()
+    start()
+    local done, c = 0, {}
+    for i = 1, 600 do c[i] = p:send_async(tostring(i)) end
+    for i = 1, 600 do
+      w.runtime.run(function()
+        assert.is_true(c[i]:wait(100))
+        done = done + 1
+      end)
+    end
+    for i = 600, 2, -1 do w:say(fake.ack(1, i)) end
+    w.runtime.advance(0.01)
+    assert.equal(599, done)
+    w:say(fake.ack(1, 1))
+    assert.equal(600, done)
+    assert.equal(0, p._keeper.waiters.count)
+  end)
+
+  it("sends once when it is told so", function()
+    start { routing_key = "k", retry = false }
+    assert.is_nil(p._keeper)
+    fails("need `retry`", function() w:publisher { retry = false, outbox = "memory" } end)
+  end)
+
+  it("refuses wrong arguments, naming the caller's line", function()
+    start()
+    fails("body: string expected", p.send_async, p, 5)
+    fails("body must be a string", p.send, p, nil)
+    fails("unknown option 'routing'", p.send_async, p, "x", { routing = 1 })
+    fails("publisher_spec.lua", function() p:send_async("x", { routing = 1 }) end)
+    fails("publisher_spec.lua", function() p:send("x", { timeout = "y" }) end)
+    fails("publisher_spec.lua", function() p:send_async(false) end)
+    fails("max_kept", function() w:publisher { max_kept = 0 } end)
+  end)
+end)
+
+-- ---- Outboxes ------------------------------------------------------------------------------------------
+
+describe("an outbox in memory #smoke", function()
+  local w, p
+
+  it("keeps what has failed, and sends it again on a timer", function()
+    w = world()
+    p = w:publisher { routing_key = "k", outbox = { kind = "memory", interval = 10 }, retry = { attempts = 0 } }
+    local c = p:send_async "1"
+    p:send_async "2"
+    assert.equal(2, p:stats().stored)
+    w:say(fake.nack(1, 1), fake.ack(1, 2))
+    assert.equal("nacked", c:outcome())
+    w.runtime.advance(1)
+    assert.same({ 1, 0 }, { p:stats().stored, p:stats().unconfirmed })
+    assert.same({ "1", "2" }, w:published())
+    w.runtime.advance(10)
+    assert.same({ "!1" }, w:published())
+    w:say(fake.ack(1, 3))
+    w.runtime.advance(1)
+    assert.equal(0, p:stats().stored)
+    assert.is_true(p:close())
+  end)
+
+  it("has a bound", function()
+    w = world()
+    p = w:publisher { routing_key = "k", outbox = { kind = "memory", most = 1 } }
+    assert(p:send_async "1")
+    local _, err = p:send_async "2"
+    assert.equal("overflow", err.kind)
+    w:say(fake.ack(1, 1))
+    w.runtime.advance(1)
+    assert(p:send_async "3")
+  end)
+
+  it("refuses options that make no sense", function()
+    w = world()
+    fails("'path', the file, is missing", function() w:publisher { outbox = { kind = "sqlite" } } end)
+    fails("'kind' must be", function() w:publisher { outbox = {} } end)
+    fails('"memory" or a table', function() w:publisher { outbox = "sqlite" } end)
+    fails('"memory" or "sqlite"', function() w:publisher { outbox = { kind = "redis" } } end)
+    fails("are for kind", function() w:publisher { outbox = { kind = "memory", path = "x" } } end)
+    w.runtime.name = "resty"
+    fails("would block every request", function() w:publisher { outbox = { kind = "sqlite", path = "/tmp/x" } } end)
+  end)
+end)
