@@ -17,12 +17,12 @@ describe("pool", function()
 
   it("lends channels and takes them back", function()
     pool = moonrabbit.pool(broker.url)
-    assert.same({ connections = 0, channels = 0, used = 0 }, pool:stats())
+    assert.same({ connections = 0, channels = 0, used = 0, waiting = 0 }, pool:stats())
     local ch = ok(pool:acquire())
     assert.is_true(ch.confirm)
-    assert.same({ connections = 1, channels = 1, used = 1 }, pool:stats())
+    assert.same({ connections = 1, channels = 1, used = 1, waiting = 0 }, pool:stats())
     pool:release(ch)
-    assert.same({ connections = 1, channels = 1, used = 0 }, pool:stats())
+    assert.same({ connections = 1, channels = 1, used = 0, waiting = 0 }, pool:stats())
     assert.equal(ch, ok(pool:acquire()))
     pool:release(ch)
     assert.has_error(function() pool:release(ch) end)
@@ -33,7 +33,7 @@ describe("pool", function()
     pool = moonrabbit.pool { connect = broker.url, connections = 2, channels = 3, timeout = 0.1 }
     local list = {}
     for i = 1, 6 do list[i] = ok(pool:acquire()) end
-    assert.same({ connections = 2, channels = 6, used = 6 }, pool:stats())
+    assert.same({ connections = 2, channels = 6, used = 6, waiting = 0 }, pool:stats())
     local started = native.now()
     local none, err = pool:acquire()
     assert.is_nil(none)
@@ -130,6 +130,84 @@ describe("pool", function()
       end
       broker.eventually(function() return n == 4 end, 5)
     end)
+  end)
+
+  it("serves those who wait in the order of coming, and those who come later after them", function()
+    pool = moonrabbit.pool { connect = broker.url, channels = 1, timeout = 10 }
+    moonrabbit.run(function()
+      local ch, order = ok(pool:acquire()), {}
+      for i = 1, 5 do
+        moonrabbit.spawn(function()
+          local mine = ok(pool:acquire())
+          order[#order + 1] = i
+          moonrabbit.sleep(0)
+          pool:release(mine)
+        end)
+      end
+      broker.eventually(function() return pool:stats().waiting == 5 end, 5)
+      pool:release(ch)
+      ch = ok(pool:acquire()) -- at the end of the line, though the channel was free a moment ago
+      order[#order + 1] = "last"
+      assert.same({ 1, 2, 3, 4, 5, "last" }, order)
+      pool:release(ch)
+    end)
+  end)
+
+  it("gives no channel to a task that was cancelled", function()
+    pool = moonrabbit.pool { connect = broker.url, channels = 1, timeout = 10 }
+    moonrabbit.run(function()
+      local ch = ok(pool:acquire())
+      local task = moonrabbit.spawn(function() pool:acquire() end)
+      broker.eventually(function() return pool:stats().waiting == 1 end, 5)
+      native.cancel(task)
+      pool:release(ch)
+      assert.equal(ch, ok(pool:acquire(5)))
+      assert.equal(0, pool:stats().waiting)
+      task = moonrabbit.spawn(function() pool:acquire() end)
+      broker.eventually(function() return pool:stats().waiting == 1 end, 5)
+      pool:release(ch) -- served, and cancelled before it runs again
+      native.cancel(task)
+      assert.equal(ch, ok(pool:acquire(5)))
+      pool:release(ch)
+    end)
+  end)
+
+  it("replaces what a lost connection takes with it, for those who wait too", function()
+    pool = moonrabbit.pool { connect = { uri = broker.url, log = function() end }, connections = 1, channels = 2 }
+    moonrabbit.run(function()
+      local one, other = ok(pool:acquire()), ok(pool:acquire())
+      local got
+      moonrabbit.spawn(function() got = { pool:acquire(20) } end)
+      broker.eventually(function() return pool:stats().waiting == 1 end, 5)
+      one.connection._session.transport:close() -- as a network does that is gone
+      broker.eventually(function() return got end, 10)
+      assert.is_true(ok(got[1], got[2]):is_open())
+      pool:release(one)
+      pool:release(other)
+      pool:release(got[1])
+      assert.same({ connections = 1, channels = 1, used = 0, waiting = 0 }, pool:stats())
+    end)
+  end)
+
+  it("waits through an outage, within its timeout", function()
+    local net = require "moonrabbit.net"
+    local proxied = require("support.proxy").start(broker.parsed().port)
+    pool = moonrabbit.pool { connect = { uri = broker.uri { port = proxied.port }, log = function() end }, timeout = 20 }
+    moonrabbit.run(function()
+      pool:release(ok(pool:acquire()))
+      proxied.stop()
+      broker.eventually(function() return pool:stats().connections == 0 or not pool._members[1].connection:is_open() end, 10)
+      local none, err = pool:acquire(0.3)
+      assert.is_nil(none)
+      assert.equal("refused", err.kind)
+      local got
+      moonrabbit.spawn(function() got = { pool:acquire(20) } end)
+      broker.eventually(function() return pool:stats().waiting == 1 end, 5)
+      proxied.start()
+      broker.eventually(function() return got end, 10)
+      ok(got[1], got[2])
+    end)
+    assert.truthy(net)
   end)
 
   it("loses no place to a URI that is none", function()

@@ -4,7 +4,8 @@
 -- `synchronous` (the default) that of the machine. Every call blocks the event loop for as long as the disk takes.
 --
 -- A file belongs to one publisher of one process at a time, for as long as it is open: the system's lock says so and
--- goes with the process, however it dies. Nothing is ever overwritten: a file that is damaged, or of something else,
+-- goes with the process, however it dies (as POSIX has it, it also goes when this process opens and closes the file by
+-- other means, io.open say). Nothing is ever overwritten: a file that is damaged, or of something else,
 -- is refused and left alone.
 -- @module moonrabbit.outbox.sqlite
 
