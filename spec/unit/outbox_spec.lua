@@ -24,8 +24,8 @@ local function record(body)
   local exchange, key, mandatory, props = core.pack({
     exchange = "ex\0change", routing_key = "key\255", mandatory = false, content_type = "text/plain", priority = 7,
     timestamp = 1700000000, message_id = "id", user_id = "guest", expiration = 1000, delivery_mode = 1,
-    headers = { a = types.int8(-5), b = types.uint16(9), c = types.decimal(1234, 2), d = { types.float(0.5), core.null },
-      e = types.bytes(every_byte), f = true, g = { h = types.timestamp(1) },
+    headers = { a = types.int8(-5), b = types.uint16(9), c = types.decimal(1234, 2),
+      d = { types.float(0.5), core.null }, e = types.bytes(every_byte), f = true, g = { h = types.timestamp(1) },
       i = types.int64 "9007199254740993" },
   }, true)
   return { exchange = exchange, routing_key = key, mandatory = mandatory, props = props, body = body }
