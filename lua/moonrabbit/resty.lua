@@ -315,12 +315,12 @@ function Client:run(fn, timeout)
 end
 
 ---@class moonrabbit.resty.ConsumeOptions : moonrabbit.ConsumeOptions
----@field queue string          the queue
+---@field queue string|(fun(conn: moonrabbit.Connection): string|nil, moonrabbit.Error?)  the queue; or what declares it, on the connection that consumes (as an exclusive one must be), and says its name
 ---@field handler fun(message: moonrabbit.Message)  settles its message itself; what it throws is logged, and the message goes back after `error_delay`
 ---@field concurrency integer?  how many handlers run at once; 16 by default
 
 local consume_options = options.merge(Consumer.options, {
-  queue = options.shortstr, handler = options.callback,
+  queue = options.either(options.shortstr, options.callback), handler = options.callback,
 })
 
 local function consume(self, what, opts, level)
@@ -334,9 +334,17 @@ local function consume(self, what, opts, level)
   for key, value in pairs(opts) do
     if key ~= "queue" and key ~= "handler" then rest[key] = value end
   end
+  local queue = opts.queue
   self._inbound:add {
-    name = opts.queue,
-    start = function(conn) return conn:consume(opts.queue, rest, opts.handler) end,
+    name = type(queue) == "string" and queue or "(its own)",
+    start = function(conn)
+      if type(queue) == "string" then return conn:consume(queue, rest, opts.handler) end
+      local name, err = queue(conn)
+      if not name then
+        return nil, err or errors.new { kind = "cancelled", message = "the function 'queue' named none" }
+      end
+      return conn:consume(name, rest, opts.handler)
+    end,
     stop = function(consumer, timeout) return consumer:cancel { timeout = timeout } end,
     watch = function(consumer, fn)
       consumer.channel:on("close", fn)

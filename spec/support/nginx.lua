@@ -107,8 +107,34 @@ local function command(self, arguments)
     arguments or "")
 end
 
+-- The configuration of an example, with its port, files and modules as they are here.
+local function of_example(folder)
+  local text = slurp(folder .. "/nginx.conf")
+  local search = "$here/lua/?.lua;$here/lua/?/init.lua;"
+  local changes = {
+    { "#load_module /usr/lib/nginx/modules", "load_module $modules" },
+    { "127.0.0.1:8080", "127.0.0.1:$port" },
+    { "pid nginx.pid;", "user $owner;\n  pid $prefix/nginx.pid;" },
+    { "error_log stderr warn;", "error_log $prefix/logs/error.log info;" },
+    { "worker_processes 2;", "worker_processes $workers;" },
+    { "events { }", "$main\n  events { }" },
+    { "lua_package_path '", "lua_package_cpath '$build/5.1/?.so;;';\n  lua_package_path '" .. search },
+    { "access_log off;", "$http\n  access_log off;" },
+    { "listen 127.0.0.1:$port;", "listen 127.0.0.1:$port;\n  $server" },
+  }
+  for _, change in ipairs(changes) do
+    local from, to = text:find(change[1], 1, true)
+    assert(from, folder .. "/nginx.conf lacks " .. change[1])
+    repeat
+      text = text:sub(1, from - 1) .. change[2] .. text:sub(to + 1)
+      from, to = text:find(change[1], from + #change[2], true)
+    until not from
+  end
+  return text
+end
+
 --- Starts one. what: `main`, `http` and `server` (pieces of configuration), `workers`, `env` (a table), `path` (put
---- before lua_package_path, ";" at its end); or `text`, all of it. $port, $prefix, $here, $build and $modules in
+--- before lua_package_path, ";" at its end); or `example`, a folder whose nginx.conf it is. $port, $prefix, $here, $build and $modules in
 --- them are filled in.
 ---@return support.Nginx
 function nginx.start(what)
@@ -118,6 +144,13 @@ function nginx.start(what)
   local environment = { "env AMQP_URL='" .. (broker.url or "") .. "'" }
   for name, value in pairs(what.env or {}) do environment[#environment + 1] = ("%s='%s'"):format(name, value) end
   self.environment = table.concat(environment, " ")
+  if what.example then
+    os.execute(("cp %s/* %s/"):format(what.example, prefix))
+    local all = { text = of_example(what.example) }
+    for key, value in pairs(what) do all[key] = value end
+    what = all
+    self.what = what
+  end
   write(self, what)
   local output = shell(command(self))
   self.pid = tonumber((slurp(prefix .. "/nginx.pid")))
@@ -129,14 +162,15 @@ function nginx.start(what)
   return self
 end
 
---- An HTTP request; nothing is answered where there is no connection. opts: `method`, `body`, `headers`, `timeout`,
+--- An HTTP request; nothing is answered where there is no connection. opts: `method`, `body`, `headers`, `timeout`, `version`,
 --- `on` (transport), called when the request is sent.
 ---@return string|nil body, integer? status, table? headers
 function Nginx:request(path, opts)
   opts = opts or {}
   local transport, why = native.open({ host = "127.0.0.1", port = self.port }, nil, 5)
   if not transport then return nil, nil, why end
-  local lines = { ("%s %s HTTP/1.0"):format(opts.method or (opts.body and "POST" or "GET"), path), "Host: localhost" }
+  local lines = { ("%s %s HTTP/%s"):format(opts.method or (opts.body and "POST" or "GET"), path, opts.version or "1.0"),
+    "Host: localhost" }
   for name, value in pairs(opts.headers or {}) do lines[#lines + 1] = name .. ": " .. value end
   if opts.body then lines[#lines + 1] = "Content-Length: " .. #opts.body end
   transport:write(table.concat(lines, "\r\n") .. "\r\n\r\n" .. (opts.body or ""))

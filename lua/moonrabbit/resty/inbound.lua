@@ -48,7 +48,8 @@ end
 local function keep_going(self, conn, subscription)
   local attempt = 0
   while conn:is_open() and not life.exiting do
-    local consumer, err = subscription.start(conn)
+    local whole, consumer, err = pcall(subscription.start, conn)
+    if not whole then consumer, err = nil, consumer end
     local began = now()
     if consumer then
       subscription.running = consumer
