@@ -133,23 +133,24 @@ local function connect_options(given, role)
     if not own_options[key] then all[key] = value end
   end
   all.name = ("%s (%s)"):format(given.name or ("nginx worker " .. tostring(ngx.worker.id() or 0)), role)
-  if Connection.options.reconnect then all.reconnect = false end
+  all.reconnect = false -- life.lua does that, in fresh timers
   return all
 end
 
 -- ---- One connection for one request or timer --------------------------------------------------------
 
 local function with_runtime(given, what)
-  if type(given) == "string" then return { uri = given, runtime = runtime } end
+  if type(given) == "string" then given = { uri = given } end
   if type(given) ~= "table" then error(what .. ": a URI or a table of options expected", 3) end
   if given.runtime ~= nil then error(what .. ": unknown option 'runtime' (this is the resty runtime)", 3) end
-  local all = { runtime = runtime }
+  local all = { runtime = runtime, reconnect = false }
   for key, value in pairs(given) do all[key] = value end
   return all
 end
 
 --- Connects, as moonrabbit.connect does, over a cosocket, for the calling request or timer alone, which must close
---- it. The option `runtime` is not for this one.
+--- it. The option `runtime` is not for this one, and `reconnect` is false by default: a connection that came back would
+--- keep its request, or timer, from ending.
 ---@param opts string|moonrabbit.ConnectOptions as for moonrabbit.connect
 ---@return moonrabbit.Connection|nil, moonrabbit.Error?
 function resty.connect(opts)
