@@ -28,7 +28,7 @@ local function with_runtime(given, what, runtime)
   if given == nil or type(given) == "string" then return { uri = given, runtime = runtime } end
   if type(given) ~= "table" then return given end
   if given.runtime ~= nil then
-    error(("%s: unknown option 'runtime' (this is the runtime '%s')"):format(what, runtime.name), 4)
+    error(("%s: unknown option 'runtime' (this is the runtime '%s')"):format(what, runtime.name), 3)
   end
   local all = { runtime = runtime }
   for key, value in pairs(given) do all[key] = value end

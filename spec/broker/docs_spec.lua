@@ -14,7 +14,7 @@ assert(ch:queue_declare("orders", { durable = true }))
 
 local pages = {
   "README.md", "docs/getting-started.md", "docs/errors.md", "docs/cli.md", "docs/clusters.md", "docs/decisions.md",
-  "docs/internals.md",
+  "docs/internals.md", "docs/runtimes.md",
   "examples/README.md",
 }
 
@@ -54,7 +54,7 @@ describe("the documentation #smoke", function()
       total = total + 1
       it_runs(("runs: %s, line %d"):format(page, block.line), function()
         local code = block.code
-        if not code:find('require "moonrabbit"', 1, true) then code = fragment .. code end
+        if not code:find 'require%(?%s*"moonrabbit"' then code = fragment .. code end
         local path = process.file(code)
         local result = process.run({ path }, { env = { AMQP_URL = url }, timeout = 20 })
         os.remove(path)

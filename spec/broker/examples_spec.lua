@@ -131,6 +131,24 @@ describe("examples #smoke", function()
   end)
 end)
 
+describe("examples in other loops #smoke", function()
+  local loops = require "support.loops"
+  local path = package.path
+  teardown(function() package.path = path end)
+
+  for name, meanwhile in pairs {
+    cqueues = "The other coroutine ran meanwhile", copas = "The server says hello", luv = "The timer ticked meanwhile",
+  } do
+    local it_runs = broker.it_unless(it, pending, not loops.has(name) and name .. " is not installed" or broker.none())
+    it_runs(name, function()
+      local result = process.run(example(name, "20"))
+      assert.equal("", result.err)
+      assert.equal(0, result.code)
+      assert.equal(" [x] Published and handled 20 messages\n [.] " .. meanwhile .. "\n", result.out)
+    end)
+  end
+end)
+
 describe("the demo", function()
   it("loses nothing", function()
     -- Without the name of a broker it leaves the restart out; `make demo` has it.

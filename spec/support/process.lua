@@ -28,8 +28,10 @@ function process.file(contents)
 end
 
 -- The child finds the modules where this process does.
-local setup = ("package.path=%q package.cpath=%q"):format(package.path, package.cpath):gsub("\\\n", "\\n")
-process.setup = setup
+function process.setup()
+  local text = ("package.path=%q package.cpath=%q"):format(package.path, package.cpath):gsub("\\\n", "\\n")
+  return text
+end
 
 --- Script and arguments as one command of the shell.
 function process.command(words, options)
@@ -39,7 +41,7 @@ function process.command(words, options)
   for name, value in pairs(options.env or {}) do parts[#parts + 1] = quote(name .. "=" .. value) end
   if options.timeout ~= false then parts[#parts + 1] = "timeout -k 5 " .. (options.timeout or 60) end
   if options.raw ~= true then
-    parts[#parts + 1] = process.lua .. " -e " .. quote(setup)
+    parts[#parts + 1] = process.lua .. " -e " .. quote(process.setup())
   end
   for _, word in ipairs(words) do parts[#parts + 1] = quote(word) end
   return table.concat(parts, " ")

@@ -25,7 +25,7 @@ local host = {
 
 function host.start(fn, ...)
   local cq = running()
-  if not cq then error("spawn: with the runtime 'cqueues' " .. host.outside, 4) end
+  if not cq then error("spawn: with the runtime 'cqueues' " .. host.outside, 3) end
   cq:wrap(fn, ...)
 end
 

@@ -1,0 +1,199 @@
+-- What cqueues, Copas and luv have each for themselves: where a call is wrong, and how they live in a user's loop.
+local broker = require "support.broker"
+local loops = require "support.loops"
+local moonrabbit = require "moonrabbit"
+
+local function thrown(fn, ...)
+  local ok, err = pcall(function(...)
+    local result = fn(...) -- no tail call: the line is looked at
+    return result
+  end, ...)
+  assert.is_false(ok)
+  return tostring(err)
+end
+
+describe("moonrabbit.on", function()
+  it("knows its runtimes", function()
+    assert.matches("there is no runtime 'none'", thrown(moonrabbit.on, "none"))
+    assert.matches("there is no runtime 'pcall'", thrown(moonrabbit.on, "pcall"))
+    assert.matches("hosted_spec.lua:", thrown(moonrabbit.on, 1))
+    assert.equal(moonrabbit.on "native", moonrabbit.on "native")
+    assert.equal("native", moonrabbit.on "native".name)
+    assert.equal(moonrabbit.types, moonrabbit.on "native".types)
+    assert.is_nil(moonrabbit.on "native".nothing)
+  end)
+
+  it("takes no option 'runtime', and passes the rest on", function()
+    local on = moonrabbit.on "native"
+    assert.matches("hosted_spec.lua:%d+: connect: unknown option 'runtime'", thrown(on.connect, { runtime = "native" }))
+    assert.matches("hosted_spec.lua:%d+: pool: connect: unknown option 'runtime'",
+      thrown(on.pool, { connect = { runtime = "native" } }))
+    assert.matches("unknown option 'uris'", thrown(on.connect, { uris = "amqp://" }))
+    assert.matches("a URI or a table of options", thrown(on.connect))
+    assert.matches("a URI or a table of options", thrown(on.connect, 5))
+    assert.matches("a URI or a table of options", thrown(on.pool, 5))
+    assert.equal("refused", select(2, on.connect "amqp://127.0.0.1:1/").kind)
+    assert.truthy(on.pool "amqp://127.0.0.1:1/":close())
+  end)
+end)
+
+local it_cqueues = broker.it_unless(it, pending, not loops.has "cqueues" and "cqueues is not installed" or nil)
+
+describe("cqueues", function()
+  local function on() return moonrabbit.on "cqueues" end
+
+  it_cqueues("says where its calls belong", function()
+    assert.matches("must be made in a cqueue", thrown(on().connect, "amqp://127.0.0.1:1/"))
+    assert.matches("must be made in a cqueue", thrown(on().sleep, 1))
+    assert.matches("hosted_spec.lua:%d+: spawn: .*in a cqueue", thrown(on().spawn, print))
+  end)
+
+  it_cqueues("throws for what belongs to another cqueue", function()
+    local cqueues = require "cqueues"
+    local runtime = require "moonrabbit.runtime.cqueues"
+    local first, second, condition, err = cqueues.new(), cqueues.new(), nil, nil
+    first:wrap(function() condition = runtime.condition() end)
+    assert(first:loop())
+    second:wrap(function() err = select(2, on().pcall(condition.wait, condition, 1)) end)
+    assert(second:loop())
+    assert.matches("another cqueue", err)
+  end)
+
+  it_cqueues("may be stepped, and goes on beside what fails", function()
+    local cqueues = require "cqueues"
+    local runtime, cq, errors, slept = require "moonrabbit.runtime.cqueues", cqueues.new(), {}, 0
+    local on_error = runtime.on_error
+    runtime.on_error = function(text) errors[#errors + 1] = text end
+    cq:wrap(function()
+      on().spawn(function() error "a task failed" end)
+      on().spawn(function() on().sleep(0.01) slept = slept + 1 end)
+      cqueues.sleep(0.001)
+      slept = slept + 1
+    end)
+    while not cq:empty() do assert(cq:step(1)) end
+    runtime.on_error = on_error
+    assert.equal(2, slept)
+    assert.equal(1, #errors)
+    assert.matches("a task failed\nstack traceback", errors[1])
+  end)
+end)
+
+local it_luv = broker.it_unless(it, pending, not loops.has "luv" and "luv is not installed" or nil)
+
+describe("luv", function()
+  local function on() return moonrabbit.on "luv" end
+
+  it_luv("says where its calls belong", function()
+    assert.matches("must be made in a coroutine", thrown(on().connect, "amqp://127.0.0.1:1/"))
+    local uv, text = require "luv", nil
+    local timer = uv.new_timer()
+    timer:start(1, 0, function()
+      text = select(2, pcall(on().sleep, 1))
+      timer:close()
+    end)
+    uv.run()
+    assert.matches("in callbacks too", text)
+  end)
+
+  it_luv("throws nothing from a callback, and goes on", function()
+    local uv, runtime, errors, done = require "luv", require "moonrabbit.runtime.luv", {}, false
+    local on_error = runtime.on_error
+    runtime.on_error = function(text) errors[#errors + 1] = text end
+    on().spawn(function() error "a task failed" end)
+    coroutine.wrap(function() -- not one of ours
+      on().sleep(0.001)
+      error "the user's own coroutine failed"
+    end)()
+    on().spawn(function()
+      on().sleep(0.01)
+      done = true
+    end)
+    uv.run()
+    runtime.on_error = on_error
+    assert.is_true(done)
+    assert.equal(2, #errors)
+    assert.matches("a task failed\nstack traceback", errors[1])
+    assert.matches("own coroutine failed\nstack traceback", errors[2])
+  end)
+
+  it_luv("keeps uv.run no longer than something is waited for", function()
+    local uv, runtime = require "luv", require "moonrabbit.runtime.luv"
+    local condition, began = runtime.condition(), uv.hrtime()
+    on().spawn(function() condition:wait(60) end)
+    on().spawn(function()
+      on().sleep(0.001)
+      condition:signal()
+    end)
+    uv.run()
+    assert.truthy((uv.hrtime() - began) / 1e9 < 30)
+    assert.is_falsy(uv.loop_alive())
+  end)
+
+  it_luv("runs turn by turn", function()
+    local uv, turns, slept = require "luv", 0, false
+    on().spawn(function()
+      on().sleep(0.02)
+      slept = true
+    end)
+    while uv.run "nowait" do turns = turns + 1 end
+    assert.truthy(turns > 1)
+    assert.is_true(slept)
+  end)
+
+  it_luv("gives up a name at the timeout, and a late answer meets nobody", function()
+    local uv, runtime = require "luv", require "moonrabbit.runtime.luv"
+    local real, answer, kind = uv.getaddrinfo, nil, nil
+    uv.getaddrinfo = function(_, _, _, fn)
+      answer = fn
+      return { cancel = function() end }
+    end
+    on().spawn(function()
+      kind = select(2, runtime.open({ host = "slow.example", port = 1 }, nil, 0.01))
+    end)
+    uv.run()
+    uv.getaddrinfo = real
+    assert.equal("timeout", kind)
+    answer(nil, {})
+  end)
+end)
+
+local it_copas = broker.it_unless(it, pending, not loops.has "copas" and "Copas is not installed" or nil)
+
+describe("Copas", function()
+  local function on()
+    loops.find_copas()
+    return moonrabbit.on "copas"
+  end
+
+  it_copas("says where its calls belong", function()
+    assert.matches("in a thread of Copas", thrown(on().connect, "amqp://127.0.0.1:1/"))
+    assert.matches("in a thread of Copas", thrown(on().sleep, 1))
+  end)
+
+  it_copas("shares the loop with servers and threads, and what they wait for", function()
+    loops.find_copas()
+    local copas, socket = require "copas", require "socket"
+    local server = assert(socket.bind("127.0.0.1", 0))
+    local _, port = server:getsockname()
+    copas.addserver(server, function(client)
+      on().sleep(0.01) -- a handler of Copas's own may wait
+      copas.send(client, "late\n")
+      client:close()
+    end)
+    local line
+    copas.addthread(function()
+      local client = socket.tcp()
+      assert(copas.connect(client, "127.0.0.1", port))
+      line = copas.receive(client)
+      client:close()
+    end)
+    local turns = 0
+    while not line and turns < 10000 do
+      copas.step(1)
+      turns = turns + 1
+    end
+    if copas.removeserver then copas.removeserver(server) end
+    assert.equal("late", line)
+    assert.truthy(turns < 100, turns)
+  end)
+end)
