@@ -7,7 +7,7 @@ local output = require "moonrabbit.cli.output"
 
 local cli = {}
 
-local names = { "publish", "consume", "get", "declare", "bind", "delete", "purge", "doctor" }
+local names = { "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "doctor" }
 
 local epilog = [[
 Exit codes:
