@@ -1,0 +1,165 @@
+--- A de-duplication store in Redis: one for all processes and machines that share it.
+--
+--     dedupe = mr.dedupe.redis { url = "redis://:secret@127.0.0.1:6379/0", ttl = 86400 }
+--
+-- A claim is `SET key token NX PX lease`, so its owner's death ends it; a commit sets the key for `ttl`; an abort deletes
+-- the key only where it is still this claim's (a script, run by Redis in one piece). Keys that Redis evicts
+-- (`maxmemory-policy`) are forgotten: give what must be remembered a Redis of its own, with `noeviction`.
+--
+-- It speaks through redis-lua over the connections of the runtime, so nothing blocks; in nginx through lua-resty-redis.
+-- At most `connections` commands are on their way at once, the others wait in line.
+-- @module moonrabbit.app.dedupe.redis
+
+local options = require "moonrabbit.options"
+local random = require "moonrabbit.app.dedupe.random"
+
+local redis = {}
+
+---@class moonrabbit.dedupe.Redis
+local Store = {}
+Store.__index = Store
+
+local DONE = "done"
+-- Deletes a claim if it is still the caller's.
+local RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
+-- A claim may end between two looks at it.
+local TRIES = 3
+
+---@class moonrabbit.dedupe.RedisOptions
+---@field url string?       `redis[s]://[user:password@]host[:port][/database]`; "redis://127.0.0.1:6379/0" by default
+---@field path string?      of a unix socket, instead of the URL's host and port
+---@field password (string|fun(): string)?  over the URL's
+---@field user string?      over the URL's
+---@field ttl number?       seconds that a key is remembered after its commit; 86,400 by default
+---@field prefix string?    before each key; "moonrabbit:" by default
+---@field timeout number?   seconds for a command, connecting included; 5 by default
+---@field connections integer?  8 by default
+---@field tls table?        the options of `moonrabbit.connect`; for `rediss://`
+
+local store_options = {
+  url = options.string, path = options.string, password = options.either(options.string, options.callback),
+  user = options.string, ttl = options.seconds, prefix = options.string, timeout = options.seconds,
+  connections = options.integer(1, 1024), tls = options.table,
+}
+
+local function decode(text)
+  return (text:gsub("%%(%x%x)", function(hex) return string.char(tonumber(hex, 16)) end))
+end
+
+local function parse(url)
+  local scheme, rest = url:match "^(rediss?)://(.*)$"
+  if not scheme then return nil, "it must begin with redis:// or rediss://" end
+  local userinfo, address = rest:match "^(.*)@(.*)$"
+  local host_port, database = (address or rest):match "^([^/]*)/?(.*)$"
+  local host, port = host_port:match "^%[(.-)%]:?(%d*)$"
+  if not host then host, port = host_port:match "^([^:]*):?(%d*)$" end
+  if not host then return nil, "the host is not readable" end
+  if database ~= "" and not database:match "^%d+$" then return nil, "the database must be a number" end
+  local user, password
+  if userinfo then user, password = userinfo:match "^([^:]*):?(.*)$" end
+  return {
+    secure = scheme == "rediss", host = host ~= "" and decode(host) or "127.0.0.1", port = tonumber(port) or 6379,
+    database = tonumber(database) or 0,
+    user = user and user ~= "" and decode(user) or nil,
+    password = password and password ~= "" and decode(password) or nil,
+  }
+end
+
+--- Makes one; nothing is connected yet.
+---@param opts moonrabbit.dedupe.RedisOptions?
+---@param level integer?
+---@return moonrabbit.dedupe.Redis
+function redis.new(opts, level)
+  level = (level or 1) + 1
+  opts = options.check("dedupe.redis", opts, store_options, level)
+  local server, problem = parse(opts.url or "redis://")
+  if not server then error("dedupe.redis: option 'url': " .. problem, level) end
+  if opts.ttl == 0 then error("dedupe.redis: option 'ttl' must be more than 0", level) end
+  server.path, server.user = opts.path, opts.user or server.user
+  if opts.password ~= nil then server.password = opts.password end
+  if server.secure then
+    server.tls = { verify = true }
+    for key, value in pairs(opts.tls or {}) do server.tls[key] = value end
+  end
+  server.timeout = opts.timeout or 5
+  server.label = server.path and "unix:" .. server.path or ("%s:%d"):format(server.host, server.port)
+  return setmetatable({
+    server = server, ttl = opts.ttl or 86400, prefix = opts.prefix or "moonrabbit:",
+    connections = opts.connections or 8, tokens = {}, serial = 0,
+  }, Store)
+end
+
+--- Takes the runtime that it is to connect by; called by the app.
+---@package
+function Store:attach(runtime)
+  if self.clients then return end
+  local Clients = require "moonrabbit.app.dedupe.redis_clients"
+  self.clients = Clients.new(self.server, runtime, self.connections)
+end
+
+local function clients(self)
+  if not self.clients then self:attach(require("moonrabbit.runtime").find("native", 4)) end
+  return self.clients
+end
+
+local function milliseconds(seconds) return tostring(math.max(1, math.floor(seconds * 1000 + 0.5))) end
+
+-- Unlike any other claim's, of whatever process.
+local function new_token(self)
+  self.serial = self.serial + 1
+  self.identity = self.identity or random.hex(12)
+  return "claim:" .. self.identity .. ":" .. self.serial
+end
+
+--- Claims a key for `lease` seconds: "new", "running" or "done".
+---@param key string
+---@param lease number seconds
+---@return "new"|"running"|"done"|nil state, moonrabbit.Error?
+function Store:begin(key, lease)
+  local name, token = self.prefix .. key, new_token(self)
+  for _ = 1, TRIES do
+    local ok, set = clients(self):command("set", name, token, "NX", "PX", milliseconds(lease))
+    if not ok then return nil, set end
+    if set then
+      self.tokens[key] = token
+      return "new"
+    end
+    local got, value = clients(self):command("get", name)
+    if not got then return nil, value end
+    if value == token then -- the answer to a first try was lost with its connection
+      self.tokens[key] = token
+      return "new"
+    end
+    if value then return value == DONE and "done" or "running" end
+  end
+  return "running"
+end
+
+--- Remembers a key as done, for `ttl` seconds.
+---@param key string
+---@return true|nil, moonrabbit.Error?
+function Store:commit(key)
+  local ok, err = clients(self):command("set", self.prefix .. key, DONE, "PX", milliseconds(self.ttl))
+  if not ok then return nil, err end
+  self.tokens[key] = nil
+  return true
+end
+
+--- Gives a claim back. One that has ended, and is somebody else's now, is left alone.
+---@param key string
+---@return true|nil, moonrabbit.Error?
+function Store:abort(key)
+  local token = self.tokens[key]
+  if not token then return true end
+  local ok, err = clients(self):command("eval", RELEASE, "1", self.prefix .. key, token)
+  if not ok then return nil, err end
+  self.tokens[key] = nil
+  return true
+end
+
+--- Closes its connections.
+function Store:close()
+  if self.clients then self.clients:close() end
+end
+
+return redis
