@@ -132,7 +132,7 @@ function Consumer.start(channel, queue, opts, handler, level)
       return nil, err
     end
   end
-  self._started = true
+  self._started, self._asking = true, nil
   return self
 end
 

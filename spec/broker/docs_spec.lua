@@ -13,8 +13,8 @@ assert(ch:queue_declare("orders", { durable = true }))
 ]]
 
 local pages = {
-  "README.md", "docs/getting-started.md", "docs/errors.md", "docs/cli.md", "docs/clusters.md", "docs/decisions.md",
-  "docs/internals.md", "docs/runtimes.md",
+  "README.md", "docs/getting-started.md", "docs/connections.md", "docs/errors.md", "docs/cli.md", "docs/clusters.md",
+  "docs/decisions.md", "docs/internals.md", "docs/runtimes.md",
   "examples/README.md",
 }
 

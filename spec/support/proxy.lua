@@ -24,7 +24,7 @@ function proxy.start(host, port, at)
     while true do
       local client = server:accept()
       if not client then break end
-      local upstream = native.open({ host = host, port = port }, nil, 5)
+      local upstream = not self.held and native.open({ host = host, port = port }, nil, 5)
       if upstream then
         self.lines[#self.lines + 1] = client
         self.lines[#self.lines + 1] = upstream

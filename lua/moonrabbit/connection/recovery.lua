@@ -242,8 +242,13 @@ local function started(self, session, consumer, calls, deadline, alone)
   end
 end
 
+-- Whether it can be asked for: not twice at a time, and not where the channel has gone meanwhile.
+local function is_startable(consumer)
+  return consumer._down and not consumer._ended and not consumer._asking and not consumer.channel._closed
+end
+
 local function start_one(self, session, consumer)
-  if consumer._ended or consumer.channel._closed or not consumer._down then return end
+  if not is_startable(consumer) then return end
   local calls, err = consumer:_subscribe()
   if calls then
     started(self, session, consumer, calls, session.runtime.now() + self.timeout, true)
@@ -257,7 +262,7 @@ local function start_all(self, session, consumers)
   for _, consumer in ipairs(consumers) do
     if self._careful or consumer.channel._careful then
       careful[#careful + 1] = consumer
-    elseif not consumer._ended and not consumer.channel._closed and consumer._down then
+    elseif is_startable(consumer) then
       local calls, err = consumer:_subscribe()
       if calls then pending[#pending + 1] = { consumer, calls } else consumer_refused(self, consumer, err) end
     end

@@ -114,8 +114,10 @@ local function repair(self, what)
     local opened = recovery.open_channels(connection, session, what.channels)
     if not opened then return end
     for _, channel in ipairs(opened) do recovery.resume(connection, channel) end
+    local known = {}
+    for _, consumer in ipairs(consumers) do known[consumer] = true end
     for _, consumer in ipairs(recovery.consumers_of(opened)) do
-      if not self.items[consumer] then consumers[#consumers + 1] = consumer end
+      if not self.items[consumer] and not known[consumer] then consumers[#consumers + 1] = consumer end
     end
   end
   if #consumers > 0 then recovery.consume(connection, session, consumers) end
@@ -148,7 +150,9 @@ local function turns(self)
     if state == "open" then
       local what, wait = due(self, now())
       if what then
+        self.taken = what
         repair(self, what)
+        self.taken = nil
         put_back(self, what)
       else
         self.wake:wait(wait)
@@ -161,11 +165,21 @@ local function turns(self)
   end
 end
 
+-- What it was about when something threw is tried again like the rest.
 function run(self)
-  local whole, err = protect(turns, self)
+  local connection = self.connection
+  local whole, err
+  repeat
+    whole, err = protect(turns, self)
+    if not whole then
+      if err ~= nil and err == connection._runtime.cancelled then break end
+      connection._log("error", "restoring threw: " .. tostring(err))
+      local taken = self.taken
+      self.taken = nil
+      if taken then put_back(self, taken) end
+    end
+  until whole
   self.running = false
-  if whole then return end
-  self.connection._log("error", "restoring threw: " .. tostring(err))
 end
 
 return Repairs

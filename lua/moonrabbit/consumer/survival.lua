@@ -15,7 +15,7 @@ end
 ---@package
 function Consumer:_suspend(err, keep)
   if self._ended then return end
-  self._down = self._down or err
+  self._down, self._asking = self._down or err, nil
   -- Of a channel that is gone: the broker delivers them again, and nobody could settle these.
   if not keep and not self.no_ack then self:_discard() end
 end
@@ -41,7 +41,7 @@ function Consumer:_subscribe(level)
     if status == "closed" then return nil, channel:_closed_error() end
     return nil, session:refusal(status, "Channel:consume", (level or 1) + 1)
   end
-  self._session = session
+  self._session, self._asking = session, true
   self:_takes(queue)
   channel._receivers[queue] = self
   calls[#calls + 1] = session:expect(channel._calls, "basic.consume", function()
@@ -54,6 +54,7 @@ end
 --- What it asked for was refused.
 ---@package
 function Consumer:_unsubscribed(err)
+  self._asking = nil
   if self._ended or self.channel._closed then return end
   if err.kind == "timeout" then
     -- It may have been granted after all.
@@ -66,6 +67,7 @@ end
 --- It consumes again. Answers why it had been down; nil when it has ended meanwhile.
 ---@package
 function Consumer:_resumed()
+  self._asking = nil
   if self._ended then
     self:_abandon()
     return nil
