@@ -158,7 +158,14 @@ void mr_engine_pause(mr_engine *e, bool paused, double now) {
 /* ---- the connection ---- */
 
 bool mr_engine_is_open(const mr_engine *e) { return e->state == MR_OPEN; }
-bool mr_engine_is_blocked(const mr_engine *e) { return e->blocked; }
+bool mr_engine_is_blocked(const mr_engine *e) { return (e->blocked & MR_BY_BROKER) != 0; }
+
+void mr_engine_hold(mr_engine *e, bool held) {
+  if (held)
+    e->blocked |= MR_BY_CLIENT;
+  else
+    e->blocked &= (uint8_t)~MR_BY_CLIENT;
+}
 const amqp_table_t *mr_engine_server_properties(const mr_engine *e) {
   return &e->server_properties;
 }

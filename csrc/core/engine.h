@@ -84,11 +84,13 @@ struct mr_channel {
   mr_assembly assembly;
 };
 
+enum { MR_BY_BROKER = 1, MR_BY_CLIENT = 2 };
+
 struct mr_engine {
   mr_state state;
   bool ended_reported;
   bool eof;
-  bool blocked;
+  uint8_t blocked; /* who holds publishing: MR_BY_BROKER, MR_BY_CLIENT */
   bool paused;
   bool reprieved;          /* the present silence was excused once */
   bool close_reports_auth; /* the broker promised to say when it refuses credentials */

@@ -207,14 +207,14 @@ static void on_close(mr_engine *e, amqp_bytes_t args) {
 
 static bool on_blocked(mr_engine *e, amqp_bytes_t args, mr_event *event) {
   mr_reader r = mr_reader_of(args, true);
-  e->blocked = true;
+  e->blocked |= MR_BY_BROKER;
   event->type = MR_EV_BLOCKED;
   event->text = mr_read_shortstr(&r);
   return true;
 }
 
 static bool on_unblocked(mr_engine *e, mr_event *event) {
-  e->blocked = false;
+  e->blocked &= (uint8_t)~MR_BY_BROKER;
   event->type = MR_EV_UNBLOCKED;
   return true;
 }

@@ -199,6 +199,8 @@ mr_event_type mr_engine_next(mr_engine *engine, mr_event *event);
 /* ---- the connection ---- */
 bool mr_engine_is_open(const mr_engine *engine);
 bool mr_engine_is_blocked(const mr_engine *engine);
+/* The client's own will: while publishing is held, publishes answer MR_BLOCKED. */
+void mr_engine_hold(mr_engine *engine, bool held);
 /* Starts a graceful close: gathered acks, then Connection.Close. MR_EV_CLOSED follows on close-ok. */
 mr_status mr_engine_close(mr_engine *engine, uint16_t code, const char *text);
 /* RabbitMQ's connection.update-secret (3.8+). Answered by MR_EV_REPLY with

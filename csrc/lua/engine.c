@@ -240,6 +240,11 @@ static int engine_is_blocked(lua_State *L) {
   return 1;
 }
 
+static int engine_hold(lua_State *L) {
+  mr_engine_hold(mrl_check_engine(L, 1)->handle, mrl_check_boolean(L, 2));
+  return 0;
+}
+
 static int engine_tuned(lua_State *L) {
   mr_tuned tuned = mr_engine_tuned(mrl_check_engine(L, 1)->handle);
   lua_pushinteger(L, tuned.channel_max);
@@ -283,6 +288,7 @@ const luaL_Reg mrl_engine_functions[] = {{"start", engine_start},
                                          {"pause", engine_pause},
                                          {"is_open", engine_is_open},
                                          {"is_blocked", engine_is_blocked},
+                                         {"hold", engine_hold},
                                          {"tuned", engine_tuned},
                                          {"server_properties", engine_server_properties},
                                          {"close", engine_close},

@@ -71,6 +71,9 @@ function Engine:pause(paused, now) end
 function Engine:is_open() end
 ---@return boolean
 function Engine:is_blocked() end
+--- While publishing is held, publishes answer "blocked".
+---@param held boolean
+function Engine:hold(held) end
 ---@return integer channel_max, integer frame_max, integer heartbeat
 function Engine:tuned() end
 ---@return table

@@ -24,6 +24,7 @@
 ---@field errors table                    the module moonrabbit.errors
 ---@field uri table                       the module moonrabbit.uri
 ---@field management table                the module moonrabbit.management
+---@field queue table                     the module moonrabbit.queue
 ---@field retry table                     retry policies: the module moonrabbit.app.retry
 local moonrabbit = { _VERSION = "moonrabbit scm" }
 
@@ -96,7 +97,7 @@ local lazy = {
   null = function() return require("moonrabbit.core").null end,
   types = function() return require("moonrabbit.core").types end,
 }
-for _, name in ipairs { "errors", "uri", "options", "management" } do
+for _, name in ipairs { "errors", "uri", "options", "management", "queue" } do
   lazy[name] = function() return require("moonrabbit." .. name) end
 end
 for _, name in ipairs { "retry" } do

@@ -5,6 +5,10 @@
 -- mean the vhost `/`. User, password, host and vhost are percent-decoded. A host that starts with an
 -- encoded slash (`%2Frun%2Frabbitmq.sock`) is the path of a unix socket.
 --
+-- `amqp+srv://` and `amqps+srv://` name a service of DNS instead of a host: `amqp+srv://user@_amqp._tcp.example.com/`.
+-- A name that does not start with `_` gets `_amqp._tcp.` (`_amqps._tcp.`) before it. There is no port: the SRV
+-- records have it.
+--
 -- | query parameter | becomes |
 -- | --- | --- |
 -- | `heartbeat` | `heartbeat`, seconds |
@@ -28,6 +32,7 @@ local tonumber = tonumber
 ---@class moonrabbit.Uri
 ---@field host string            "localhost" when the URI has none
 ---@field port integer           5672, or 5671 for amqps
+---@field srv string?            the name of a service: `host` and `port` are then those of its SRV records, and not here
 ---@field port_given boolean     whether the URI names a port: false, the one in `port` is the default
 ---@field path string?           of a unix socket, instead of host and port
 ---@field vhost string          "/" when the URI has none
@@ -208,6 +213,16 @@ local function parse_host(result, text)
   end
 end
 
+-- The host is the name of a service.
+local function name_service(result, scheme)
+  if result.path or result.port_given or not result.host:find "%a" or result.host:find ":" then
+    return "a service of DNS has a name, and no port"
+  end
+  local name = result.host
+  result.srv = name:sub(1, 1) == "_" and name or ("_%s._tcp.%s"):format(scheme, name)
+  result.port = nil
+end
+
 --- Parses an AMQP URI.
 ---@param text string
 ---@return moonrabbit.Uri|nil
@@ -217,8 +232,9 @@ function uri.parse(text)
   if #text > 65536 then return nil, "invalid AMQP URI: it is longer than 64 KiB" end
   local scheme, rest = text:match "^(%a[%w+.-]*)://(.*)$"
   scheme = scheme and scheme:lower()
-  if scheme ~= "amqp" and scheme ~= "amqps" then
-    return nil, "invalid AMQP URI: it must start with amqp:// or amqps://"
+  local base = scheme and scheme:gsub("%+srv$", "")
+  if base ~= "amqp" and base ~= "amqps" then
+    return nil, "invalid AMQP URI: it must start with amqp:// or amqps:// (or amqp+srv://, amqps+srv://)"
   end
   local problem
   if rest:find("#", 1, true) then
@@ -227,7 +243,7 @@ function uri.parse(text)
   local before, query = rest:match "^([^?]*)%??(.*)$"
   local authority, path = before:match "^([^/]*)(.*)$"
   local result = { vhost = "/", port_given = false }
-  if scheme == "amqps" then
+  if base == "amqps" then
     result.tls = { verify = true }
     result.port = 5671
   else
@@ -240,6 +256,7 @@ function uri.parse(text)
     host = authority
   end
   problem = problem or parse_host(result, host)
+  if not problem and base ~= scheme then problem = name_service(result, base) end
   if not problem and #path > 1 then
     local segment = path:sub(2)
     if segment:find("/", 1, true) then
@@ -263,6 +280,7 @@ end
 ---@return string
 function uri.endpoint(parsed)
   if parsed.path then return parsed.path end
+  if parsed.srv then return parsed.srv end
   local host = parsed.host
   if host:find(":", 1, true) then host = "[" .. host .. "]" end
   return host .. ":" .. parsed.port
@@ -273,7 +291,8 @@ end
 ---@return string
 function uri.redacted(parsed)
   local host = parsed.path and encode(parsed.path) or uri.endpoint(parsed)
-  return (parsed.tls and "amqps://" or "amqp://") .. (parsed.user and encode(parsed.user) .. "@" or "")
+  local scheme = (parsed.tls and "amqps" or "amqp") .. (parsed.srv and "+srv" or "")
+  return scheme .. "://" .. (parsed.user and encode(parsed.user) .. "@" or "")
     .. host .. "/" .. (parsed.vhost == "/" and "" or encode(parsed.vhost))
 end
 

@@ -838,6 +838,16 @@ static void a_blocked_connection_pauses_publishing(void) {
   expect_event(p, MR_EV_UNBLOCKED);
   CHECK(!mr_engine_is_blocked(p->engine));
   CHECK(peer_publish(a, true, "b", NULL) >= 0);
+  mr_engine_hold(p->engine, true); /* by this side: the broker's word is another one */
+  CHECK(!mr_engine_is_blocked(p->engine));
+  CHECK_EQ(peer_publish(a, true, "b", NULL), MR_BLOCKED);
+  peer_send(p, 0, CONNECTION_BLOCKED, connection_blocked, .reason = BYTES("low on disk"));
+  expect_event(p, MR_EV_BLOCKED);
+  mr_engine_hold(p->engine, false);
+  CHECK_EQ(peer_publish(a, true, "b", NULL), MR_BLOCKED);
+  peer_send(p, 0, CONNECTION_UNBLOCKED, connection_unblocked, .dummy = 0);
+  expect_event(p, MR_EV_UNBLOCKED);
+  CHECK(peer_publish(a, true, "b", NULL) >= 0);
   mr_route_free(route);
   mr_channel_release(a);
   peer_free(p);

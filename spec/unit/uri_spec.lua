@@ -133,6 +133,22 @@ describe("uri", function()
     assert.equal("amqps://us%40er@h:5671/v%2Fw", uri.redacted(p))
   end)
 
+  it("may name a service of DNS", function()
+    local p = assert(uri.parse "amqp+srv://me:pw@_rabbit._tcp.example.com/v?heartbeat=5")
+    assert.equal("_rabbit._tcp.example.com", p.srv)
+    assert.is_nil(p.port)
+    assert.equal("v", p.vhost)
+    assert.equal("amqp+srv://me@_rabbit._tcp.example.com/v", uri.redacted(p))
+    assert.equal("_amqp._tcp.example.com", assert(uri.parse "AMQP+SRV://example.com").srv)
+    local secure = assert(uri.parse "amqps+srv://example.com/?verify=verify_none")
+    assert.equal("_amqps._tcp.example.com", secure.srv)
+    assert.is_false(secure.tls.verify)
+    for _, text in ipairs { "amqp+srv://example.com:5672", "amqp+srv://127.0.0.1", "amqp+srv://[::1]",
+      "amqp+srv://%2Frun%2Fx", "amqp+srv+srv://example.com", "http+srv://example.com" } do
+      assert.is_nil(uri.parse(text), text)
+    end
+  end)
+
   it("survives random input", function()
     local pieces = { "amqp", "amqps", "://", ":", "/", "@", "?", "&", "=", "%", "%2f", "%00", "[", "]", "::1", "host",
       "5672", "heartbeat", "verify", "\0", "\255", " ", "#", "é", "guest", "verify_none", "127.0.0.1", "-", "_", "." }

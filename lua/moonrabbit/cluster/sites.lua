@@ -1,0 +1,218 @@
+--- Two sites: a primary and a standby. The connection goes to the standby once the primary has been unreachable for
+-- some time, and back once it has been healthy for some time.
+--
+-- While a `check` of the standby has not said yes, publishing is held there: publishes answer `blocked` at once, and
+-- consuming goes on. So a program may watch a standby site without two sites taking orders.
+--
+-- A site is a source of targets of its own (list or smart); this one asks the right one in each round.
+-- @module moonrabbit.cluster.sites
+
+local protect = require "moonrabbit.protect"
+
+---@class moonrabbit.cluster.Sites
+local Sites = {}
+Sites.__index = Sites
+
+-- ---- Rounds -----------------------------------------------------------------------------------------
+
+local function add_targets(self, name, list)
+  local targets, err = self.sources[name]:round()
+  for _, target in ipairs(targets or {}) do
+    self.site_of[target] = name
+    list[#list + 1] = target
+  end
+  return err
+end
+
+-- How long the primary has been unreachable.
+local function outage(self)
+  return self.down_since and self.runtime.now() - self.down_since or 0
+end
+
+-- The sites to try, in their order. On the first connect there is nothing to wait for. Who has been on the standby and
+-- lost it takes whichever is there.
+local function order(self)
+  if self.wanted then return { self.wanted } end
+  if self.current == "standby" then return { "standby", "primary" } end
+  if self.current == nil then return { "primary", "standby" } end
+  if outage(self) < self.after then return { "primary" } end
+  return { "standby", "primary" }
+end
+
+function Sites:round()
+  local list, err = {}, nil
+  for _, name in ipairs(order(self)) do
+    local problem = add_targets(self, name, list)
+    err = err or problem
+  end
+  self.wanted = nil
+  if #list == 0 then
+    if self.current ~= "standby" then self.down_since = self.down_since or self.runtime.now() end
+    if err then err.temporary = true end -- the other site has its turn
+    return nil, err
+  end
+  return list
+end
+
+-- A site that refuses us for good is one that is down, as long as there is another: the round must not end everything.
+local function survivable(self, err)
+  if self.current == "primary" and outage(self) < self.after then err.temporary = true end
+end
+
+function Sites:failed(target, err)
+  local name = self.site_of[target]
+  if name == "primary" then self.down_since = self.down_since or self.runtime.now() end
+  self.sources[name]:failed(target, err)
+  survivable(self, err)
+end
+
+function Sites:lost(target, err)
+  local name = self.site_of[target]
+  if name == "primary" then self.down_since = self.runtime.now() end
+  self.sources[name]:lost(target, err)
+  self.session = nil
+  self.changed:broadcast()
+end
+
+-- ---- Publishing on the standby ----------------------------------------------------------------------
+
+local function hold_publishing(self, session)
+  session.held = ("publishing is held: site '%s' is consume-only until its check releases it"):format(self.current)
+  session.engine:hold(true)
+end
+
+--- Publishing is open on the site that is connected to.
+function Sites:release()
+  if self.released then return end
+  self.released = true
+  local session = self.session
+  if session then
+    session.held = nil
+    session.engine:hold(false)
+    session.room:signal()
+    for channel in pairs(session.channels) do channel._room:signal() end
+  end
+  self.log("info", ("publishing is released at site '%s'"):format(self.current))
+  self.emit("released", self.current)
+end
+
+-- What the check of a site says of a connection to it: true; or nil, why.
+local function passes(self, name, connection)
+  local check = self.checks[name]
+  if not check then return true end
+  local whole, fit, why = protect(check, connection)
+  if not whole then
+    if fit ~= nil and fit == self.runtime.cancelled then error(fit, 0) end
+    self.log("error", ("the check of site '%s' threw: %s"):format(name, tostring(fit)))
+    return nil, tostring(fit)
+  end
+  if fit then return true end
+  return nil, why and tostring(why) or "the check did not say yes"
+end
+
+local function ask_for_release(self)
+  if self.released then return end
+  local session = self.session
+  if not self.connection:wait_open(self.every) then return end
+  local fit, why = passes(self, self.current, self.connection)
+  if session ~= self.session or self.released then return end
+  if fit then
+    self:release()
+  elseif why ~= self.held_because then
+    self.held_because = why
+    self.log("info", ("publishing is held at site '%s': %s"):format(self.current, why))
+    self.emit("held", why)
+  end
+end
+
+-- ---- Back to the primary ----------------------------------------------------------------------------
+
+-- Whether the primary takes us, and its check says yes: true; or nil, why.
+local function probe(self)
+  local connection, err = self.dial_primary()
+  if not connection then return nil, err end
+  local fit, why = passes(self, "primary", connection)
+  connection:close(self.probe_timeout)
+  return fit, why
+end
+
+-- The primary has been healthy since `healthy_since`, without a gap.
+local function look_after_primary(self)
+  local fit = probe(self)
+  if not fit then
+    self.healthy_since = nil
+    return
+  end
+  local now = self.runtime.now()
+  self.healthy_since = self.healthy_since or now
+  if now - self.healthy_since >= self.hold and self.session then
+    self.healthy_since, self.wanted = nil, "primary"
+    self.move("the primary site is healthy again")
+  end
+end
+
+local function watch(self)
+  while not self.closed and self.current == "standby" do
+    if self.session then ask_for_release(self) end
+    if self.hold < math.huge and not self.closed and self.current == "standby" then look_after_primary(self) end
+    if self.closed or self.current ~= "standby" then break end
+    self.changed:wait(self.every)
+  end
+  self.watching = false
+end
+
+local function start_watching(self)
+  if self.watching then return end
+  self.watching = true
+  self.runtime.spawn(watch, self)
+end
+
+function Sites:connected(target, session)
+  local name = self.site_of[target]
+  self.sources[name]:connected(target, session)
+  self.session = session
+  local before = self.current
+  if before ~= name then
+    self.current, self.released, self.held_because, self.healthy_since = name, self.checks[name] == nil, nil, nil
+    if name == "primary" then self.released = true end
+    if before or name ~= "primary" then
+      self.log("warn", ("this connection is now to site '%s'"):format(name))
+      self.emit("site", name, before)
+    end
+  end
+  if name == "primary" then
+    self.down_since = nil
+  else
+    if not self.released then hold_publishing(self, session) end
+    start_watching(self)
+  end
+end
+
+function Sites:close()
+  self.closed = true
+  self.changed:broadcast()
+  for _, source in pairs(self.sources) do source:close() end
+end
+
+--- The connection that it serves.
+---@param hooks { emit: function, move: function, connection: table, dial_primary: fun(): table|nil, moonrabbit.Error? }
+function Sites:attach(hooks)
+  self.emit, self.move, self.connection, self.dial_primary = hooks.emit, hooks.move, hooks.connection,
+    hooks.dial_primary
+  for _, source in pairs(self.sources) do source:attach(hooks) end
+end
+
+---@param sources { primary: table, standby: table }
+---@param opts moonrabbit.SitesOptions
+---@param context table { runtime, log }
+function Sites.new(sources, opts, context)
+  return setmetatable({
+    sources = sources, runtime = context.runtime, log = context.log,
+    after = opts.after or 30, hold = opts.hold or 60, every = opts.probe or 5, probe_timeout = 5,
+    checks = { primary = opts.primary.check, standby = opts.standby.check },
+    site_of = setmetatable({}, { __mode = "k" }), changed = context.runtime.condition(),
+    emit = function() end, move = function() end,
+  }, Sites)
+end
+
+return Sites
