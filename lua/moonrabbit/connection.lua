@@ -11,13 +11,12 @@ local options = require "moonrabbit.options"
 local runtimes = require "moonrabbit.runtime"
 local uri = require "moonrabbit.uri"
 local connection_options = require "moonrabbit.connection.options"
-local target = require "moonrabbit.connection.target"
 local events = require "moonrabbit.connection.events"
 local supervisor = require "moonrabbit.connection.supervisor"
 local Backoff = require "moonrabbit.connection.backoff"
 local Record = require "moonrabbit.connection.record"
 local Repairs = require "moonrabbit.connection.repairs"
-local Endpoints = require "moonrabbit.endpoints"
+local cluster = require "moonrabbit.cluster"
 
 require "moonrabbit.message"
 require "moonrabbit.confirmation"
@@ -38,15 +37,14 @@ supervisor.extend(Connection)
 
 -- ---- Connecting -------------------------------------------------------------------------------------
 
--- Where to connect: a source of targets (moonrabbit.endpoints).
-local function source_of(opts, level)
-  local targets = {}
-  for i, text in ipairs(opts.endpoints or { opts.uri or "amqp://" }) do
-    local problem
-    targets[i], problem = target(text, opts)
-    if not targets[i] then error("connect: " .. problem, level + 1) end
-  end
-  return Endpoints.new(targets)
+-- What the source of targets may use of the connection.
+local function hooks_of(self)
+  return {
+    connection = self,
+    emit = function(event, ...) self:_event(event, ...) end,
+    move = function(why) self:_move(why) end,
+    dial_primary = function() return Connection.connect(cluster.probe_options(self._opts)) end,
+  }
 end
 
 -- The options `reconnect` and `recover`, filled in: policy and what to restore; nil: nothing comes back.
@@ -69,18 +67,19 @@ end
 function Connection.connect(given, level, deadline)
   level = (level or 1) + 1
   local opts = connection_options.check(given, level)
-  local source = source_of(opts, level)
+  local runtime = runtimes.find(opts.runtime, level)
+  local log = connection_options.log(opts.log, runtime)
+  local source = cluster.source(opts, { runtime = runtime, log = log }, level)
   local health
   if opts.health then
     local heartbeat = math.huge
     for _, to in ipairs(source.targets) do heartbeat = math.min(heartbeat, to.heartbeat) end
     health = require("moonrabbit.health").checked("connect", opts.health, heartbeat, level)
   end
-  local runtime = runtimes.find(opts.runtime, level)
   local policy, recover = policies(opts)
   local self = setmetatable({
     timeout = opts.timeout or 30,
-    _opts = opts, _runtime = runtime, _log = connection_options.log(opts.log, runtime), _source = source,
+    _opts = opts, _runtime = runtime, _log = log, _source = source,
     _health = health,
     _policy = policy, _recover = recover, _backoff = Backoff.new(policy or {}),
     _record = policy and recover.topology and Record.new() or nil,
@@ -90,6 +89,7 @@ function Connection.connect(given, level, deadline)
     _listeners = {}, _events = {}, _first = 1, _last = 0,
   }, Connection)
   self._repairs = Repairs.new(self)
+  source:attach(hooks_of(self))
   local connected, err = self:_start(deadline)
   if not connected then return nil, err end
   return self
@@ -185,6 +185,20 @@ end
 ---@return string?
 function Connection:blocked()
   return self._session.blocked
+end
+
+--- With the option `sites`: "primary" or "standby", and whether publishing is open there. nil without it.
+---@return string? site, boolean? publishing
+function Connection:site()
+  local source = self._source
+  if not source.release then return nil end
+  return source.current, source.released == true
+end
+
+--- With the option `sites`: opens publishing at the standby, whatever its check says. At the primary it is open.
+function Connection:release()
+  if not self._source.release then error("Connection:release: the connection has no option 'sites'", 2) end
+  self._source:release()
 end
 
 --- What the broker said about itself (`product`, `version`, `cluster_name`, `platform`, and all of it in

@@ -9,6 +9,7 @@
 -- | `source:connected(target, session)` | it took us |
 -- | `source:failed(target, err)` | it did not |
 -- | `source:lost(target, err)` | it had taken us, and the connection ended |
+-- | `source:attach(hooks)` | once, before the first round: `emit` and `move` of the connection |
 -- | `source:close()` | the connection is closed for good |
 --
 -- All but `round` must not yield. A round whose every target fails with an error that is not temporary ends
@@ -26,6 +27,7 @@ end
 
 function Endpoints:round() return self.targets end
 
+function Endpoints.attach() end
 function Endpoints.failed() end
 function Endpoints.connected() end
 function Endpoints.lost() end

@@ -12,8 +12,8 @@
 -- function has the path it stands for in its description. A path's names are percent-encoded here.
 --
 -- Errors are those of moonrabbit.errors: the kinds of a connection (`dns`, `refused`, `timeout`, `tls`,
--- `closed`), `protocol` for an answer that is no HTTP or not the JSON that it should be, `auth` for 401 (who
--- are you) and 403 (not you), `http` for every other refusal, with the status in err.code and the broker's
+-- `closed`), `protocol` for an answer that is no HTTP or not the JSON that it should be, `auth` for 401 and
+-- 403 (a wrong password, or a user who lacks the tag for it), `http` for every other refusal, with the status in err.code and the broker's
 -- reason in err.message, and `overflow` for an answer beyond `max_body`. None holds the password.
 -- @module moonrabbit.management
 
@@ -180,10 +180,9 @@ local function refusal(self, code, what, body)
   local reason = without_secrets(self, reason_of(body or ""))
   local err = { kind = "http", code = code, endpoint = self.endpoint,
     temporary = code == 408 or code == 429 or code >= 500 }
-  if code == 401 then
-    err.kind, err.message = "auth", "the management API refuses the user or the password"
-  elseif code == 403 then
-    err.kind, err.message = "auth", "the management API does not permit this to user '" .. self._user .. "'"
+  if code == 401 or code == 403 then -- RabbitMQ answers 401 also to a user who lacks a tag
+    err.kind, err.message = "auth", what .. ": the management API refuses this to "
+      .. (self._token and "the token" or "user '" .. self._user .. "'")
   elseif code == 404 then
     err.message = what .. ": there is no such thing"
   elseif code >= 300 and code < 400 then
@@ -232,7 +231,7 @@ function Management:request(method, path, opts)
   local credentials, problem = authorization(self)
   if not credentials then return nil, problem end
   local headers = {
-    ["host"] = self.endpoint, ["accept"] = "application/json", ["connection"] = "close",
+    ["host"] = self.endpoint, ["accept"] = "application/json, */*;q=0.1", ["connection"] = "close",
     ["user-agent"] = "moonrabbit", ["authorization"] = credentials,
   }
   local body = opts.body or (method ~= "GET" and method ~= "DELETE" and method ~= "HEAD") and "" or nil

@@ -81,6 +81,7 @@ local function publish_slow(self, again, x, y, status, timeout, level)
   repeat
     local session = self._session -- another one, once the connection was lost and is back
     if status == "closed" then return nil, self:_closed_error() end
+    if status == "blocked" and session.held then return nil, session:error("blocked", session.held) end
     if status ~= "window" and status ~= "overflow" and status ~= "blocked" then
       return nil, session:refusal(status, "publish", level + 1)
     end

@@ -14,13 +14,13 @@ List.__index = List
 ---@param context table { runtime, log }
 function List.new(listed, opts, context)
   return setmetatable({
-    listed = listed, shuffle = opts.shuffle,
+    targets = listed, shuffle = opts.shuffle,
     context = { runtime = context.runtime, log = context.log, dns = opts.dns, draw = random.new() },
   }, List)
 end
 
 function List:round()
-  local all, err = targets.expand(self.listed, self.context)
+  local all, err = targets.expand(self.targets, self.context)
   if not all or not self.shuffle then return all, err end
   local copy = {}
   for i, target in ipairs(all) do copy[i] = target end

@@ -206,8 +206,12 @@ end
 ---@param opts moonrabbit.SitesOptions
 ---@param context table { runtime, log }
 function Sites.new(sources, opts, context)
+  local all = {} -- what both list, whose heartbeats a detector asks for
+  for _, name in ipairs { "primary", "standby" } do
+    for _, target in ipairs(sources[name].targets) do all[#all + 1] = target end
+  end
   return setmetatable({
-    sources = sources, runtime = context.runtime, log = context.log,
+    sources = sources, targets = all, runtime = context.runtime, log = context.log,
     after = opts.after or 30, hold = opts.hold or 60, every = opts.probe or 5, probe_timeout = 5,
     checks = { primary = opts.primary.check, standby = opts.standby.check },
     site_of = setmetatable({}, { __mode = "k" }), changed = context.runtime.condition(),

@@ -144,7 +144,7 @@ local function elsewhere(err)
 end
 
 local function learn(self)
-  local listed = targets.expand(self.listed, self.context) or {}
+  local listed = targets.expand(self.targets, self.context) or {}
   local nodes_err, leader_err
   for _, api in ipairs(apis(self, listed)) do
     if self.closed then return end
@@ -220,7 +220,7 @@ local function everyone(self, listed)
     end
   end
   for _, target in ipairs(listed) do add(target, self:node_of(target)) end
-  local template = self.listed[1]
+  local template = self.targets[1]
   for _, name in ipairs(sorted_names(self.nodes)) do
     local where = self.nodes[name].addresses[template.tls and "tls" or "plain"]
     if where and not nodes[name] then
@@ -262,7 +262,7 @@ local function in_order(self, all)
 end
 
 function Smart:round()
-  local listed, err = targets.expand(self.listed, self.context)
+  local listed, err = targets.expand(self.targets, self.context)
   self:refresh()
   if self.refreshing and self.near then
     local deadline = self.runtime.now() + self.wait
@@ -327,7 +327,7 @@ function Smart.new(listed, opts, context, level)
   local tuning = opts.smart or {}
   local runtime = context.runtime
   return setmetatable({
-    runtime = runtime, log = context.log, listed = listed, vhost = listed[1].vhost, near = opts.near,
+    runtime = runtime, log = context.log, targets = listed, vhost = listed[1].vhost, near = opts.near,
     shuffle = opts.shuffle, given = given_apis(opts.management, listed, context, level + 1),
     discover = tuning.discover ~= false, follow = tuning.follow, address = tuning.address,
     every = tuning.refresh or 30, wait = tuning.wait or 1, quarantine = Quarantine.new(tuning.quarantine),

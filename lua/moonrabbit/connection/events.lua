@@ -12,7 +12,7 @@ local Connection = {}
 local events = {
   open = true, closed = true, state = true, blocked = true, unblocked = true, ["return"] = true, error = true,
   recovering = true, recovered = true, recovery_error = true, consumer_recovered = true, queue_renamed = true,
-  suspect = true,
+  suspect = true, cluster = true, site = true, held = true, released = true,
 }
 
 --- Calls `fn` on an event. The calls come one after the other, in a task of their own:
@@ -26,6 +26,10 @@ local events = {
 --- * "consumer_recovered" (consumer, why): it consumes again; why: what had ended it
 --- * "queue_renamed" (old, new): a queue that the broker names came back under another name
 --- * "suspect" (strategy, details): the broker's silence is going to end the connection (moonrabbit.health)
+--- * "cluster" (what, details): mode "smart"; what: "node_found", "node_gone", "leader_moved", "quarantined", or
+---   "unknown": what could not be learned
+--- * "site" (name, before): the connection is now to the "primary" or the "standby" site
+--- * "held" (why): publishing is held there; "released" (name): it is open
 --- * "blocked" (reason), "unblocked" (): https://www.rabbitmq.com/docs/connection-blocked
 --- * "return" (message, channel): an unroutable publish came back
 --- * "error" (text, message): a handler threw; with no listener it is logged

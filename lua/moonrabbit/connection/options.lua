@@ -10,6 +10,13 @@ local check = options.check
 ---@class moonrabbit.ConnectOptions
 ---@field uri string?              `amqp[s]://user:password@host:port/vhost?query`; "amqp://" by default. See moonrabbit.uri
 ---@field endpoints string[]?      URIs instead of `uri`; tried in order until one takes us
+---@field mode ("direct"|"proxy"|"smart")?  "direct", the default: the endpoints as they are listed; "proxy": one balancer; "smart": the other nodes are learned. docs/clusters.md
+---@field shuffle boolean?         tries the endpoints in another order each time; false by default
+---@field near string?             mode "smart": a queue, whose leader's node is tried first
+---@field management (string|table)?  mode "smart": address of the management API or options of it (moonrabbit.management), or a list of these; by default that of each endpoint, at port 15672, or 15671 with TLS
+---@field smart moonrabbit.SmartOptions?  mode "smart": how
+---@field dns moonrabbit.DnsOptions?  whom to ask for SRV records; what /etc/resolv.conf says by default
+---@field sites moonrabbit.SitesOptions?  a primary and a standby site, instead of `uri` and `endpoints`
 ---@field vhost string?            instead of the URI's; "/" by default
 ---@field user string?             instead of the URI's; "guest" by default
 ---@field password (string|fun(): string|nil, string?)?  instead of the URI's; "guest" by default. A function is called at each connect, and answers the password, or nil and why there is none
@@ -62,7 +69,7 @@ local recovery_options = {
   topology = options.boolean, consumers = options.boolean, filter = options.callback,
 }
 
-local connect_options = {
+local connect_options = options.merge(require("moonrabbit.cluster").options, {
   uri = options.string,
   endpoints = endpoint_list,
   vhost = options.shortstr,
@@ -85,7 +92,7 @@ local connect_options = {
   runtime = options.either(options.string, options.table),
   log = options.callback,
   health = options.either(options.boolean, options.string, options.table),
-}
+})
 
 connection_options.schema = connect_options
 

@@ -10,6 +10,9 @@ local protect = require "moonrabbit.protect"
 
 local huge = math.huge
 
+-- What is to be sent has so many seconds to leave before a connection moves.
+local MOVING = 2
+
 ---@class moonrabbit.Connection
 local Connection = {}
 
@@ -177,6 +180,18 @@ function Connection:_start(deadline)
   self:_adopt(session, target)
   self._log("debug", "connected to " .. uri.redacted(target))
   return true
+end
+
+--- Leaves a broker that is well for another one: says goodbye, and comes back as after a loss.
+---@package
+function Connection:_move(why)
+  local session = self._session
+  if self._state ~= "open" or session.state ~= "open" then return end
+  self._log("info", "the connection moves: " .. why)
+  session:flush(MOVING)
+  if self._state ~= "open" or session ~= self._session or session.state ~= "open" then return end
+  session.engine:close(200, why)
+  session:finish(session:error("closed", "the connection moves: " .. why, { temporary = true }))
 end
 
 --- Closes it while it is coming back: at once.
