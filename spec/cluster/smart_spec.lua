@@ -156,7 +156,8 @@ describe("a cluster of three", function()
       local where = tonumber(second.tls_url:match ":(%d+)/")
       server = dns_server.start { ["_amqps._tcp.rabbit.test"] = { { 1, 0, where, "localhost" } } }
       local opts = { uri = "amqps+srv://guest:guest@rabbit.test/%2f",
-        dns = { servers = { server.address }, search = {} }, tls = { ca = second.tls_dir .. "/ca.pem" }, log = function() end }
+        dns = { servers = { server.address }, search = {} }, tls = { ca = second.tls_dir .. "/ca.pem" },
+        log = function() end }
       local none, err = moonrabbit.connect(opts)
       assert.is_nil(none)
       assert.equal("tls", err.kind)
@@ -168,12 +169,15 @@ describe("a cluster of three", function()
 
   describe("smartly", function()
     it("learns all nodes from one", function()
-      local conn = smart { endpoints = { urls[2] } }
+      local logged = {}
+      local conn = smart { endpoints = { urls[2] }, log = function(_, text) logged[#logged + 1] = text end }
       broker.eventually(function() return #round(conn) == 3 end, 10, "three nodes")
       assert.same({ 1, 2, 3 }, names_of(round(conn)))
       assert.equal(2, round(conn)[1])
-      assert.same({ "node_found " .. cluster.node_name(1), "node_found " .. cluster.node_name(2),
-        "node_found " .. cluster.node_name(3) }, heard)
+      for node = 1, 3 do
+        local text = "node " .. cluster.node_name(node) .. " is part of the cluster"
+        assert.matches(text, table.concat(logged, "\n"), 1, true)
+      end
     end)
 
     it("uses only what is listed, when told so", function()

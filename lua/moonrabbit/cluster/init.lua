@@ -121,7 +121,8 @@ local function place(what, opts, context, level)
   local listed = listed_of(what, opts, level)
   check_place(what, opts, listed, level)
   if opts.mode == "smart" then
-    return require("moonrabbit.cluster.smart").new(listed, opts, context, level)
+    local smart = require("moonrabbit.cluster.smart").new(listed, opts, context, level)
+    return smart
   end
   local plain = not opts.shuffle
   for _, each in ipairs(listed) do plain = plain and not each.srv end
@@ -157,6 +158,7 @@ local function two_sites(opts, context, level)
 end
 
 --- The source of targets for checked options of a connection; throws at `level` of the caller.
+---@package
 ---@param opts moonrabbit.ConnectOptions
 ---@param context { runtime: table, log: function }
 ---@param level integer
@@ -164,11 +166,18 @@ end
 function cluster.source(opts, context, level)
   level = level + 1
   if opts.dns then check("connect: dns", opts.dns, resolver.options, level) end
-  if opts.sites then return two_sites(opts, context, level) end
-  return place("connect", opts, context, level)
+  -- No tail calls: they would take a level away.
+  local source
+  if opts.sites then
+    source = two_sites(opts, context, level)
+  else
+    source = place("connect", opts, context, level)
+  end
+  return source
 end
 
 --- The options of a connection that only looks whether the primary site is there.
+---@package
 ---@param opts moonrabbit.ConnectOptions
 ---@return moonrabbit.ConnectOptions
 function cluster.probe_options(opts)

@@ -19,7 +19,10 @@ Quarantine.options = {
   first = options.seconds, factor = options.number(1), max = options.seconds, stable = options.seconds,
 }
 
+--- An empty one.
+---@package
 ---@param opts moonrabbit.QuarantineOptions?
+---@return moonrabbit.cluster.Quarantine
 function Quarantine.new(opts)
   opts = opts or {}
   return setmetatable({
@@ -38,6 +41,7 @@ local function entry_of(self, key)
 end
 
 --- It could not be connected to.
+---@package
 ---@return number seconds that it is left alone
 function Quarantine:failed(key, now)
   local entry = entry_of(self, key)
@@ -49,12 +53,14 @@ function Quarantine:failed(key, now)
 end
 
 --- It took us.
+---@package
 function Quarantine:connected(key, now)
   local entry = entry_of(self, key)
   entry.since, entry.ends = now, now
 end
 
 --- The connection to it ended: as a failure, and the first one when it had lasted.
+---@package
 ---@return number seconds
 function Quarantine:lost(key, now)
   local entry = entry_of(self, key)
@@ -63,6 +69,7 @@ function Quarantine:lost(key, now)
 end
 
 --- Seconds that are left of its quarantine; 0: none.
+---@package
 ---@return number
 function Quarantine:left(key, now)
   local entry = self.entries[key]
@@ -70,6 +77,7 @@ function Quarantine:left(key, now)
 end
 
 --- Forgets what is not in `keys`.
+---@package
 ---@param keys table<string, any>
 function Quarantine:keep(keys)
   for key in pairs(self.entries) do

@@ -1,0 +1,29 @@
+-- Options of moonrabbit.connect about clusters that are wrong: they throw, naming the option and this line.
+local moonrabbit = require "moonrabbit"
+
+describe("options about clusters", function()
+  for _, case in ipairs {
+    { { mode = "clever" }, '"direct" or "proxy" or "smart"' },
+    { { near = "q" }, "'near' needs mode = \"smart\"" },
+    { { management = "http://x", mode = "direct" }, "'management' needs mode = \"smart\"" },
+    { { smart = {} }, "'smart' needs mode" },
+    { { mode = "smart", management = "amqp://x" }, "must start with http" },
+    { { mode = "smart", management = { { uri = "http://x", usr = "y" } } }, "did you mean 'user'" },
+    { { mode = "smart", smart = { refrsh = 5 } }, "did you mean 'refresh'" },
+    { { mode = "smart", smart = { quarantine = { factor = 0 } } }, "'factor'" },
+    { { mode = "proxy", endpoints = { "amqp://a", "amqp://b" } }, "takes one endpoint" },
+    { { dns = { server = "x" } }, "did you mean 'servers'" },
+    { { dns = { servers = "1.2.3.4" } }, "a list of strings" },
+    { { shuffle = "yes" }, "'shuffle' must be a boolean" },
+    { { uri = "amqp+srv://host:5672" }, "a service of DNS has a name, and no port" },
+    { { sites = { primary = {} } }, "sites.standby is missing" },
+    { { sites = { primary = {}, standby = {}, after = -1 } }, "'after'" },
+  } do
+    it(case[2], function()
+      local ok, err = pcall(function() moonrabbit.connect(case[1]) end)
+      assert.is_false(ok)
+      assert.truthy(err:find(case[2], 1, true), err)
+      assert.matches("cluster_options_spec", err)
+    end)
+  end
+end)
