@@ -403,7 +403,9 @@ function Channel:close(timeout)
   local call = session:expect(self._calls, "channel.close")
   self:_ended(err, true)
   local result
+  session.closing[self._calls] = true
   result, err = session:await(call, timeout or self.timeout)
+  session.closing[self._calls] = nil
   self._calls:fail(self._closed)
   if not result and err.kind == "timeout" then return nil, err end
   return true

@@ -564,6 +564,7 @@ function Session:finish(err)
   self.channels = {}
   local meanwhile = not goodbye and self.survives and self.survives(self, err)
   for channel in pairs(channels) do channel:_session_ended(err, meanwhile) end
+  for calls in pairs(self.closing) do calls:fail(err) end
   self.dirty = true
   self.wake:broadcast()
   self.drained:broadcast()
@@ -609,6 +610,7 @@ function Session.open(config)
     endpoint = config.label, secrets = {}, log = config.log, emit = config.emit, health = config.health,
     survives = config.survives, -- (session, err) -> what the calls of its channels are told until they are back, or nil
     channels = {}, calls = Calls.new(),
+    closing = {},  -- the calls of channels that wait for their channel.close-ok
     dirty = false, corked = false, flushing = false, paused = false, heartbeat = 0,
     awaiting = 0,          -- tasks in `block`, and those that were cancelled there
     awaiting_until = 0,    -- the latest that one of them waits
