@@ -67,24 +67,24 @@ int mrl_conclude(lua_State *L) {
 }
 
 /* core.take_acked(confirmations, kept, first, last, size): two rings, of the confirmations and of what
- * was published, whose place for number n is (n - 1) % size + 1. Empties them from `first` on, as long
- * as the confirmation is acked and what was published is a string. */
+ * was published, whose place for number n is (n - 1) % size + 1. Empties the latter from `first` on, as
+ * long as the confirmation is acked and what was published is a string. */
 int mrl_take_acked(lua_State *L) {
   luaL_checktype(L, 1, LUA_TTABLE);
   luaL_checktype(L, 2, LUA_TTABLE);
   uint64_t n = mrl_check_uint(L, 3, INT64_MAX), last = mrl_check_uint(L, 4, INT64_MAX);
   uint64_t size = mrl_check_uint(L, 5, INT32_MAX);
   size_t bytes = 0;
-  for (luaL_argcheck(L, size > 0 && n > 0, 5, "out of range"); n <= last; n++) {
+  luaL_argcheck(L, size > 0 && n > 0, 5, "out of range");
+  for (; n <= last; n++) {
     int at = (int)((n - 1) % size) + 1;
     lua_settop(L, 5);
-    lua_rawgeti(L, 1, at);
     lua_rawgeti(L, 2, at);
-    mrl_confirmation *c = mrl_test_tag(L, 6, MR_IS_CONFIRMATION, sizeof *c);
-    if (!c || lua_type(L, 7) != LUA_TSTRING || outcome_of(c) != MR_ACKED) break;
-    bytes += (size_t)lua_rawlen(L, 7);
-    lua_pushboolean(L, 0);
-    lua_rawseti(L, 1, at);
+    if (lua_type(L, 6) != LUA_TSTRING) break;
+    lua_rawgeti(L, 1, at);
+    mrl_confirmation *c = mrl_test(L, 7, MR_UP_CONFIRMATION);
+    if (!c || outcome_of(c) != MR_ACKED) break;
+    bytes += (size_t)lua_rawlen(L, 6);
     lua_pushboolean(L, 0);
     lua_rawseti(L, 2, at);
   }

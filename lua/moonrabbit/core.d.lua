@@ -238,7 +238,7 @@ function core.outcome(confirmation) end
 ---@param outcome "nacked"|"unroutable"|"lost"
 function core.conclude(confirmation, outcome) end
 --- Two rings, of confirmations and of what was published; the place of number n is (n - 1) % size + 1. Empties
---- both (false) from `first` on, as long as the publish is acked and a string.
+--- the latter (false) from `first` on, as long as the publish is acked and a string.
 ---@return integer first the first number that was left, integer bytes of the strings
 function core.take_acked(confirmations, kept, first, last, size) end
 --- What a publish with these options (as for Channel:publish) is made of.

@@ -14,7 +14,7 @@ assert(ch:queue_declare("orders", { durable = true }))
 
 local pages = {
   "README.md", "docs/getting-started.md", "docs/connections.md", "docs/errors.md", "docs/cli.md", "docs/clusters.md",
-  "docs/decisions.md", "docs/internals.md", "docs/runtimes.md",
+  "docs/decisions.md", "docs/internals.md", "docs/runtimes.md", "docs/publishing.md",
   "examples/README.md",
 }
 

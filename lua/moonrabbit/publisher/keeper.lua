@@ -382,8 +382,8 @@ local function tend(self)
   table.sort(numbers)
   for _, n in ipairs(numbers) do
     local record = self._troubled[n]
-    local _, confirmation = self.ring:at(n)
-    if not confirmation or acked(confirmation) then
+    local message, confirmation = self.ring:at(n)
+    if not message or acked(confirmation) then
       self._troubled[n] = nil
     elseif record then
       if record.give_up and record.give_up <= now then
@@ -471,6 +471,7 @@ function Keeper:ended(err)
   if self._closed then return end
   self.ring:advance(self._ended)
   self._closed, self._up = err, false
+  if self._outbox then self._outbox.ending = true end
   local left = self.ring:unsettled()
   if #left > 0 then
     local unknown = self:_unknown(err)

@@ -22,6 +22,7 @@ local options = require "moonrabbit.options"
 ---@field synchronous boolean? (sqlite) each message is on the disk before it is sent, not only in the system's hands: it survives a power cut too; true by default
 
 ---@class moonrabbit.publisher.Outbox
+---@field ending boolean?  nothing goes again any more
 ---@field backlog boolean  whether there are messages of before that have not been taken
 local Outbox = {}
 Outbox.__index = Outbox
@@ -131,7 +132,7 @@ end
 --- A row's message has failed: it stays, and goes again when the interval has passed.
 function Outbox:failed(row)
   self._failed[#self._failed + 1] = row
-  if self._waiting or self._closed then return end
+  if self._waiting or self._closed or self.ending then return end
   self._waiting = true
   self._runtime.spawn(function()
     self._runtime.sleep(self._interval)

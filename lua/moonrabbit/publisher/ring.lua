@@ -2,7 +2,7 @@
 --
 -- Two rings in plain arrays: a message costs two stores, and no table of its own. `kept` holds the body of a
 -- message of the publisher's own route, else a record (`body`, `exchange`, `routing_key`, `mandatory`, `props`
--- and what happened to it), `confirmations` its Confirmation; both `false` once it is settled. They start at the
+-- and what happened to it), or `false` once it is settled; `confirmations` its Confirmation. They start at the
 -- oldest that is not, and only there do they shrink: what is settled out of turn keeps its place until then.
 -- @module moonrabbit.publisher.ring
 
@@ -82,7 +82,7 @@ function Ring:settle(n)
   local message = self.kept[at]
   if not message then return end
   self.bytes = self.bytes - #(type(message) == "string" and message or message.body)
-  self.kept[at], self.confirmations[at] = false, false
+  self.kept[at] = false
 end
 
 --- Takes off the front what is settled. `ended(record)` is called for acked messages that have one.
