@@ -490,10 +490,9 @@ describe("a publisher #smoke", function()
   end)
 
   it("ends what was on its way with the error that closed its channel for good, and nothing else", function()
-    start()
-    local c = { p:send_async "1" }
+    start { routing_key = "k", window = 1, max_kept = 10 }
+    local c = { p:send_async "1", p:send_async "2" } -- the second one waits for the window
     w:cut(errors.new { kind = "channel", code = 404, message = "no exchange 'nope'" })
-    c[2] = p:send_async "2"
     local _, err = c[1]:wait(0)
     assert.same({ "channel", 404 }, { err.kind, err.code })
     assert.equal("pending", c[2]:outcome())

@@ -549,9 +549,9 @@ end
 local function too_late(self, confirmation, n, timeout, own)
   local session = self.channel._session
   local state = not self._up and ": the connection is down, and recovering"
-    or session.blocked and ": the broker has blocked publishing" or ""
+    or session.held and ": " .. session.held or session.blocked and ": the broker has blocked publishing" or ""
   if own and withdraw(self, confirmation, n) then
-    return session:error(self._up and session.blocked and "blocked" or "timeout",
+    return session:error(self._up and (session.blocked or session.held) and "blocked" or "timeout",
       ("the message was not sent within %g s%s"):format(timeout, state), { unsent = true })
   end
   return session:error("timeout", ("the broker has not confirmed the message within %g s%s"):format(timeout, state))
