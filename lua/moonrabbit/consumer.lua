@@ -108,6 +108,7 @@ function Consumer.start(channel, queue, opts, handler, level)
     channel = channel, connection = channel.connection, queue = queue, tag = tag, prefetch = prefetch,
     no_ack = opts.no_ack or false, kind = "consumer",
     _opts = opts, _session = session, _runtime = runtime, _serial = started,
+    _reads_stream = opts.arguments ~= nil and opts.arguments["x-stream-offset"] ~= nil,
     _ready = runtime.condition(), _receiving = 0,
   }, Consumer)
   if handler then
@@ -142,14 +143,14 @@ function Consumer:_consume_fields()
   local opts = self._opts
   return {
     queue = self.queue, consumer_tag = self.tag, no_local = opts.no_local, no_ack = opts.no_ack,
-    exclusive = opts.exclusive, arguments = all_arguments(opts),
+    exclusive = opts.exclusive, arguments = survival.from_there(self, all_arguments(opts)),
   }
 end
 
 --- Takes its messages from this DeliveryQueue, after those that have arrived in the one before.
 ---@package
 function Consumer:_takes(queue)
-  self._pop = queue.pop
+  self._pop = self._reads_stream and survival.counting(self, queue.pop) or queue.pop
   if self._deliveries and self:buffered() > 0 then
     self._later = self._later or {}
     self._later[#self._later + 1] = queue

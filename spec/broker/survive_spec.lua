@@ -494,6 +494,23 @@ describe("a connection that survives", function()
     end)
   end)
 
+  it("goes on in a stream where it was", function()
+    connect()
+    local ch = ok(conn:channel { confirm = true, prefetch = 10 })
+    local stream = unique "stream"
+    ok(ch:queue_declare(stream, { durable = true, arguments = { ["x-queue-type"] = "stream" } }))
+    for i = 1, 4 do ok(ch:publish("m" .. i, { routing_key = stream })) end
+    local consumer = ok(ch:consume(stream, { arguments = { ["x-stream-offset"] = "first" } }))
+    for i = 1, 2 do
+      local message = ok(consumer:receive(10))
+      assert.equal("m" .. i, message.body)
+      message:ack()
+    end
+    cut()
+    for i = 3, 4 do assert.equal("m" .. i, ok(consumer:receive(10)).body) end
+    ok(ch:queue_delete(stream))
+  end)
+
   it("ends every waiting call within its own timeout while it comes back", function()
     connect { reconnect = { first = 600 } }
     local ch = ok(conn:channel { confirm = true })

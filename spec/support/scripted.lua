@@ -34,8 +34,9 @@ local function said(broker, bytes)
     broker:say(fake.method(0, 10, 10, "\0\9" .. core.encode_table { product = "Scripted" } .. long "PLAIN"
       .. long "en_US"))
   end
+  local line = broker.transport
   for _, frame in ipairs(fake.frames(bytes)) do
-    if frame.id then
+    if frame.id and not line.closed then -- what comes behind a cut is not heard
       broker.heard[#broker.heard + 1] = frame.id
       local answer = broker.answers[frame.id]
       if answer == nil then answer = answers[frame.id] end
@@ -92,6 +93,7 @@ function scripted.start()
   local self = setmetatable({ out = "", more = native.condition(), answers = {}, heard = {} }, Broker)
   self.runtime = setmetatable({
     open = function()
+      self.out = "" -- what the last connection was not told
       self.transport = setmetatable({ broker = self }, Transport)
       return self.transport
     end,

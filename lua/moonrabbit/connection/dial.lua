@@ -59,6 +59,15 @@ function dial.one(self, to, deadline)
   return session, err
 end
 
+-- Whether trying again cannot help. Where a connection stood before, a name that has gone (a container is being
+-- replaced) or a peer that talks nonsense (a balancer without a node behind it) may pass.
+local final_kinds = { auth = true, vhost = true, tls = true }
+
+local function is_final(self, err)
+  if err.temporary ~= false then return false end
+  return not self._opened_at or final_kinds[err.kind] or false
+end
+
 --- Tries the targets of a round, one after the other. Answers a session and its target; or nil, the last
 --- error, and whether trying again cannot help. `go_on`: asked before each.
 ---@param deadline number? in the runtime's time
@@ -66,7 +75,7 @@ end
 function dial.round(self, deadline, go_on)
   local source = self._source
   local targets, err = source:round()
-  if not targets then return nil, err, err.temporary == false end
+  if not targets then return nil, err, is_final(self, err) end
   local permanent = true
   for _, to in ipairs(targets) do
     if go_on and not go_on() then return nil, err, false end
@@ -77,7 +86,7 @@ function dial.round(self, deadline, go_on)
       return session, to
     end
     source:failed(to, err)
-    permanent = permanent and err.temporary == false
+    permanent = permanent and is_final(self, err)
   end
   return nil, err or errors.new { kind = "refused", message = "there is no endpoint to connect to" },
     #targets > 0 and permanent

@@ -88,6 +88,28 @@ end
 
 local survival = {}
 
+--- A `pop` that notes where in a stream its consumer is.
+---@package
+function survival.counting(consumer, pop)
+  return function(queue)
+    local message = pop(queue)
+    local offset = message and message.headers["x-stream-offset"]
+    if offset then consumer._offset = offset end
+    return message
+  end
+end
+
+--- The arguments to ask for a stream behind the last message that was taken, instead of from where it began.
+---@package
+function survival.from_there(consumer, arguments)
+  local offset = consumer._offset
+  if type(offset) ~= "number" then return arguments end
+  local all = {}
+  for key, value in pairs(arguments) do all[key] = value end
+  all["x-stream-offset"] = offset + 1
+  return all
+end
+
 --- Adds the methods to the class.
 ---@package
 function survival.extend(class)

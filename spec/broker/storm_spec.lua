@@ -1,0 +1,177 @@
+-- A broker that follows a script: errors that end the connection, recoveries that are cut half-way, and hundreds of
+-- losses in a row.
+local moonrabbit = require "moonrabbit"
+local broker = require "support.broker"
+local scripted = require "support.scripted"
+local fake = require "support.fake_broker"
+local native = require "moonrabbit.runtime.native"
+local ok, eventually = broker.ok, broker.eventually
+
+describe("a connection that is lost again and again", function()
+  if not broker.url then pending "AMQP_URL is not set" return end
+
+  local other, conn, seen
+
+  -- The name behind a reserved short, of exchange.declare and queue.declare.
+  local function name_of(frame) return frame.args:sub(4, 3 + frame.args:byte(3)) end
+
+  before_each(function()
+    other = scripted.start()
+    other.answers["40.10"] = function(frame) return fake.method(frame.channel, 40, 11) end
+    other.answers["50.10"] = function(frame)
+      return fake.method(frame.channel, 50, 11, fake.short(name_of(frame)) .. fake.u32(0) .. fake.u32(0))
+    end
+    other.answers["50.20"] = function(frame) return fake.method(frame.channel, 50, 21) end
+    other.answers["60.30"] = function(frame)
+      return fake.method(frame.channel, 60, 31, frame.args:sub(1, 1 + frame.args:byte(1)))
+    end
+    seen = { errors = {}, recovered = 0, delays = {} }
+  end)
+  after_each(broker.close_all)
+
+  local function connect(reconnect)
+    conn = broker.connect { uri = "amqp://127.0.0.1/", runtime = other.runtime, log = function() end,
+      reconnect = reconnect or { first = 0.001, max = 0.002 } }
+    conn:on("recovered", function() seen.recovered = seen.recovered + 1 end)
+    conn:on("recovering", function(_, _, delay) table.insert(seen.delays, delay) end)
+    conn:on("recovery_error", function(entity, err) table.insert(seen.errors, { entity, err }) end)
+  end
+
+  it("leaves out what draws an error that ends the connection, and nothing else", function()
+    connect()
+    local ch = ok(conn:channel())
+    for _, name in ipairs { "good", "bad", "fine" } do ok(ch:exchange_declare(name)) end
+    ok(ch:queue_declare "queue")
+    ok(ch:queue_bind("queue", "good"))
+    local declared = {}
+    other.answers["40.10"] = function(frame)
+      declared[#declared + 1] = name_of(frame)
+      if name_of(frame) == "bad" then
+        return fake.method(0, 10, 50, fake.u16(540) .. fake.short "NOT_IMPLEMENTED" .. fake.u16(40) .. fake.u16(10))
+      end
+      return fake.method(frame.channel, 40, 11)
+    end
+    other:cut()
+    eventually(function() return seen.recovered == 1 end)
+    assert.equal(1, #seen.errors)
+    assert.equal("bad", seen.errors[1][1].name)
+    assert.equal(540, seen.errors[1][2].code)
+    declared = {}
+    other:cut()
+    eventually(function() return seen.recovered == 2 end)
+    assert.same({ "good", "fine" }, declared)
+    assert.is_true(ch:is_open())
+  end)
+
+  it("starts a recovery over as a whole when it is cut half-way", function()
+    connect()
+    local ch = ok(conn:channel { prefetch = 5 })
+    for i = 1, 20 do ok(ch:queue_declare("q" .. i)) end
+    local consumer = ok(ch:consume "q1")
+    local count, consumed = 0, 0
+    local declare = other.answers["50.10"]
+    other.answers["50.10"] = function(frame)
+      count = count + 1
+      if count == 10 then
+        other:cut()
+        return ""
+      end
+      return declare(frame)
+    end
+    other.answers["60.20"] = function(frame)
+      consumed = consumed + 1
+      if consumed == 1 then
+        other:cut()
+        return ""
+      end
+      return fake.method(frame.channel, 60, 21, fake.short(consumer.tag))
+    end
+    other:cut()
+    eventually(function() return seen.recovered == 1 end)
+    assert.truthy(count >= 10 + 20 + 20, count)
+    assert.equal(2, consumed)
+    assert.is_nil(consumer._down)
+    assert.is_true(ch:is_open())
+    assert.same({}, seen.errors)
+  end)
+
+  it("meets a broker that accepts and drops with growing gaps", function()
+    connect { first = 0.001, factor = 2, max = 0.05, jitter = 0 }
+    for i = 1, 8 do
+      local n = seen.recovered
+      other:cut()
+      eventually(function() return seen.recovered > n end)
+      assert.equal(i, #seen.delays)
+    end
+    assert.equal(0.001, seen.delays[1])
+    for i = 2, 8 do assert.equal(math.min(0.05, seen.delays[i - 1] * 2), seen.delays[i]) end
+  end)
+
+  local function descriptors()
+    local pipe = io.popen "ls /proc/$PPID/fd | wc -l"
+    local n = tonumber(pipe:read "*a")
+    pipe:close()
+    return n
+  end
+
+  local function size(t)
+    local n = 0
+    for _ in pairs(t) do n = n + 1 end
+    return n
+  end
+
+  it("keeps nothing of hundreds of losses", function()
+    connect { first = 0, max = 0 }
+    local ch = ok(conn:channel { confirm = true, prefetch = 10 })
+    ok(ch:queue_declare "q")
+    ok(ch:queue_bind("q", "amq.direct", "q"))
+    local consumer = ok(ch:consume "q")
+    local handled = ok(conn:consume("q", function() end))
+    other.answers["60.40"] = false
+    local function lose(times)
+      for _ = 1, times do
+        local n = seen.recovered
+        ok(ch:publish_async("x", { routing_key = "q" }))
+        other:cut()
+        eventually(function() return seen.recovered > n end)
+        seen.delays = {}
+      end
+      ch:wait_for_confirms(0)
+      collectgarbage() collectgarbage()
+      return collectgarbage "count"
+    end
+    local before, open = lose(100), descriptors()
+    local after = lose(300)
+    assert.truthy(after - before < 200, ("%.0f KiB more"):format(after - before))
+    assert.equal(open, descriptors())
+    assert.equal(2, size(conn._channels))
+    assert.equal(2, size(conn._session.channels))
+    assert.equal(1, size(ch._receivers))
+    assert.equal(1, size(conn._record.queues))
+    assert.equal(1, size(conn._record.bindings))
+    for _, empty in ipairs { ch._waiting, ch._failures, conn._repairs.items } do assert.equal(0, size(empty)) end
+    assert.equal(0, ch:unconfirmed())
+    assert.is_nil(consumer._later)
+    assert.is_nil(handled:reason())
+  end)
+
+  it("keeps no descriptor of a broker that drops who comes", function()
+    local proxy = require "support.proxy"
+    local line = proxy.start(broker.parsed().host, broker.parsed().port)
+    conn = broker.connect { uri = broker.uri { host = "127.0.0.1", port = line.port }, log = function() end,
+      reconnect = { first = 0, max = 0 } }
+    local attempts = 0
+    conn:on("recovering", function() attempts = attempts + 1 end)
+    line.held = true
+    line:cut()
+    eventually(function() return attempts > 50 end)
+    local open = descriptors()
+    eventually(function() return attempts > 350 end, 20)
+    assert.truthy(math.abs(descriptors() - open) <= 6)
+    local started = native.now()
+    ok(conn:close())
+    assert.truthy(native.now() - started < 1)
+    line:stop()
+    moonrabbit.sleep(0)
+  end)
+end)
