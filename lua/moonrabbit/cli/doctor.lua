@@ -77,8 +77,23 @@ function steps.uri(report, patient, args)
   patient.options, patient.parsed = options, parsed
   patient.timeout = args.timeout or 5
   local text = uri.redacted(parsed)
+  if parsed.srv then return steps.srv(report, patient, text) end
   return report:pass("URL", ("%s (from %s)"):format(text, source), {
     url = text, source = source, user = parsed.user, vhost = parsed.vhost, tls = parsed.tls ~= nil,
+  })
+end
+
+-- The first host of a service stands for it.
+function steps.srv(report, patient, text)
+  local found, problem = require("moonrabbit.cluster.resolver").srv(require "moonrabbit.runtime.native",
+    patient.parsed.srv, { timeout = patient.timeout })
+  if not found then
+    return report:fail("URL", exit.unreachable, ("%s: %s"):format(text, problem),
+      "is the name of the service right, and do the name servers of /etc/resolv.conf know it?")
+  end
+  patient.parsed = require("moonrabbit.cluster.targets").at(patient.parsed, found[1].host, found[1].port)
+  return report:pass("URL", ("%s: %d hosts, the first is %s"):format(text, #found, uri.endpoint(patient.parsed)), {
+    url = text, hosts = found, user = patient.parsed.user, vhost = patient.parsed.vhost,
   })
 end
 

@@ -7,7 +7,10 @@ local output = require "moonrabbit.cli.output"
 
 local cli = {}
 
-local names = { "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "doctor" }
+local names = {
+  "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "definitions", "cluster",
+  "doctor",
+}
 
 local epilog = [[
 Exit codes:

@@ -202,9 +202,9 @@ function Keeper:room(deadline, timeout)
     local left = deadline - now()
     if left <= 0 then
       local blocked = session.blocked
-      return nil, session:error(blocked and "blocked" or "overflow", ("the message was not taken%s: %s%s"):format(
-        timeout > 0 and (" within %g s"):format(timeout) or "", why,
-        blocked and ", and the broker has blocked publishing" or ""))
+      return nil, session:error((blocked or session.held) and "blocked" or "overflow",
+        ("the message was not taken%s: %s%s"):format(timeout > 0 and (" within %g s"):format(timeout) or "", why,
+          session.held and ", and " .. session.held or blocked and ", and the broker has blocked publishing" or ""))
     end
     session:block(self._room, left)
     waited = true
