@@ -100,7 +100,7 @@ local lazy = {
 for _, name in ipairs { "errors", "uri", "options", "management", "queue" } do
   lazy[name] = function() return require("moonrabbit." .. name) end
 end
-for _, name in ipairs { "retry" } do
+for _, name in ipairs { "retry", "dedupe" } do
   lazy[name] = function() return require("moonrabbit.app." .. name) end
 end
 
