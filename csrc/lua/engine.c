@@ -173,9 +173,15 @@ static int engine_drain(lua_State *L) {
   mrl_engine *e = mrl_check_engine(L, 1);
   double now = luaL_checknumber(L, 2);
   size_t len;
+  size_t most = (size_t)luaL_optnumber(L, 3, 0);
   lua_settop(L, 2);
   lua_pushliteral(L, "");
   e->told = false;
+  if (most > 0) {
+    size_t pending = mr_engine_tx_pending(e->handle);
+    if (pending > 0) drain_some(L, e, pending < most ? pending : most, now);
+    return 1;
+  }
   while (mr_engine_tx_peek(e->handle, &len) != NULL && len > 0) {
     size_t pending = mr_engine_tx_pending(e->handle);
     bool more = drain_some(L, e, pending > len ? pending : len, now);

@@ -50,9 +50,11 @@ function Engine:start(now) end
 --- already still comes out of `pump`.
 ---@return integer taken
 function Engine:feed(bytes, now) end
---- Everything that is to be written now, as one string (maybe ""), counted as written.
+--- Everything that is to be written now, or its first `most` bytes, as one string (maybe ""), counted as written.
+---@param now number
+---@param most integer? bytes; long strings are dear
 ---@return string
-function Engine:drain(now) end
+function Engine:drain(now, most) end
 ---@return integer bytes waiting to be written
 function Engine:pending() end
 --- Takes input again although a queue is full, until its next delivery: for a task that waits for an

@@ -113,7 +113,7 @@ end
 ---@return boolean|nil ok, string? kind, string? text
 function Transport:flush(engine)
   while true do
-    local bytes = engine:drain(self.now())
+    local bytes = engine:drain(self.now(), CHUNK)
     if bytes == "" then return true end
     local ok, kind, text = self:write(bytes)
     if not ok then return nil, kind, text end
