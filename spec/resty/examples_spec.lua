@@ -203,6 +203,42 @@ describe("examples for nginx #resty", function()
     channel:queue_delete "webhooks"
   end)
 
+  it("docs/openresty.md: from nothing to a confirmed publish", function()
+    local file = assert(io.open "docs/openresty.md")
+    local text = file:read("*a"):match "\n```nginx\n(.-)\n```"
+    file:close()
+    local changes = {
+      { "worker_processes 2;", [[load_module $modules/ndk_http_module.so;
+        load_module $modules/ngx_http_lua_module.so;
+        user $owner;
+        pid $prefix/nginx.pid;
+        error_log $prefix/logs/error.log info;]] },
+      { "amqp://guest:guest@127.0.0.1/", broker.uri {} },
+      { "lua_package_path '", [[access_log off;
+        client_body_temp_path $prefix/tmp/body;
+        proxy_temp_path $prefix/tmp/proxy;
+        fastcgi_temp_path $prefix/tmp/fastcgi;
+        uwsgi_temp_path $prefix/tmp/uwsgi;
+        scgi_temp_path $prefix/tmp/scgi;
+        lua_package_cpath '$build/5.1/?.so;;';
+        lua_package_path '$here/lua/?.lua;$here/lua/?/init.lua;]] },
+      { "listen 8080;", "listen 127.0.0.1:$port; location = /ping { return 200; }" },
+    }
+    for _, change in ipairs(changes) do
+      local from, to = text:find(change[1], 1, true)
+      assert.truthy(from, "docs/openresty.md lacks " .. change[1])
+      text = text:sub(1, from - 1) .. change[2] .. text:sub(to + 1)
+    end
+    local queue = broker.unique "docs"
+    ok(channel:queue_declare(queue))
+    server = nginx.start({ text = text }):ready "/ping"
+    local body, status = server:request("/publish/" .. queue, { body = "hello" })
+    assert.equal("the broker has it\n", body, server:log())
+    assert.equal(202, status)
+    assert.equal("hello", next_message(queue).body)
+    channel:queue_delete(queue)
+  end)
+
   describe("events", function()
     local chromium = nginx.shell "command -v chromium || command -v chromium-browser || command -v google-chrome"
 

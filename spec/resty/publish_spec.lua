@@ -326,6 +326,46 @@ describe("publishing in nginx #resty", function()
   end)
 end)
 
+describe("dedupe.shared #resty", function()
+  if nginx.missing() then pending(nginx.missing()) return end
+
+  it("knows what is new, running and done, in a dictionary of all workers", function()
+    local server = nginx.start {
+      http = "lua_shared_dict seen 64k;",
+      server = [[
+        location /seen {
+          content_by_lua_block {
+            local dedupe = require "moonrabbit".dedupe or require "moonrabbit.app.dedupe"
+            local store = dedupe.shared { dict = "seen", prefix = "a:", ttl = 60 }
+            local function say(...) ngx.say(table.concat({ ... }, " ")) end
+            say(store:begin("k", 10), store:begin("k", 10), tostring(store:commit "k"), store:begin("k", 10))
+            say(store:begin("j", 10), tostring(store:abort "j"), store:begin("j", 0.05))
+            ngx.sleep(0.1)
+            say(store:begin("j", 10), dedupe.shared({ dict = "seen", prefix = "b:" }):begin("k", 10))
+            local state, err
+            for i = 1, 5000 do
+              state, err = store:begin(("x"):rep(100) .. i, 10)
+              if not state then break end
+            end
+            say(tostring(state), err.kind, store:begin("k", 10))
+            say(select(2, pcall(dedupe.shared, { dict = "none" })))
+            say(select(2, pcall(store.begin, store, "k", 0)))
+          }
+        }
+      ]],
+    }
+    local lines = {}
+    for line in (server:request "/seen" or server:log()):gmatch "[^\n]+" do lines[#lines + 1] = line end
+    server:stop()
+    assert.equal("new running true done", lines[1])
+    assert.equal("new true new", lines[2])
+    assert.equal("new new", lines[3])
+    assert.equal("nil overflow done", lines[4])
+    assert.matches("there is no dictionary 'none': nginx needs `lua_shared_dict none 10m;`", lines[5])
+    assert.matches("the lease must be more than 0", lines[6])
+  end)
+end)
+
 describe("a wrong configuration #resty", function()
   if nginx.missing() then pending(nginx.missing()) return end
 

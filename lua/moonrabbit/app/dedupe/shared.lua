@@ -34,20 +34,22 @@ local store_options = { dict = options.string, ttl = options.seconds, prefix = o
 
 --- Makes one. Throws outside nginx, and where there is no dictionary of that name.
 ---@param opts moonrabbit.dedupe.SharedOptions
+---@param level integer? of the caller, for errors
 ---@return moonrabbit.dedupe.Shared
-function shared.new(opts)
-  options.check("dedupe.shared", opts, store_options)
-  if not opts or not opts.dict then error("dedupe.shared: option 'dict' is missing", 2) end
+function shared.new(opts, level)
+  level = (level or 1) + 1
+  options.check("dedupe.shared", opts, store_options, level)
+  if not opts or not opts.dict then error("dedupe.shared: option 'dict' is missing", level) end
   local nginx = rawget(_G, "ngx")
   if not nginx or not nginx.shared then
-    error("dedupe.shared works inside nginx only: elsewhere there are other stores", 2)
+    error("dedupe.shared works inside nginx only: elsewhere there are other stores", level)
   end
   local dict = nginx.shared[opts.dict]
   if not dict then
     error(("dedupe.shared: there is no dictionary '%s': nginx needs `lua_shared_dict %s 10m;`"):format(opts.dict,
-      opts.dict), 2)
+      opts.dict), level)
   end
-  if opts.ttl == 0 then error("dedupe.shared: option 'ttl' must be more than 0", 2) end
+  if opts.ttl == 0 then error("dedupe.shared: option 'ttl' must be more than 0", level) end
   return setmetatable({ dict = dict, name = opts.dict, ttl = opts.ttl or TTL, prefix = opts.prefix or "" }, Store)
 end
 
