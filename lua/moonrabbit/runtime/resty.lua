@@ -72,6 +72,7 @@ local function thread_body(task, pool)
 end
 
 function M.spawn(fn, ...)
+  if type(fn) ~= "function" then error("spawn: fn must be a function, not a " .. type(fn), 2) end
   local parent = tasks[running()]
   local pool = parent and parent.pool
   local task = { fn = fn, n = select("#", ...), pool = pool, ... }
@@ -126,6 +127,7 @@ end
 local check_cancelled = M.check_cancelled
 
 function M.sleep(seconds)
+  if type(seconds) ~= "number" or seconds ~= seconds then error("sleep: seconds must be a number", 2) end
   if seconds < LEAST then seconds = LEAST end
   local task = tasks[running()]
   if not task then return ngx_sleep(seconds) end

@@ -1,0 +1,54 @@
+-- The contract of runtimes (spec/support/conformance.lua), inside nginx. What needs `listen`, or a CA of its own, is left
+-- out: nginx has no such thing; spec/resty/tls_spec.lua is about its TLS.
+local broker = require "support.broker"
+local conformance = require "support.conformance"
+local nginx = require "support.nginx"
+
+describe("the contract of runtimes in nginx #resty", function()
+  if not broker.url then pending "AMQP_URL is not set" return end
+  if nginx.missing() then pending(nginx.missing()) return end
+
+  local server
+  local results = {}
+
+  setup(function()
+    server = nginx.start {
+      path = "$here/spec/?.lua;",
+      http = "lua_max_running_timers 64;",
+      server = [[
+        location /ping { return 200; }
+        location /conform {
+          content_by_lua_block {
+            local rabbit = require "moonrabbit.resty"
+            local runtime = require "moonrabbit.runtime.resty"
+            local t = { rt = runtime, moonrabbit = rabbit, url = os.getenv "AMQP_URL", errors = {} }
+            runtime.on_error = function(text) t.errors[#t.errors + 1] = text end
+            local lines, over = {}, false
+            runtime.spawn(function()
+              require "support.conformance".run(t, function(name, result)
+                lines[#lines + 1] = name .. "\t" .. result:gsub("%c", " | ")
+              end)
+              over = true
+            end)
+            while not over do ngx.sleep(0.01) end
+            ngx.say(table.concat(lines, "\n"))
+          }
+        }
+      ]],
+    }
+    server:ready "/ping"
+    for line in (server:request("/conform", { timeout = 100 }) or ""):gmatch "[^\n]+" do
+      local name, result = line:match "^(.-)\t(.*)$"
+      if name then results[name] = result end
+    end
+  end)
+
+  teardown(function() server:stop() end)
+
+  for _, case in ipairs(conformance.cases) do
+    it(case.name, function()
+      local result = results[case.name] or "it was not run: " .. server:log()
+      if result:find "^skipped" then pending(result) else assert.equal("ok", result) end
+    end)
+  end
+end)
