@@ -81,12 +81,19 @@ static mr_delivery *find(const mr_acks *a, uint64_t tag) {
   return i < a->tail && a->items[i].tag == tag ? &a->items[i] : NULL;
 }
 
+static mr_status look(const mr_acks *a, uint64_t tag, const mr_delivery *d) {
+  if (tag == 0 || tag > a->last_tag) return MR_UNKNOWN_TAG;
+  if (!d && tag <= a->recovered) return MR_CLOSED;
+  return d && d->state == OUTSTANDING ? MR_OK : MR_SETTLED;
+}
+
+mr_status mr_acks_look(const mr_acks *a, uint64_t tag) { return look(a, tag, find(a, tag)); }
+
 mr_status mr_acks_settle(mr_acks *a, uint64_t tag, mr_settle_kind kind, bool requeue,
                          mr_settlement *out) {
-  if (tag == 0 || tag > a->last_tag) return MR_UNKNOWN_TAG;
   mr_delivery *d = find(a, tag);
-  if (!d && tag <= a->recovered) return MR_CLOSED;
-  if (!d || d->state != OUTSTANDING) return MR_SETTLED;
+  mr_status status = look(a, tag, d);
+  if (status != MR_OK) return status;
   a->outstanding--;
   if (kind == MR_SETTLE_ACK && !a->tx) {
     d->state = GATHERED;

@@ -40,6 +40,8 @@ mr_status mr_acks_add(mr_acks *a, uint64_t tag, bool no_ack);
  * written now. MR_SETTLED or MR_UNKNOWN_TAG: nothing to settle. */
 mr_status mr_acks_settle(mr_acks *a, uint64_t tag, mr_settle_kind kind, bool requeue,
                          mr_settlement *out);
+/* Whether a delivery is outstanding: MR_OK, or what mr_acks_settle would answer. */
+mr_status mr_acks_look(const mr_acks *a, uint64_t tag);
 /* The last outstanding delivery up to `tag` (0: of all); 0: there is none. */
 uint64_t mr_acks_last_outstanding(const mr_acks *a, uint64_t tag);
 /* Marks every outstanding delivery up to `tag` as settled by the frame that the caller writes. */

@@ -289,6 +289,8 @@ typedef enum { MR_SETTLE_ACK, MR_SETTLE_NACK, MR_SETTLE_REJECT } mr_settle_kind;
  * quarter of the prefetch is gathered, write now. MR_SETTLED, MR_UNKNOWN_TAG, MR_CLOSED otherwise;
  * MR_CLOSED too for what a basic.recover gave back. */
 mr_status mr_settle(mr_channel *channel, uint64_t tag, mr_settle_kind kind, bool requeue);
+/* Whether a delivery is still to be settled: MR_OK, or what mr_settle would answer. */
+mr_status mr_outstanding(const mr_channel *channel, uint64_t tag);
 /* Settles every outstanding delivery up to and including `tag` (0: all, which may be none). Not for
  * rejects. */
 mr_status mr_settle_upto(mr_channel *channel, uint64_t tag, mr_settle_kind kind, bool requeue);

@@ -92,6 +92,10 @@ mr_status mr_settle(mr_channel *ch, uint64_t tag, mr_settle_kind kind, bool requ
   return MR_OK;
 }
 
+mr_status mr_outstanding(const mr_channel *ch, uint64_t tag) {
+  return can_settle(ch) ? mr_acks_look(&ch->acks, tag) : MR_CLOSED;
+}
+
 mr_status mr_settle_upto(mr_channel *ch, uint64_t tag, mr_settle_kind kind, bool requeue) {
   if (!can_settle(ch)) return MR_CLOSED;
   if (kind == MR_SETTLE_REJECT) return MR_BAD_ARGUMENT;

@@ -191,6 +191,16 @@ int mrl_settle(lua_State *L) {
   return settle(L, m, kind, mrl_opt_boolean(L, 3, false));
 }
 
+/* True; or nil and what settling it would answer. */
+int mrl_outstanding(lua_State *L) {
+  const mrl_message *m = check_message(L);
+  if (m->no_ack) return mrl_push_refusal(L, MR_UNKNOWN_TAG);
+  mr_channel *handle = m->channel->handle;
+  mr_status status = handle ? mr_outstanding(handle, m->tag) : MR_CLOSED;
+  if (status == MR_CLOSED && m->settled) status = MR_SETTLED;
+  return mrl_push_done(L, status);
+}
+
 void mrl_message_return(mrl_message *m) {
   if (m->no_ack || !m->channel->handle) return;
   if (mr_settle(m->channel->handle, m->tag, MR_SETTLE_NACK, true) >= 0) m->settled = true;

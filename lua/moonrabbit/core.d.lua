@@ -231,6 +231,9 @@ function core.acker(full, flush) end
 ---@param requeue boolean
 ---@return boolean|nil, table|string owner_or_status
 function core.settle(message, kind, requeue) end
+--- Whether a message is still to be settled: true, or nil and what `ack` would answer.
+---@return true|nil, string? status
+function core.outstanding(message) end
 --- "pending" "acked" "nacked" "unroutable" "lost"
 ---@param confirmation moonrabbit.core.Confirmation
 ---@return string outcome, integer seq, integer? number of a held one

@@ -23,6 +23,11 @@
 ---@field types table<string, function>   exact wire types of headers and arguments: `types.int64 "9007199254740993"`. timestamp bytes decimal boolean int8 uint8 int16 uint16 int32 uint32 int64 uint64 float double; integers take a number or a string of digits, `decimal(1234, 2)` is 12.34
 ---@field errors table                    the module moonrabbit.errors
 ---@field uri table                       the module moonrabbit.uri
+---@field app fun(spec: moonrabbit.AppOptions): moonrabbit.App  declares an app: moonrabbit.app
+---@field route table                     the module moonrabbit.app.route
+---@field outcome table                   the module moonrabbit.app.outcome
+---@field permanent fun(reason: any): moonrabbit.Permanent  an error that no retry helps against
+---@field dedupe table                    the module moonrabbit.app.dedupe
 ---@field management table                the module moonrabbit.management
 ---@field queue table                     the module moonrabbit.queue
 ---@field retry table                     retry policies: the module moonrabbit.app.retry
@@ -100,9 +105,11 @@ local lazy = {
 for _, name in ipairs { "errors", "uri", "options", "management", "queue" } do
   lazy[name] = function() return require("moonrabbit." .. name) end
 end
-for _, name in ipairs { "retry", "dedupe" } do
+for _, name in ipairs { "route", "retry", "dedupe", "outcome" } do
   lazy[name] = function() return require("moonrabbit.app." .. name) end
 end
+function lazy.app() return require("moonrabbit.app").new end
+function lazy.permanent() return require("moonrabbit.app.outcome").permanent end
 
 return setmetatable(moonrabbit, {
   __index = function(self, name)

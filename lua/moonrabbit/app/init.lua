@@ -1,0 +1,356 @@
+--- Apps: routing, retry, dead letters and the rest, declared in one table.
+--
+--     local mr = require "moonrabbit"
+--
+--     return mr.app {
+--       name = "orders",
+--       exchanges = { orders = { type = "topic" } },
+--       queues = { ["orders.process"] = { type = "quorum", bind = { { "orders", "order.#" } } } },
+--       consumers = {
+--         { queue = "orders.process", concurrency = 16, timeout = 30,
+--           retry = mr.retry.exponential { first = 1, max = 60, attempts = 5 },
+--           handler = function(msg) … end },
+--       },
+--     }
+--
+-- All of it is checked at once, and a mistake throws with the line of the script. `moonrabbit run` runs such a
+-- script; in a script of your own, `app:run()` does, or `app:start()` and `app:stop()`.
+--
+-- An app has two connections, one to consume and one to publish: a broker that is short of memory stops reading
+-- from connections that publish, acks included.
+-- @module moonrabbit.app
+
+local Runner = require "moonrabbit.app.runner"
+local errors = require "moonrabbit.errors"
+local options = require "moonrabbit.options"
+local plan = require "moonrabbit.app.plan"
+local runtimes = require "moonrabbit.runtime"
+local topology = require "moonrabbit.app.topology"
+
+---@class moonrabbit.App
+---@field name string
+---@field state "ready"|"starting"|"running"|"stopping"|"stopped"
+---@field reason moonrabbit.Error?  why it ended by itself
+---@field plan table                what it declares and runs, checked and filled in
+---@field runners moonrabbit.app.Runner[]  while it runs
+local App = {}
+App.__index = App
+App.__name = "moonrabbit.App"
+
+local app = { App = App }
+
+--- Checks and compiles an app. See moonrabbit.app.plan for the fields.
+---@param spec moonrabbit.AppOptions
+---@return moonrabbit.App
+function app.new(spec)
+  if type(spec) ~= "table" then error("mr.app: a table expected, not a " .. type(spec), 2) end
+  local compiled, problem = plan.compile(spec)
+  if not compiled then error("mr.app: " .. problem, 2) end
+  return setmetatable({
+    name = spec.name, plan = compiled, state = "ready", runners = {},
+    _spec = spec, _observer = spec.observer or {}, _log = spec.log, _channels = {}, _consumers = {},
+  }, App)
+end
+
+--- Whether a value is an app.
+---@param value any
+---@return boolean
+function app.is(value) return getmetatable(value) == App end
+
+-- ---- Connections ------------------------------------------------------------------------------------
+
+local function is_connection(value)
+  return type(value) == "table" and type(value.channel) == "function" and type(value.consume) == "function"
+end
+
+local function default_log(level, text)
+  if level == "warn" or level == "error" then
+    io.stderr:write("moonrabbit: ", level == "warn" and "warning: " or "", text, "\n")
+  end
+end
+
+-- Options for one of the two connections: the same, but for its name.
+local function connect_options(self, where, role)
+  local opts = { uri = type(where) == "string" and where or nil }
+  for key, value in pairs(type(where) == "table" and where or {}) do opts[key] = value end
+  opts.name = (opts.name or self.name) .. " (" .. role .. ")"
+  opts.log = opts.log or self._spec.log
+  return opts
+end
+
+local function connect(self, where)
+  if type(where) == "table" and (where.consume or where.publish) then
+    if not (is_connection(where.consume) and is_connection(where.publish)) then
+      error("app:start: consume and publish must both be connections", 3)
+    end
+    if where.consume == where.publish then
+      error("app:start: two connections expected, one to consume and one to publish: a broker that is short of "
+        .. "memory stops reading acks on one that publishes", 3)
+    end
+    self._consuming, self._publishing = where.consume, where.publish
+    return true
+  end
+  if is_connection(where) then
+    error("app:start: two connections expected: { consume = …, publish = … }", 3)
+  end
+  local connector = require("moonrabbit.connection").connect
+  self._owned = true
+  local err
+  for _, each in ipairs { { "_consuming", "consume" }, { "_publishing", "publish" } } do
+    self[each[1]], err = connector(connect_options(self, where, each[2]), 4)
+    if not self[each[1]] then return nil, err end
+  end
+  return true
+end
+
+-- The channel for a purpose on the publishing connection, opened when it is needed, and again when it is gone.
+function App:_channel(purpose)
+  local channel = self._channels[purpose]
+  if channel and channel:is_open() then return channel end
+  if not self._publishing then
+    return nil, errors.new { kind = "closed", message = "the app is not running", temporary = false }
+  end
+  local opened, err = self._publishing:channel { confirm = true }
+  if not opened then return nil, err end
+  channel = self._channels[purpose]
+  if channel and channel:is_open() then -- another task was faster
+    opened:close()
+    return channel
+  end
+  self._channels[purpose] = opened
+  return opened
+end
+
+-- ---- Publishing -------------------------------------------------------------------------------------
+
+--- Publishes on the app's publishing connection and waits for the confirm, as Channel:publish.
+---@param body string
+---@param opts moonrabbit.PublishOptions?
+---@return true|nil, moonrabbit.Error?
+function App:publish(body, opts)
+  local channel, err = self:_channel "routes"
+  if not channel then return nil, err end
+  return channel:publish(body, opts)
+end
+
+--- Sends a message on, on the app's publishing connection, and waits for the confirm, as Message:forward. What
+--- would deliver it elsewhere too, or be refused, stays behind: the headers CC and BCC, and user_id.
+---@param message moonrabbit.Message
+---@param exchange string
+---@param key string? the message's own by default
+---@param opts moonrabbit.ForwardOptions?
+---@return true|nil, moonrabbit.Error?
+function App:forward(message, exchange, key, opts)
+  local channel, err = self:_channel "routes"
+  if not channel then return nil, err end
+  local all = { channel = channel, remove = { "CC", "BCC" }, remove_properties = { "user_id" } }
+  for name, value in pairs(opts or {}) do
+    local list = all[name]
+    if name == "remove" or name == "remove_properties" then
+      for _, each in ipairs(value) do list[#list + 1] = each end
+    else
+      all[name] = value
+    end
+  end
+  return message:forward(exchange, key, all)
+end
+
+-- ---- Starting ---------------------------------------------------------------------------------------
+
+local function disposal_for(self, consumer)
+  local disposal = self._disposal or require "moonrabbit.app.disposal"
+  return disposal.new {
+    app = self.name, consumer = consumer, log = self._log, observer = self._observer,
+    publisher = function() return self:_channel "copies" end,
+  }
+end
+
+local function make_runner(self, consumer)
+  return Runner.new(consumer, {
+    runtime = self._runtime, disposal = disposal_for(self, consumer), observer = self._observer, app = self,
+    log = self._log,
+  })
+end
+
+local function set_up(self)
+  local channel, err = self._consuming:channel()
+  if not channel then return nil, err end
+  local ok
+  ok, err = topology.declare(channel, topology.steps(self.plan))
+  for i = 1, ok and #self.runners or 0 do
+    if ok then ok, err = self.runners[i].disposal:setup(channel) end
+  end
+  if channel:is_open() then channel:close() end
+  return ok, err
+end
+
+local function subscribe(self, runner)
+  local consumer = runner.consumer
+  return self._consuming:consume(consumer.queue, {
+    prefetch = consumer.prefetch, concurrency = consumer.prefetch, priority = consumer.priority,
+    arguments = consumer.arguments,
+  }, function(message) return runner:handle(message) end)
+end
+
+local function begin(self, where)
+  local ok, err = connect(self, where)
+  if not ok then return nil, err end
+  self._log = self._log or self._consuming._log or default_log
+  for i, consumer in ipairs(self.plan.consumers) do
+    self.runners[i] = make_runner(self, consumer)
+    local state = self._state and self._state[consumer.queue]
+    if state then self.runners[i]:restore(state) end
+  end
+  ok, err = set_up(self)
+  if not ok then return nil, err end
+  for i, runner in ipairs(self.runners) do
+    self._consumers[i], err = subscribe(self, runner)
+    if not self._consumers[i] then return nil, err end
+  end
+  return true
+end
+
+local function close_all(self, timeout)
+  for _, channel in pairs(self._channels) do
+    if channel:is_open() then channel:close(timeout) end
+  end
+  self._channels = {}
+  if not self._owned then return end
+  for _, name in ipairs { "_publishing", "_consuming" } do
+    if self[name] then self[name]:close(timeout) end
+  end
+end
+
+local function over(self, reason)
+  self.state, self.reason = "stopped", self.reason or reason
+  if self._over then self._over:broadcast() end
+end
+
+local function watch_connections(self)
+  for _, connection in ipairs { self._consuming, self._publishing } do
+    connection:on("closed", function(err)
+      if self.state ~= "running" and self.state ~= "starting" then return end
+      self._log("error", ("the app '%s' has lost its connection: %s"):format(self.name, tostring(err)))
+      for _, runner in ipairs(self.runners) do runner:abort() end
+      over(self, err)
+      close_all(self, 1)
+    end)
+  end
+end
+
+local function runtime_of(where, spec)
+  where = where == nil and spec.connect or where
+  if type(where) == "table" then
+    local connection = where.consume
+    if type(connection) == "table" and connection._runtime then return connection._runtime end
+    return runtimes.find(where.runtime, 4)
+  end
+  return runtimes.find(nil, 4)
+end
+
+--- Connects, declares what the app says, and begins to consume. Nothing is left behind when that fails.
+--- With connections of your own they stay open when the app stops.
+---@param where (string|moonrabbit.ConnectOptions|{ consume: moonrabbit.Connection, publish: moonrabbit.Connection })?
+---@return true|nil, moonrabbit.Error?
+function App:start(where)
+  if self.state ~= "ready" and self.state ~= "stopped" then
+    error("app:start: the app is " .. self.state .. " already", 2)
+  end
+  if where == nil then where = self._spec.connect end
+  self._runtime = runtime_of(where, self._spec)
+  self.state, self.reason, self.runners, self._consumers, self._owned = "starting", nil, {}, {}, false
+  self._consuming, self._publishing = nil, nil
+  self._over = self._runtime.condition()
+  local ok, err = begin(self, where)
+  if not ok then
+    self.state = "stopped"
+    for _, consumer in pairs(self._consumers) do consumer:cancel { timeout = 1 } end
+    close_all(self, 1)
+    return nil, err
+  end
+  self.state = "running"
+  watch_connections(self)
+  return true
+end
+
+-- ---- Stopping ---------------------------------------------------------------------------------------
+
+-- No more deliveries; what has arrived is handled, until the deadline.
+local function cancel_all(self, deadline)
+  local runtime = self._runtime
+  local left, done = #self._consumers, runtime.condition()
+  for _, consumer in ipairs(self._consumers) do
+    runtime.spawn(function()
+      consumer:cancel { drain = true, timeout = math.max(0, deadline - runtime.now()) }
+      left = left - 1
+      done:signal()
+    end)
+  end
+  while left > 0 and done:wait(math.max(0, deadline - runtime.now())) do end
+end
+
+--- Stops: no more messages come, those that have come are handled until the deadline, acks leave, and
+--- the connections close. What is not done by then goes back to its queue: nil, err of kind `timeout`.
+---@param deadline number? seconds; 30 by default
+---@return true|nil, moonrabbit.Error?
+function App:stop(deadline)
+  if deadline ~= nil then options.argument("app:stop", "deadline", deadline, options.seconds) end
+  if self.state ~= "running" then return true end
+  self.state = "stopping"
+  local now = self._runtime.now
+  deadline = now() + math.min(deadline or 30, 1e9)
+  for _, runner in ipairs(self.runners) do
+    runner:stop()
+    if runner.disposal.stop then runner.disposal:stop() end
+  end
+  cancel_all(self, deadline)
+  local left = 0
+  for _, runner in ipairs(self.runners) do
+    if not runner:drained(deadline) then left = left + runner.in_flight end
+  end
+  for _, runner in ipairs(self.runners) do runner:abort() end
+  if left > 0 then self._runtime.sleep(0) end -- what was cancelled gives its messages back
+  for _, consumer in ipairs(self._consumers) do
+    if consumer.channel:is_open() then consumer.channel:close(5) end
+  end
+  close_all(self, 5)
+  over(self)
+  if left == 0 then return true end
+  return nil, errors.new { kind = "timeout", temporary = true,
+    message = ("%d messages were not done in time and have gone back to their queues"):format(left) }
+end
+
+--- Starts, and waits until the app is stopped, by `app:stop()` in another task, or because a connection is lost
+--- for good: nil, err.
+---@param where (string|moonrabbit.ConnectOptions|table)? as for start
+---@return true|nil, moonrabbit.Error?
+function App:run(where)
+  local ok, err = self:start(where)
+  if not ok then return nil, err end
+  while self.state ~= "stopped" do self._over:wait() end
+  if self.reason then return nil, self.reason end
+  return true
+end
+
+-- ---- Reload -----------------------------------------------------------------------------------------
+
+--- What another app of the same name may take over: the state of breakers and canaries, by queue.
+---@return table
+function App:save()
+  local all = {}
+  for _, runner in ipairs(self.runners) do all[runner.queue] = runner:state() end
+  return all
+end
+
+--- Takes over what `save` gave, when it starts, or at once when it runs.
+---@param state table
+function App:restore(state)
+  self._state = state
+  for _, runner in ipairs(self.runners) do
+    if state[runner.queue] then runner:restore(state[runner.queue]) end
+  end
+end
+
+function App:__tostring() return ("%s %s (%s)"):format(App.__name, self.name, self.state) end
+
+return app

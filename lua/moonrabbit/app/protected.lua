@@ -1,0 +1,36 @@
+--- Calls a handler so that what it throws comes back as a value, with its traceback, and it may yield.
+-- @module moonrabbit.app.protected
+
+local yielding_pcall = require "moonrabbit.protect"
+
+---@class moonrabbit.app.Thrown
+---@field value any          what was thrown
+---@field traceback string?  PUC Lua 5.1 has only the outer half of it
+local Thrown = {}
+Thrown.__index = Thrown
+
+local function caught(value)
+  local text = type(value) == "string" and value or tostring(value)
+  return setmetatable({ value = value, traceback = debug.traceback(text, 2) }, Thrown)
+end
+
+--- A function (fn, a, b) -> true | false, Thrown. `cancelled` is passed on as it is.
+---@param cancelled any what the runtime throws in a cancelled task
+---@return fun(fn: function, a: any, b: any): boolean, any
+local function protector(cancelled)
+  if yielding_pcall ~= pcall then
+    return function(fn, a, b)
+      local ok, err = yielding_pcall(fn, a, b)
+      if ok then return true end
+      if err == cancelled and cancelled ~= nil then return false, err end
+      return false, setmetatable({ value = err }, Thrown)
+    end
+  end
+  local function handle(value)
+    if value == cancelled and cancelled ~= nil then return value end
+    return caught(value)
+  end
+  return function(fn, a, b) return xpcall(fn, handle, a, b) end
+end
+
+return protector

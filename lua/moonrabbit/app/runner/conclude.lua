@@ -1,0 +1,215 @@
+--- What becomes of a message once its handler has run: the second half of the runner.
+-- @module moonrabbit.app.runner
+
+local failure = require "moonrabbit.app.failure"
+local protect = require "moonrabbit.protect"
+
+---@class moonrabbit.app.Runner
+local Runner = {}
+
+--- A copy that could not be made gives the original back after so many seconds, and after twice as many each
+--- time that follows.
+local FIRST_DELAY, LONGEST_DELAY = 1, 30
+
+local function ended(self, outcome, seconds, detail)
+  if self.settled then self.settled(self.queue, outcome, seconds, detail) end
+end
+
+-- ---- Success ----------------------------------------------------------------------------------------
+
+local function acked(self, job, outcome, seconds, detail)
+  if job.claim then self.dedupe:commit(job) end
+  local ok, why = self.settle.ack(job.message)
+  if not ok and why == "settled" and not self.said_settled then
+    self.said_settled = true
+    self.log("warn", ("a handler of '%s' settles its messages itself: the app does it when it returns"):format(
+      self.queue))
+  end
+  if self.settled then self.settled(self.queue, outcome, seconds, detail or why) end
+end
+
+--- Acks what was handled before.
+---@package
+function Runner:duplicate(job)
+  self.settle.ack(job.message)
+  ended(self, "duplicate", 0)
+end
+
+-- ---- Back to the queue ------------------------------------------------------------------------------
+
+--- Gives a message back. kind: "nack" by default; "reject" for what may be poison.
+---@package
+function Runner:give_back(job, why, kind)
+  if job.claim then self.dedupe:abort(job) end
+  if self.breaker then self.breaker:withdraw(job.of or job) end
+  self.settle.back(job.message, kind or "nack")
+  ended(self, "requeue", 0, why)
+end
+
+-- ---- Copies -----------------------------------------------------------------------------------------
+
+local function copy_failed(self, job, what, err)
+  self.bad_copies = math.min(self.bad_copies + 1, 10)
+  local delay = math.min(LONGEST_DELAY, FIRST_DELAY * 2 ^ (self.bad_copies - 1))
+  self.log("error", ("a message of '%s' goes back to its queue in %g s, for it cannot be %s: %s"):format(self.queue,
+    delay, what == "retry" and "sent to wait for its retry" or "parked", tostring(err)))
+  self:event("copy_failed", { queue = self.queue, what = what, error = tostring(err) })
+  self:pause(delay)
+  self:give_back(job, tostring(err), "reject")
+end
+
+-- disposal answers true once the copy is confirmed and in a queue. Then, and only then, the original is acked.
+local function copy(self, job, what, detail, failed, seconds)
+  if job.claim then self.dedupe:abort(job) end
+  local ok, done, err = protect(self.disposal[what], self.disposal, job.message, detail, failed, job.attempt)
+  if not ok then
+    if done == self.runtime.cancelled and done ~= nil then err = "the app stops" else err = done end
+    done = nil
+  end
+  if not done then return copy_failed(self, job, what, err) end
+  self.bad_copies = 0
+  self.settle.ack(job.message)
+  ended(self, what, seconds, detail)
+end
+
+-- Without a queue of the app's for dead letters the broker does with it what the queue says.
+local function park(self, job, reason, failed, seconds)
+  if self.consumer.dead_letter ~= false then return copy(self, job, "dead_letter", reason, failed, seconds) end
+  if job.claim then self.dedupe:abort(job) end
+  self.settle.reject(job.message)
+  ended(self, "dead_letter", seconds, reason)
+end
+
+-- ---- The retry policy -------------------------------------------------------------------------------
+
+-- The delay that a policy gives; nil and why there is none.
+local function ask(self, job, failed)
+  local policy = self.consumer.retry
+  if not policy then return nil, failed.message end
+  local ok, delay = protect(policy, job.message, failed, job.attempt)
+  local wrong
+  if not ok then
+    wrong = "threw: " .. tostring(delay)
+  elseif delay == nil then
+    return nil, failed.message
+  elseif type(delay) ~= "number" or not (delay >= 0 and delay < math.huge) then
+    wrong = "gave " .. (type(delay) == "number" and tostring(delay) or "a " .. type(delay))
+      .. ", and no number of seconds or nil"
+  else
+    return delay
+  end
+  self.log("error", ("the retry policy of '%s' %s"):format(self.queue, wrong))
+  return nil, ("the retry policy %s; the failure was: %s"):format(wrong, failed.message)
+end
+
+local function stays(self, job, delay)
+  if self.order then return true end -- or a later message of its key would pass it
+  local in_process = self.disposal.in_process
+  return in_process ~= nil and in_process(self.disposal, job.message, delay) == true
+end
+
+-- ---- Failure ----------------------------------------------------------------------------------------
+
+-- The handler has settled its message, or the broker has taken it back: nothing is left to decide.
+local function not_ours(self, job, failed, why, seconds)
+  if why == "closed" then
+    if job.claim then self.dedupe:abort(job) end
+    return ended(self, "requeue", seconds, "closed")
+  end
+  if job.claim then self.dedupe:commit(job) end
+  self.log("error", ("a handler of '%s' settled its message itself and failed then: %s"):format(self.queue,
+    failed.traceback or failed.message))
+  ended(self, "drop", seconds, "settled by its handler, which failed: " .. failed.message)
+end
+
+-- The seconds after which the job is to run again in the process, or nil.
+local function fail(self, job, failed, seconds, asked)
+  job.attempt = job.attempt or self.disposal:attempt(job.message)
+  failed.attempt = job.attempt
+  if self.failed then self.failed(self.queue, failed) end
+  local outstanding, why = self.settle.outstanding(job.message)
+  if not outstanding then return not_ours(self, job, failed, why, seconds) end
+  local delay, reason
+  if asked and asked.action == "dead_letter" then
+    reason = asked.reason
+  elseif failed.permanent then
+    reason = failed.message
+  elseif asked and asked.after then
+    delay = asked.after
+  else
+    delay, reason = ask(self, job, failed)
+  end
+  if not delay then return park(self, job, reason, failed, seconds) end
+  if stays(self, job, delay) then
+    job.attempt = job.attempt + 1
+    ended(self, "retry", seconds, delay)
+    return delay
+  end
+  copy(self, job, "retry", delay, failed, seconds)
+end
+
+local function failure_of_outcome(asked)
+  if asked.action == "dead_letter" then
+    return failure.new("asked", asked.reason, { permanent = true, value = asked })
+  end
+  return failure.new("asked", "the handler asked for " .. tostring(asked), { value = asked })
+end
+
+-- ---- What others make of it -------------------------------------------------------------------------
+
+local function breaker_hears(self, job, ok, now)
+  local breaker = self.breaker
+  local changed = breaker:result(job.of or job, ok, now)
+  if not changed then return end
+  self.log("warn", changed == "open"
+    and ("the breaker of '%s' is open: too much fails, so it pauses for %g s"):format(self.queue, breaker.pause)
+    or ("the breaker of '%s' is closed: it goes on"):format(self.queue))
+  self:event("breaker_" .. changed, { queue = self.queue, pause = breaker.pause })
+  if changed == "closed" then self.wake:broadcast() end
+end
+
+local function rolled_back(self, canary, report)
+  self.log("warn", ("the canary '%s' is rolled back: %s"):format(canary.name, report.reason))
+  report.queue = self.queue
+  self:event("canary_rollback", report)
+  if canary.on_rollback then self.runtime.spawn(canary.on_rollback, report) end
+end
+
+local function canaries_hear(self, job, ok, seconds, now)
+  local trials = job.trials
+  for i = 1, #trials, 2 do
+    local canary, version = trials[i], trials[i + 1]
+    local report = canary:record(version, ok, seconds, now)
+    if self.canary then self.canary(canary.name, version, ok, seconds) end
+    if report then rolled_back(self, canary, report) end
+  end
+end
+
+--- Does with a message what its run asks for; the seconds after which the job is to run again in the process,
+--- or nil.
+---@package
+---@param job table
+---@param failed moonrabbit.Failure?
+---@param asked moonrabbit.Outcome?
+---@return number?
+function Runner:conclude(job, failed, asked)
+  local now = self.now()
+  local seconds = now - job.started
+  local ok = not failed and (not asked or asked.action == "drop")
+  if job.trials then canaries_hear(self, job, ok, seconds, now) end
+  if self.breaker then
+    breaker_hears(self, job, ok or (failed or asked).permanent or asked and asked.action == "dead_letter" or false, now)
+  end
+  if ok then return acked(self, job, asked and "drop" or "ok", seconds) end
+  return fail(self, job, failed or failure_of_outcome(asked), seconds, asked)
+end
+
+local conclude = {}
+
+--- Adds the methods to the class.
+---@package
+function conclude.extend(class)
+  for name, method in pairs(Runner) do class[name] = method end
+end
+
+return conclude

@@ -1,0 +1,414 @@
+--- The runner of one consumer: from a delivery to its outcome.
+--
+-- A message becomes a job. A job waits for a place among the `concurrency`, claims its de-duplication key, passes the
+-- breaker and the rate, and then its handler runs. What comes of that is concluded: acked, retried,
+-- parked, dropped, or given back. The original is acked only after its outcome is safe: the handler has
+-- succeeded, or the broker has confirmed the copy that disposal made.
+--
+-- A run that takes longer than `timeout` has failed. Its task is cancelled where the runtime can do that,
+-- and then ends itself; a handler that goes on all the same is left to itself, its result will be ignored, and its
+-- place is free again.
+--
+-- Everything that the runner needs is given to it, so it runs without a broker and on any clock:
+--
+-- | field of `env` | |
+-- | --- | --- |
+-- | `runtime` | docs/internals.md |
+-- | `disposal` | `attempt`, `retry`, `dead_letter`, and maybe `in_process(message, delay) -> boolean`: sleep and call again instead |
+-- | `settle` | moonrabbit.app.runner.settle by default |
+-- | `observer` | docs/app.md |
+-- | `app` | the handlers' second argument |
+-- | `log` | function (level, text) |
+-- @module moonrabbit.app.runner
+
+local Batch = require "moonrabbit.app.flow.batch"
+local Breaker = require "moonrabbit.app.flow.breaker"
+local Dedupe = require "moonrabbit.app.runner.dedupe"
+local Order = require "moonrabbit.app.flow.order"
+local Rate = require "moonrabbit.app.flow.rate"
+local Watch = require "moonrabbit.app.runner.watch"
+local compile = require "moonrabbit.app.route.compile"
+local conclude = require "moonrabbit.app.runner.conclude"
+local failure = require "moonrabbit.app.failure"
+local protector = require "moonrabbit.app.protected"
+
+local type, select = type, select
+
+---@class moonrabbit.app.Runner
+---@field queue string
+---@field consumer table       compiled
+---@field in_flight integer    messages that have come and have no outcome yet
+---@field stuck integer        handlers that run on although their time was over
+local Runner = {}
+Runner.__index = Runner
+
+conclude.extend(Runner)
+
+--- How long a handler that was cancelled may take to end before it is left to itself.
+local GRACE = 1
+--- Jobs that are kept for the next messages.
+local SPARE_JOBS = 256
+
+local function nothing() end
+
+---@param consumer table compiled, of moonrabbit.app.plan
+---@param env table
+---@return moonrabbit.app.Runner
+function Runner.new(consumer, env)
+  local runtime, observer = env.runtime, env.observer or {}
+  local self = setmetatable({
+    consumer = consumer, queue = consumer.queue, runtime = runtime, now = runtime.now, app = env.app,
+    disposal = env.disposal, settle = env.settle or require "moonrabbit.app.runner.settle", log = env.log or nothing,
+    resolve = consumer.target.resolve, constant = consumer.target.constant, canaries = consumer.target.canaries,
+    protect = protector(runtime.cancelled), current = runtime.current or nothing,
+    delivered = observer.delivered, settled = observer.settled, failed = observer.failed,
+    gauge = observer.in_flight, canary = observer.canary, on_event = observer.event,
+    limit = consumer.concurrency, running = 0, waiting = 0, slot = runtime.condition(),
+    wake = runtime.condition(), quiet = runtime.condition(),
+    in_flight = 0, stuck = 0, stopping = false, stopped = false, spare = {}, bad_copies = 0,
+    jobs = setmetatable({}, { __mode = "k" }), -- all there are
+  }, Runner)
+  if consumer.timeout then
+    self.watch = Watch.new(runtime, consumer.timeout, function(job) self:expire(job) end)
+  end
+  if consumer.dedupe then self.dedupe = Dedupe.new(consumer, self) end
+  if consumer.rate then self.rate = Rate.new(consumer.rate, runtime.now()) end
+  if consumer.breaker then self.breaker = Breaker.new(consumer.breaker) end
+  if consumer.order_by then self.order = Order.new(consumer.order_by) end
+  if consumer.batch then self.batch = Batch.new(consumer.batch, self) end
+  return self
+end
+
+--- Tells the observer about something rare.
+---@param name string
+---@param fields table
+function Runner:event(name, fields)
+  if self.on_event then self.on_event(name, fields) end
+end
+
+-- ---- Waiting ----------------------------------------------------------------------------------------
+
+--- Waits, unless the runner stops.
+---@param seconds number
+---@return boolean whether it goes on
+function Runner:pause(seconds)
+  if self.stopping then return false end
+  local now = self.now
+  local deadline = now() + seconds
+  repeat
+    self.wake:wait(math.max(0, deadline - now()))
+    if self.stopping then return false end
+  until now() >= deadline
+  return true
+end
+
+--- Takes a place among the `concurrency`, in the order of those who ask.
+---@package
+function Runner:acquire()
+  if self.running < self.limit then
+    self.running = self.running + 1
+    return
+  end
+  self.waiting = self.waiting + 1
+  self.slot:wait() -- the place is handed over
+end
+
+---@package
+function Runner:release()
+  if self.waiting > 0 then
+    self.waiting = self.waiting - 1
+    self.slot:signal()
+  else
+    self.running = self.running - 1
+  end
+end
+
+--- Waits without a place. False: the runner stops, or the message has gone back to its queue meanwhile.
+---@param job table
+---@param seconds number
+---@return boolean
+function Runner:rest(job, seconds)
+  local slot = job.slot
+  if slot then
+    job.slot = false
+    self:release()
+  end
+  local goes_on = self:pause(seconds)
+  if slot then
+    self:acquire()
+    job.slot = true
+  end
+  return goes_on and (job.batch or self.settle.outstanding(job.message) ~= nil)
+end
+
+-- ---- Jobs -------------------------------------------------------------------------------------------
+
+---@package
+function Runner:job(message)
+  local spare = self.spare
+  local job = spare[#spare]
+  if job then
+    spare[#spare] = nil
+  else
+    job = {
+      message = false, target = false, trials = nil, claim = false, attempt = nil, slot = false, started = 0,
+      expired = false, abandoned = false, over = true, task = false, due = false, before = false, after = false,
+      n = 0, value = nil, reason = nil, serial = 0, batch = false, of = false,
+    }
+    self.jobs[job] = true
+  end
+  job.message = message
+  self.in_flight = self.in_flight + 1
+  if self.gauge then self.gauge(self.queue, self.in_flight) end
+  return job
+end
+
+--- The job has its outcome.
+---@package
+function Runner:finish(job)
+  if job.slot then
+    job.slot = false
+    self:release()
+  end
+  self.in_flight = self.in_flight - 1
+  if self.gauge then self.gauge(self.queue, self.in_flight) end
+  if self.in_flight == 0 then self.quiet:broadcast() end
+  job.message, job.target, job.trials, job.attempt, job.value, job.reason = false, false, nil, nil, nil, nil
+  job.claim, job.expired, job.task, job.of = false, false, false, false
+  if job.abandoned then return end -- its handler still has it
+  local spare = self.spare
+  if #spare < SPARE_JOBS then spare[#spare + 1] = job end
+end
+
+-- ---- Runs -------------------------------------------------------------------------------------------
+
+local function note(job, ...)
+  job.n = select("#", ...)
+  job.value, job.reason = ...
+end
+
+local function execute(self, job)
+  local message, target = job.message, self.constant or job.target
+  if not target then
+    target = self.resolve(message, job)
+    if not target then error(compile.no_route(message), 0) end
+    job.target = target
+  end
+  if type(target) == "function" then return note(job, target(message, self.app)) end
+  return note(job, target:run(message, self.app, job))
+end
+
+local function execute_batch(self, job)
+  return note(job, self.constant(job.message, self.app))
+end
+
+-- Whether the breaker and the rate let a job run; they may make it wait.
+local function admitted(self, job, n)
+  local breaker, since = self.breaker, nil
+  while breaker do
+    local answer = breaker:admit(job, self.now())
+    if answer == true then break end
+    since = since or self.now()
+    local left = since + breaker.hold - self.now()
+    if left <= 0 or not self:rest(job, math.min(answer, left)) then return false end
+  end
+  local wait = self.rate and self.rate:take(n, self.now()) or 0
+  if wait > 0 and not self:rest(job, wait) then
+    if breaker then breaker:withdraw(job) end
+    return false
+  end
+  return true
+end
+
+local STOPPED, LEFT = {}, {}
+
+-- A cancellation that came when the handler had ended must not end the task's next wait.
+local function wait_once(self) self.runtime.condition():wait(0) end
+
+---@package
+function Runner:swallow() self.protect(wait_once, self) end
+
+local function judge(self, job, ok, thrown)
+  if job.expired then
+    if ok then self:swallow() end
+    return failure.timeout(self.consumer.timeout)
+  end
+  if ok then return failure.of_results(job.n, job.value, job.reason) end
+  if thrown == self.runtime.cancelled and thrown ~= nil then return STOPPED end
+  return failure.of_thrown(thrown)
+end
+
+--- Runs a job's handler once: a failure, or nil and the outcome that it asked for, or both nil. STOPPED:
+--- it did not run to its end; LEFT: somebody else has concluded the job meanwhile.
+---@package
+function Runner:attempt(job, n)
+  if (self.breaker or self.rate) and not admitted(self, job, n or 1) or self.stopped then return STOPPED end
+  local started, watch = self.now(), self.watch
+  job.started, job.over, job.task = started, false, self.current()
+  if watch then
+    job.serial = job.serial + 1
+    watch:add(job, started)
+  end
+  local ok, thrown = self.protect(n and execute_batch or execute, self, job)
+  job.over = true
+  if watch then
+    watch:remove(job)
+    if job.abandoned then
+      self.stuck = self.stuck - 1
+      return LEFT
+    end
+  end
+  if n then return ok, thrown end
+  return judge(self, job, ok, thrown)
+end
+
+-- ---- Time is over -----------------------------------------------------------------------------------
+
+-- The handler goes on, whatever it was told: another job takes its place, and its message.
+local function abandon(self, job)
+  if job.over then return end
+  job.abandoned = true
+  self.stuck = self.stuck + 1
+  self.log("error", ("a handler of '%s' has not returned within %g s, and cannot be ended: %d such now"):format(
+    self.queue, self.consumer.timeout, self.stuck))
+  self:event("handler_stuck", { queue = self.queue, stuck = self.stuck })
+  local twin = {}
+  for key, value in pairs(job) do twin[key] = value end
+  self.jobs[twin] = true
+  twin.abandoned, twin.expired, twin.over, twin.due = false, false, true, false
+  job.slot, job.claim = false, false
+  self.runtime.spawn(function()
+    if twin.batch then return self.batch:expired(twin) end
+    self:go_on(twin, failure.timeout(self.consumer.timeout))
+  end)
+end
+
+---@package
+function Runner:expire(job)
+  job.expired = true
+  local cancel, serial = self.runtime.cancel, job.serial
+  if not cancel or not job.task then return abandon(self, job) end
+  cancel(job.task)
+  self.runtime.spawn(function()
+    self.runtime.sleep(math.min(GRACE, self.consumer.timeout))
+    if job.serial == serial then abandon(self, job) end
+  end)
+end
+
+-- ---- From a message to its outcome ------------------------------------------------------------------
+
+--- Concludes what a run came to, and runs the job again as long as it is to be retried in the process.
+---@package
+function Runner:go_on(job, failed, asked)
+  while true do
+    if failed == LEFT then return end
+    if failed == STOPPED then
+      self:give_back(job, "stopping")
+      return self:finish(job)
+    end
+    local again = self:conclude(job, failed, asked)
+    if not again then return self:finish(job) end
+    if not self:rest(job, again) then failed = STOPPED else failed, asked = self:attempt(job) end
+  end
+end
+
+local function claimed(self, job)
+  local state = self.dedupe:claim(job)
+  if state == "go" then return true end
+  if state == "duplicate" then
+    self:duplicate(job)
+  elseif state == "stopped" then
+    self:give_back(job, "stopping")
+  else
+    job.started = self.now()
+    local again = self:conclude(job, state)
+    if again then self:give_back(job, "its key could not be made") end
+  end
+  self:finish(job)
+  return false
+end
+
+--- Claims a job's de-duplication key; false: the job has its outcome.
+---@package
+function Runner:claimed(job)
+  return not self.dedupe or claimed(self, job)
+end
+
+local function single(self, message, waited, problem)
+  local job = self:job(message)
+  self:acquire()
+  job.slot = true
+  if waited and not self.settle.outstanding(message) then return self:go_on(job, STOPPED) end
+  if problem then
+    job.started = self.now()
+    return self:go_on(job, failure.new("error", problem))
+  end
+  if self.dedupe and not claimed(self, job) then return end
+  return self:go_on(job, self:attempt(job))
+end
+
+--- Handles a message, in the task that calls; it waits as long as the message is handled by it.
+---@param message moonrabbit.Message
+function Runner:handle(message)
+  if self.delivered then self.delivered(self.queue, message) end
+  if self.stopped then
+    self.settle.back(message, "nack")
+    return
+  end
+  if self.order then return self.order:handle(self, message, single) end
+  if self.batch then return self.batch:handle(message) end
+  return single(self, message)
+end
+
+-- ---- Stopping ---------------------------------------------------------------------------------------
+
+--- Begins to stop: who waits (for a retry, the rate, the breaker) gives its message back; handlers end.
+function Runner:stop()
+  self.stopping = true
+  self.wake:broadcast()
+  if self.batch then self.batch:flush() end
+end
+
+--- Waits until nothing is in flight.
+---@param deadline number
+---@return boolean
+function Runner:drained(deadline)
+  while self.in_flight > 0 do
+    local left = deadline - self.now()
+    if left <= 0 then return false end
+    self.quiet:wait(left)
+  end
+  return true
+end
+
+--- Ends what is left: handlers are cancelled where that can be, messages go back.
+function Runner:abort()
+  self.stopping, self.stopped = true, true
+  self.wake:broadcast()
+  local cancel = self.runtime.cancel
+  if not cancel then return end
+  for job in pairs(self.jobs) do
+    if not job.over and job.task then cancel(job.task) end
+  end
+end
+
+--- What a reload carries over: breaker and canaries.
+---@return table
+function Runner:state()
+  local canaries = {}
+  for i, canary in ipairs(self.canaries) do canaries[i] = canary:state() end
+  return { breaker = self.breaker and self.breaker:save(), canaries = canaries }
+end
+
+--- Takes it over.
+---@param state table
+function Runner:restore(state)
+  if state.breaker and self.breaker then self.breaker:restore(state.breaker) end
+  for _, canary in ipairs(self.canaries) do
+    for _, old in ipairs(state.canaries) do canary:restore(old) end
+  end
+end
+
+Runner.STOPPED, Runner.LEFT = STOPPED, LEFT
+
+return Runner

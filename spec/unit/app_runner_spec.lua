@@ -1,0 +1,551 @@
+local failure = require "moonrabbit.app.failure"
+local outcome = require "moonrabbit.app.outcome"
+local rig = require "support.runner_bench"
+
+describe("a runner", function()
+  local function handler(fn, fields)
+    local consumer = fields or {}
+    consumer.handler = fn
+    return rig.new(consumer)
+  end
+
+  describe("outcomes", function()
+    it("acks after nothing and after true", function()
+      local r = handler(function(msg) if msg.yes then return true end end)
+      assert.equal("ack", r:handle().done)
+      assert.equal("ack", r:handle({ yes = true }).done)
+      assert.same({ "ok", "ok" }, r.outcomes)
+      assert.same({}, r.copies)
+      assert.equal(0, r.runner.in_flight)
+      assert.equal(0, r.runner.running)
+    end)
+
+    it("gives handlers the message and the app", function()
+      local seen
+      local r = handler(function(...) seen = { n = select("#", ...), ... } end)
+      local msg = r:handle()
+      assert.same(2, seen.n)
+      assert.equal(msg, seen[1])
+      assert.equal(r.app, seen[2])
+    end)
+
+    it("asks the policy after nil and an error", function()
+      local asked
+      local r = handler(function() return nil, "no stock" end, {
+        retry = function(msg, err, attempt)
+          asked = { msg, err, attempt }
+          return 7
+        end,
+      })
+      local msg = r:handle { attempts = 3 }
+      assert.equal("ack", msg.done)
+      assert.equal(msg, asked[1])
+      assert.equal("no stock", asked[2].message)
+      assert.equal("error", asked[2].kind)
+      assert.equal(3, asked[3])
+      assert.same({ "retry", msg, 7, asked[2], 3 }, r.copies[1])
+      assert.same({ "retry" }, r.outcomes)
+      assert.equal(r.failures[1], asked[2])
+    end)
+
+    it("asks the policy after a throw, with the traceback", function()
+      local r = handler(function() error "boom" end, { retry = function() return 1 end })
+      assert.equal("ack", r:handle().done)
+      local err = r.copies[1][4]
+      assert.equal("error", err.kind)
+      assert.truthy(err.message:find("boom", 1, true))
+      if _VERSION ~= "Lua 5.1" or rawget(_G, "jit") then
+        assert.truthy(err.traceback:find("app_runner_spec", 1, true))
+      end
+    end)
+
+    it("keeps tables that are thrown", function()
+      local thrown = { message = "custom", code = 7 }
+      local r = handler(function() error(thrown) end, { retry = function() return 1 end })
+      r:handle()
+      assert.equal(thrown, r.copies[1][4].value)
+      assert.equal("custom", r.copies[1][4].message)
+    end)
+
+    it("parks what the policy gives up, and what has none", function()
+      local r = handler(function() return nil, "no" end, { retry = function() end })
+      assert.equal("ack", r:handle().done)
+      assert.equal("dead_letter", r.copies[1][1])
+      assert.equal("no", r.copies[1][3])
+      r = handler(function() return nil, "no" end)
+      r:handle()
+      assert.equal("dead_letter", r.copies[1][1])
+      assert.same({ "dead_letter" }, r.outcomes)
+    end)
+
+    it("parks permanent errors, thrown or returned, without asking", function()
+      local asked = 0
+      local function policy() asked = asked + 1 return 1 end
+      for _, fn in ipairs {
+        function() error(outcome.permanent "gone") end, function() return nil, outcome.permanent "gone" end,
+      } do
+        local r = handler(fn, { retry = policy })
+        assert.equal("ack", r:handle().done)
+        assert.equal("dead_letter", r.copies[1][1])
+        assert.equal("gone", r.copies[1][3])
+        assert.is_true(r.copies[1][4].permanent)
+      end
+      assert.equal(0, asked)
+    end)
+
+    it("does what an outcome asks for", function()
+      local want
+      local r = handler(function() return want end, { retry = function() return 5 end })
+      want = outcome.retry(9)
+      r:handle()
+      assert.same({ "retry", 9 }, { r.copies[1][1], r.copies[1][3] })
+      want = outcome.retry()
+      r:handle()
+      assert.same({ "retry", 5 }, { r.copies[2][1], r.copies[2][3] })
+      want = outcome.dead_letter "odd"
+      r:handle()
+      assert.same({ "dead_letter", "odd" }, { r.copies[3][1], r.copies[3][3] })
+      want = outcome.drop()
+      assert.equal("ack", r:handle().done)
+      assert.same({ "retry", "retry", "dead_letter", "drop" }, r.outcomes)
+      assert.equal(3, #r.copies)
+    end)
+
+    it("takes nonsense for a failure that says so", function()
+      local cases = {
+        { function() return nil end, "a lone nil" },
+        { function() return ({}).misspelt end, "a lone nil" },
+        { function() return 42 end, "returned 42" },
+        { function() return false end, "returned false" },
+        { function() return "done" end, "the string 'done'" },
+        { function() return {} end, "a table" },
+      }
+      for _, case in ipairs(cases) do
+        local r = handler(case[1], { retry = function() return 1 end })
+        assert.equal("ack", r:handle().done)
+        assert.equal("nonsense", r.copies[1][4].kind)
+        assert.truthy(r.copies[1][4].message:find(case[2], 1, true), r.copies[1][4].message)
+      end
+    end)
+
+    it("takes nil, nil for a failure without a reason", function()
+      local r = handler(function() return nil, nil end)
+      r:handle()
+      assert.equal("error", r.copies[1][4].kind)
+    end)
+
+    it("parks what a policy that throws or returns nonsense was asked about, and says so", function()
+      for _, policy in ipairs {
+        function() error "broken" end, function() return "soon" end, function() return -1 end,
+        function() return 0 / 0 end, function() return math.huge end,
+      } do
+        local r = handler(function() return nil, "no" end, { retry = policy })
+        assert.equal("ack", r:handle().done)
+        assert.equal("dead_letter", r.copies[1][1])
+        assert.truthy(r.copies[1][3]:find("the retry policy", 1, true))
+        assert.truthy(r.log[1]:find("the retry policy", 1, true))
+      end
+    end)
+
+    it("rejects where there is no queue for dead letters", function()
+      local r = handler(function() return nil, "no" end, { dead_letter = false })
+      assert.equal("reject", r:handle().done)
+      assert.same({}, r.copies)
+      assert.same({ "dead_letter" }, r.outcomes)
+    end)
+  end)
+
+  describe("the original", function()
+    it("goes back when its copy fails, after a pause, as poison does", function()
+      local r = handler(function() return nil, "no" end, { retry = function() return 1 end })
+      r.disposal.fails = "no confirm"
+      local msg = r:handle()
+      assert.is_nil(msg.done)
+      r.runtime.advance(1)
+      assert.equal("reject", msg.done)
+      assert.same({ "requeue" }, r.outcomes)
+      assert.equal("copy_failed", r.events[1].name)
+    end)
+
+    it("waits longer each time, and not after a copy that was made", function()
+      local r = handler(function() return nil, "no" end, { retry = function() return 1 end })
+      r.disposal.fails = "no confirm"
+      r:handle({}, 1)
+      local msg = r:handle({}, 1)
+      assert.is_nil(msg.done)
+      r.runtime.advance(1)
+      assert.equal("reject", msg.done)
+      r.disposal.fails = nil
+      r:handle()
+      r.disposal.fails = "again"
+      assert.equal("reject", r:handle({}, 1).done)
+    end)
+
+    it("goes back when making its copy throws", function()
+      local r = handler(function() return nil, "no" end, { retry = function() return 1 end })
+      function r.disposal.retry() error "a bug" end
+      assert.equal("reject", r:handle({}, 2).done)
+    end)
+
+    it("is not acked before its copy is safe", function()
+      local r = handler(function() return nil, "no" end, { retry = function() return 1 end })
+      local confirmed
+      function r.disposal.retry()
+        r.runtime.sleep(5)
+        confirmed = true
+        return true
+      end
+      local msg = r:handle({}, 4)
+      assert.is_nil(msg.done)
+      r.runtime.advance(1)
+      assert.is_true(confirmed)
+      assert.equal("ack", msg.done)
+    end)
+  end)
+
+  describe("a handler that settles its message itself", function()
+    it("is left with it: acked once, and warned of once", function()
+      local r = handler(function(msg) msg.done = "by the handler" end)
+      assert.equal("by the handler", r:handle().done)
+      r:handle()
+      assert.same({ "ok", "ok" }, r.outcomes)
+      assert.equal(1, #r.log)
+    end)
+
+    it("and fails then: no copy is made", function()
+      local r = handler(function(msg)
+        msg.done = "by the handler"
+        error "settled before" -- what a second ack throws
+      end, { retry = function() return 1 end })
+      r:handle()
+      assert.same({}, r.copies)
+      assert.same({ "drop" }, r.outcomes)
+      assert.truthy(r.log[1]:find("settled its message itself", 1, true))
+    end)
+  end)
+
+  it("makes no copy of a message that the broker has taken back", function()
+    local r = handler(function(msg)
+      msg.gone = true
+      return nil, "no"
+    end, { retry = function() return 1 end })
+    r:handle()
+    assert.same({}, r.copies)
+    assert.same({ "requeue" }, r.outcomes)
+  end)
+
+  describe("concurrency", function()
+    it("bounds the handlers that run, in the order in which messages came", function()
+      local running, most, order = 0, 0, {}
+      local r
+      r = handler(function(msg)
+        running = running + 1
+        most = math.max(most, running)
+        order[#order + 1] = msg.i
+        r.runtime.sleep(1)
+        running = running - 1
+      end, { concurrency = 3 })
+      for i = 1, 10 do r:give { i = i } end
+      r.runtime.advance(10)
+      assert.equal(3, most)
+      assert.same({ 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 }, order)
+      assert.equal(10, r.most)
+      assert.equal(0, r.runner.running)
+      assert.equal(0, r.runner.in_flight)
+    end)
+
+    it("has room again while a retry waits in the process", function()
+      local r
+      local order = {}
+      r = handler(function(msg)
+        order[#order + 1] = msg.i
+        if msg.i == 1 and #order == 1 then return nil, "once" end
+      end, { concurrency = 1, retry = function() return 10 end })
+      function r.disposal.in_process() return true end
+      r:give { i = 1 }
+      r:give { i = 2 }
+      r.runtime.advance(1)
+      assert.same({ 1, 2 }, order)
+      r.runtime.advance(10)
+      assert.same({ 1, 2, 1 }, order)
+      assert.same({ "retry", "ok", "ok" }, r.outcomes)
+    end)
+  end)
+
+  it("counts attempts in the process", function()
+    local attempts = {}
+    local r = handler(function() return nil, "no" end, {
+      retry = function(_, err, attempt)
+        attempts[#attempts + 1] = attempt
+        assert.equal(attempt, err.attempt)
+        if attempt < 4 then return 1 end
+      end,
+    })
+    function r.disposal.in_process() return true end
+    r:handle({ attempts = 2 }, 10)
+    assert.same({ 2, 3, 4 }, attempts)
+    assert.equal("dead_letter", r.copies[1][1])
+    assert.equal(4, r.copies[1][5])
+  end)
+
+  describe("the timeout", function()
+    it("cancels a handler that waits for ever, and counts it as failed", function()
+      local r
+      r = handler(function() r.runtime.sleep(1e6) end, { timeout = 30, retry = function() return 1 end })
+      local msg = r:handle({}, 29)
+      assert.is_nil(msg.done)
+      r.runtime.advance(2)
+      assert.equal("ack", msg.done)
+      assert.equal("timeout", r.copies[1][4].kind)
+      assert.equal(1, #r.copies)
+      assert.equal(0, r.runner.running)
+      assert.equal(0, r.runner.stuck)
+    end)
+
+    it("ignores the late result of a handler that returns all the same", function()
+      local r
+      r = handler(function()
+        pcall(r.runtime.sleep, 1e6)
+        return true
+      end, { timeout = 30, retry = function() return 1 end })
+      if _VERSION == "Lua 5.1" and not rawget(_G, "jit") then return end -- no yield across pcall
+      local msg = r:handle({}, 31)
+      assert.equal("timeout", r.copies[1][4].kind)
+      assert.equal("ack", msg.done)
+      assert.same({ "retry" }, r.outcomes)
+    end)
+
+    it("leaves a handler to itself that cannot be ended", function()
+      local r
+      r = handler(function(msg)
+        if msg.stuck then
+          while not msg.let_go do
+            r.runtime.current().cancelling = false
+            r.runtime.sleep(5)
+          end
+        end
+      end, { timeout = 30, concurrency = 1, retry = function() return 1 end })
+      r.runtime.cancel = function() end
+      local msg = r:give { stuck = true }
+      local other = r:give {}
+      r.runtime.advance(32)
+      assert.equal("ack", msg.done)
+      assert.equal("timeout", r.copies[1][4].kind)
+      assert.equal(1, r.runner.stuck)
+      assert.equal("ack", other.done)
+      msg.let_go = true
+      r.runtime.advance(5)
+      assert.equal(0, r.runner.stuck)
+      assert.equal(1, #r.copies)
+      assert.equal(0, r.runner.in_flight)
+      assert.equal(0, r.runner.running)
+    end)
+
+    it("leaves it at once where the runtime has no cancel", function()
+      local r
+      r = handler(function() r.runtime.sleep(100) end, { timeout = 30, retry = function() return 1 end })
+      r.runtime.cancel = nil
+      local msg = r:handle({}, 30)
+      assert.equal("ack", msg.done)
+      r.runtime.advance(200)
+      assert.same({ "retry" }, r.outcomes)
+    end)
+
+    it("is each run's own", function()
+      local r
+      r = handler(function() r.runtime.sleep(20) end, { timeout = 30, concurrency = 2 })
+      for _ = 1, 6 do r:give() end
+      r.runtime.advance(70)
+      assert.same({ "ok", "ok", "ok", "ok", "ok", "ok" }, r.outcomes)
+    end)
+  end)
+
+  describe("stopping", function()
+    it("lets handlers end, and gives back what waits", function()
+      local r
+      r = handler(function(msg)
+        if msg.slow then r.runtime.sleep(5) return end
+        return nil, "no"
+      end, { retry = function() return 60 end })
+      function r.disposal.in_process() return true end
+      local slow, waiting = r:give { slow = true }, r:give()
+      r.runtime.advance(1)
+      r.runner:stop()
+      r.runtime.advance(0)
+      assert.equal("nack", waiting.done)
+      assert.is_nil(slow.done)
+      r.runtime.advance(5)
+      assert.equal("ack", slow.done)
+      assert.equal(0, r.runner.in_flight)
+    end)
+
+    it("cancels what is left at the deadline", function()
+      local r
+      r = handler(function() r.runtime.sleep(100) end, { concurrency = 1 })
+      local first, second = r:give(), r:give()
+      r.runtime.advance(1)
+      r.runner:abort()
+      r.runtime.advance(0)
+      assert.equal("nack", first.done)
+      assert.equal("nack", second.done)
+      assert.equal("nack", r:handle().done)
+      assert.equal(0, r.runner.in_flight)
+    end)
+  end)
+
+  describe("de-duplication", function()
+    local function store(states)
+      local self = { calls = {}, states = states or {} }
+      function self.begin(s, key, lease)
+        s.calls[#s.calls + 1] = "begin " .. key
+        s.lease = lease
+        if s.away then return nil, "no redis" end
+        local state = s.states[key] or "new"
+        if state == "new" then s.states[key] = "running" end
+        return state
+      end
+      function self.commit(s, key)
+        s.calls[#s.calls + 1] = "commit " .. key
+        if s.away then return nil, "no redis" end
+        s.states[key] = "done"
+        return true
+      end
+      function self.abort(s, key)
+        s.calls[#s.calls + 1] = "abort " .. key
+        s.states[key] = nil
+        return true
+      end
+      return self
+    end
+
+    local function id(key) return { properties = { message_id = key } } end
+
+    it("handles a key once, and acks duplicates", function()
+      local s, handled = store(), 0
+      local r = handler(function() handled = handled + 1 end, { dedupe = s })
+      r:handle(id "a")
+      assert.equal("ack", r:handle(id "a").done)
+      assert.equal(1, handled)
+      assert.same({ "ok", "duplicate" }, r.outcomes)
+      assert.same({ "begin a", "commit a", "begin a" }, s.calls)
+    end)
+
+    it("commits before the ack", function()
+      local s = store()
+      local r = handler(function() end, { dedupe = s })
+      local msg = id "a"
+      local commit = s.commit
+      function s.commit(...)
+        assert.is_nil(msg.done)
+        return commit(...)
+      end
+      r:handle(msg)
+      assert.equal("ack", msg.done)
+    end)
+
+    it("takes its key from a header or a function", function()
+      local s = store()
+      handler(function() end, { dedupe = { store = s, key = "header:order" } }):handle { headers = { order = 17 } }
+      handler(function() end, { dedupe = { store = s, key = function(m) return m.body end } }):handle { body = "b" }
+      assert.same({ "begin 17", "commit 17", "begin b", "commit b" }, s.calls)
+    end)
+
+    it("lets go of the key of what failed, before its copy is made", function()
+      local s = store()
+      local r = handler(function() return nil, "no" end, { dedupe = s, retry = function() return 1 end })
+      r:handle(id "a")
+      assert.same({ "begin a", "abort a" }, s.calls)
+      assert.equal("retry", r.copies[1][1])
+    end)
+
+    it("keeps the key during a retry in the process", function()
+      local s, n = store(), 0
+      local r = handler(function()
+        n = n + 1
+        if n == 1 then return nil, "no" end
+      end, { dedupe = s, retry = function() return 1 end })
+      function r.disposal.in_process() return true end
+      r:handle(id "a", 2)
+      assert.same({ "begin a", "commit a" }, s.calls)
+    end)
+
+    it("waits for a key that somebody else has, without a place", function()
+      local s = store { a = "running" }
+      local r = handler(function() end, { dedupe = s, concurrency = 1 })
+      local msg = r:handle(id "a", 1)
+      assert.is_nil(msg.done)
+      assert.equal("ack", r:handle(id "b").done)
+      s.states.a = "done"
+      r.runtime.advance(2)
+      assert.equal("ack", msg.done)
+      assert.same({ "ok", "duplicate" }, r.outcomes)
+    end)
+
+    it("waits for a store that is away, and handles nothing meanwhile", function()
+      local s, handled = store(), 0
+      local r = handler(function() handled = handled + 1 end, { dedupe = s })
+      s.away = true
+      local msg = r:handle(id "a", 10)
+      assert.equal(0, handled)
+      assert.is_nil(msg.done)
+      assert.equal(1, #r.log)
+      s.away = false
+      r.runtime.advance(3)
+      assert.equal(1, handled)
+      assert.equal("ack", msg.done)
+    end)
+
+    it("waits to commit, too: what was handled is not forgotten", function()
+      local s = store()
+      local r = handler(function() s.away = true end, { dedupe = s })
+      local msg = r:handle(id "a", 10)
+      assert.is_nil(msg.done)
+      s.away = false
+      r.runtime.advance(3)
+      assert.equal("ack", msg.done)
+      assert.equal("done", s.states.a)
+    end)
+
+    it("goes on without the store where it is told to, and says so", function()
+      local s = store()
+      s.away = true
+      local r = handler(function() end, { dedupe = { store = s, away = "go_on" } })
+      assert.equal("ack", r:handle(id "a").done)
+      assert.truthy(r.log[1]:find("duplicates may be handled", 1, true))
+      assert.equal("dedupe_away", r.events[1].name)
+    end)
+
+    it("survives a store that throws", function()
+      local s = store()
+      local begin = s.begin
+      function s.begin() error "bug" end
+      local r = handler(function() end, { dedupe = s })
+      local msg = r:handle(id "a", 1)
+      assert.is_nil(msg.done)
+      s.begin = begin
+      r.runtime.advance(3)
+      assert.equal("ack", msg.done)
+    end)
+
+    it("handles a message without a key, or fails it", function()
+      local s = store()
+      assert.equal("ack", handler(function() end, { dedupe = s }):handle().done)
+      assert.same({}, s.calls)
+      local r = handler(function() end, { dedupe = { store = s, missing = "fail" } })
+      r:handle()
+      assert.equal("dead_letter", r.copies[1][1])
+    end)
+
+    it("gives back what waits for a key when it stops", function()
+      local r = handler(function() end, { dedupe = store { a = "running" } })
+      local msg = r:handle(id "a", 1)
+      r.runner:stop()
+      r.runtime.advance(0)
+      assert.equal("nack", msg.done)
+    end)
+  end)
+
+  it("says what policies are given", function()
+    assert.equal("x", tostring(failure.new("error", "x")))
+  end)
+end)
