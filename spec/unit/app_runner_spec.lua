@@ -430,6 +430,31 @@ describe("a runner", function()
       assert.same({ "begin a", "commit a", "begin a" }, s.calls)
     end)
 
+    it("gives the store its runtime, and a key that it refuses to the dead letters", function()
+      local s = store { a = "refused" }
+      local runtime
+      function s.attach(_, given) runtime = given end
+      local handled = 0
+      local r = handler(function() handled = handled + 1 end, { dedupe = s, retry = function() return 1 end })
+      assert.is_function(runtime.now)
+      r:handle(id "a")
+      assert.equal(0, handled)
+      assert.same({ "dead_letter" }, r.outcomes)
+    end)
+
+    it("hands over what a store in this process knows", function()
+      local memory = require "moonrabbit.app.dedupe.memory"
+      local old = handler(function() end, { dedupe = memory.new() })
+      old:handle(id "a")
+      local handled = 0
+      local new = handler(function() handled = handled + 1 end, { dedupe = { store = memory.new() } })
+      new.runner:restore(old.runner:state())
+      new:handle(id "a")
+      new:handle(id "b")
+      assert.equal(1, handled)
+      assert.same({ "duplicate", "ok" }, new.outcomes)
+    end)
+
     it("commits before the ack", function()
       local s = store()
       local r = handler(function() end, { dedupe = s })

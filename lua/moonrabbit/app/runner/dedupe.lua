@@ -4,7 +4,7 @@
 --
 -- | field | |
 -- | --- | --- |
--- | `store` | `begin(self, key, lease) -> "new" | "running" | "done" | nil, err`, `commit(self, key)`, `abort(self, key)` |
+-- | `store` | `begin(self, key, lease) -> "new" | "running" | "done" | "refused", err | nil, err`, `commit(self, key)`, `abort(self, key)`, maybe `attach(self, runtime)` |
 -- | `key` | "message_id" (the default), "header:NAME", or a function of the message |
 -- | `lease` | seconds after which the claim of a process that died is void; 300 and at least the timeout and a minute by default |
 -- | `away` | what to do while the store cannot be reached: "wait" (the default) until it can, or "go_on" without it |
@@ -43,6 +43,7 @@ function Dedupe.new(consumer, runner)
   local given = consumer.dedupe
   local store = given.store or given
   local plain = given.store and given or {}
+  if store.attach then store:attach(runner.runtime) end
   return setmetatable({
     store = store, runner = runner, key = key_function(plain.key),
     lease = plain.lease or math.max(300, (consumer.timeout or 0) + 60),
@@ -96,6 +97,7 @@ function Dedupe:claim(job)
       return "go"
     end
     if state == "done" then return "duplicate" end
+    if state == "refused" then return failure.new("permanent", tostring(err), { value = err }) end
     if state ~= "running" then
       say_away(self, "begin", err or state)
       if self.go_on then return "go" end
@@ -118,6 +120,18 @@ function Dedupe:commit(job)
     if self.go_on or not self.runner:pause(wait) then return end
     wait = math.min(LONGEST_WAIT, wait * 2)
   end
+end
+
+--- What a store that lives in this process knows, for the one that takes its place; nil where it lives elsewhere.
+---@return table?
+function Dedupe:state()
+  return self.store.state and self.store:state()
+end
+
+--- Takes it over.
+---@param state table
+function Dedupe:restore(state)
+  if self.store.restore and self.store ~= state then self.store:restore(state) end
 end
 
 --- It was not: somebody may try again. What cannot be said to the store, its lease says.

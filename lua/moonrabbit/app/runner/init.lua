@@ -397,13 +397,15 @@ end
 function Runner:state()
   local canaries = {}
   for i, canary in ipairs(self.canaries) do canaries[i] = canary:state() end
-  return { breaker = self.breaker and self.breaker:save(), canaries = canaries }
+  return { breaker = self.breaker and self.breaker:save(), canaries = canaries,
+    dedupe = self.dedupe and self.dedupe:state() }
 end
 
 --- Takes it over.
 ---@param state table
 function Runner:restore(state)
   if state.breaker and self.breaker then self.breaker:restore(state.breaker) end
+  if state.dedupe and self.dedupe then self.dedupe:restore(state.dedupe) end
   for _, canary in ipairs(self.canaries) do
     for _, old in ipairs(state.canaries) do canary:restore(old) end
   end

@@ -1,0 +1,200 @@
+-- Apps against the real broker: what they declare, how messages come to their outcome, how they start and stop.
+local broker = require "support.broker"
+local mr = require "moonrabbit"
+
+local route, retry = mr.route, mr.retry
+local it = broker.it_unless(it, pending, broker.none()) -- luacheck: ignore 431
+
+describe("an app #app", function()
+  local running, names, publishing
+
+  before_each(function() running, names, publishing = nil, {}, nil end)
+
+  -- A name that is deleted afterwards.
+  local function name(prefix)
+    names[#names + 1] = broker.unique(prefix)
+    return names[#names]
+  end
+
+  local function connections()
+    return { consume = broker.connect(), publish = broker.connect() }
+  end
+
+  local function start(spec)
+    spec.log = spec.log or function() end
+    running = mr.app(spec)
+    broker.ok(running:start(connections()))
+    publishing = broker.ok(broker.connect():channel { confirm = true })
+    return running
+  end
+
+  local function declared(queue) return (broker.ok(publishing:queue_declare(queue, { passive = true }))) end
+
+  after_each(function()
+    if running then running:stop(5) end
+    if names[1] and broker.url then
+      local conn = broker.connect()
+      for _, each in ipairs(names) do
+        for _, method in ipairs { "queue_delete", "exchange_delete" } do
+          local channel = conn:channel()
+          channel[method](channel, each)
+        end
+      end
+    end
+    broker.close_all()
+  end)
+
+  it("declares its topology, consumes, and acks", function()
+    local exchange, lost, queue, rest = name "x", name "lost", name "q", name "rest"
+    local seen = {}
+    start {
+      name = name "app",
+      exchanges = { [exchange] = { type = "topic", alternate = lost }, [lost] = { type = "fanout" } },
+      queues = {
+        [queue] = { type = "quorum", bind = { { exchange, "order.#" } } }, [rest] = { bind = { { lost } } },
+      },
+      consumers = {
+        { queue = queue, route = route.first {
+          route.key("order.*.created", function(msg) seen[#seen + 1] = "created " .. msg.body end),
+          route.header({ type = "refund" }, function(msg) seen[#seen + 1] = "refund " .. msg.body end),
+          route.otherwise(route.drop()),
+        } },
+      },
+    }
+    broker.ok(publishing:publish("1", { exchange = exchange, routing_key = "order.eu.created" }))
+    broker.ok(publishing:publish("2", { exchange = exchange, routing_key = "order.x", headers = { type = "refund" } }))
+    broker.ok(publishing:publish("3", { exchange = exchange, routing_key = "order.x" }))
+    broker.ok(publishing:publish("4", { exchange = exchange, routing_key = "elsewhere" }))
+    broker.eventually(function() return #seen == 2 end)
+    table.sort(seen)
+    assert.same({ "created 1", "refund 2" }, seen)
+    broker.ok(running:stop(5))
+    assert.equal("stopped", running.state)
+    assert.equal(0, declared(queue).message_count)
+    assert.equal(1, declared(rest).message_count)
+  end)
+
+  it("retries on the ladder, and parks what fails for good", function()
+    local app, queue = name "app", name "q"
+    names[#names + 1] = app .. ".dead"
+    local attempts = {}
+    start {
+      name = app, queues = { [queue] = {} },
+      consumers = {
+        { queue = queue, retry = retry.steps { 0.2, 0.2 }, handler = function(msg)
+          attempts[#attempts + 1] = msg.body
+          if msg.body == "poison" then error(mr.permanent "spoilt") end
+          if #attempts < 3 then return nil, "not yet" end
+        end },
+      },
+    }
+    broker.ok(publishing:publish("flaky", { routing_key = queue }))
+    broker.eventually(function() return #attempts == 3 end)
+    broker.ok(publishing:publish("poison", { routing_key = queue }))
+    local letter
+    broker.eventually(function()
+      letter = publishing:get(app .. ".dead")
+      return letter
+    end)
+    assert.equal("poison", letter.body)
+    assert.equal("spoilt", letter.headers["moonrabbit-reason"])
+    letter:ack()
+    for _, each in ipairs { "home", "orphans", "wait.200ms" } do names[#names + 1] = app .. "." .. each end
+  end)
+
+  it("sends messages on, and acks them only then", function()
+    local queue, other = name "q", name "other"
+    start {
+      name = name "app", queues = { [queue] = {}, [other] = {} },
+      consumers = { { queue = queue, route = route.forward("", other) } },
+    }
+    broker.ok(publishing:publish("on", { routing_key = queue, headers = { a = 1 }, message_id = "m" }))
+    local got
+    broker.eventually(function()
+      got = publishing:get(other)
+      return got
+    end)
+    assert.same({ "on", 1, "m" }, { got.body, got.headers.a, got.properties.message_id })
+    got:ack()
+  end)
+
+  it("filters duplicates", function()
+    local queue, seen, outcomes = name "q", 0, {}
+    start {
+      name = name "app", queues = { [queue] = {} },
+      observer = { settled = function(_, outcome) outcomes[outcome] = (outcomes[outcome] or 0) + 1 end },
+      consumers = {
+        { queue = queue, dedupe = mr.dedupe.memory { ttl = 60 }, handler = function() seen = seen + 1 end },
+      },
+    }
+    for _ = 1, 3 do broker.ok(publishing:publish("x", { routing_key = queue, message_id = "same" })) end
+    broker.eventually(function() return outcomes.duplicate == 2 end)
+    assert.equal(1, seen)
+    assert.equal(1, outcomes.ok)
+  end)
+
+  it("is left alone by a handler that acks its message twice", function()
+    local queue, outcomes = name "q", {}
+    start {
+      name = name "app", queues = { [queue] = {} },
+      observer = { settled = function(_, o) outcomes[#outcomes + 1] = o end },
+      consumers = { { queue = queue, handler = function(msg)
+        msg:ack()
+        msg:ack()
+      end } },
+    }
+    broker.ok(publishing:publish("x", { routing_key = queue }))
+    broker.eventually(function() return outcomes[1] end)
+    assert.same({ "drop" }, outcomes)
+    assert.is_true(running._consumers[1].channel:is_open())
+  end)
+
+  it("stops within its deadline, and what is not done goes back", function()
+    local queue, began = name "q", false
+    start {
+      name = name "app", queues = { [queue] = {} },
+      consumers = { { queue = queue, handler = function()
+        began = true
+        mr.sleep(60)
+      end } },
+    }
+    broker.ok(publishing:publish("x", { routing_key = queue }))
+    broker.eventually(function() return began end)
+    local ok, err = running:stop(0.1)
+    assert.is_nil(ok)
+    assert.equal("timeout", err.kind)
+    broker.eventually(function() return declared(queue).message_count == 1 end)
+  end)
+
+  it("leaves nothing running when it cannot start", function()
+    local queue = name "q"
+    local app = mr.app {
+      name = name "app", queues = { [queue] = { passive = true } }, log = function() end,
+      consumers = { { queue = queue, handler = function() end } },
+    }
+    local ok, err = app:start(broker.url)
+    assert.is_nil(ok)
+    assert.equal(404, err.code)
+    assert.truthy(err.message:find(queue, 1, true))
+    assert.equal("stopped", app.state)
+  end)
+
+  it("runs until it is stopped", function()
+    local queue = name "q"
+    local app = mr.app {
+      name = name "app", queues = { [queue] = { auto_delete = true } }, connect = broker.url,
+      consumers = { { queue = queue, handler = function() end } },
+    }
+    mr.spawn(function()
+      while app.state ~= "running" do mr.sleep(0.01) end
+      app:stop(5)
+    end)
+    assert.is_true(app:run())
+  end)
+
+  it("wants two connections", function()
+    local conn = broker.connect()
+    local app = mr.app { name = "x", queues = { q = {} }, consumers = { { queue = "q", handler = function() end } } }
+    assert.has_error(function() app:start { consume = conn, publish = conn } end)
+  end)
+end)
