@@ -18,6 +18,7 @@ files["spec/resty/**/*.lua"] = { std = "+busted+ngx_lua" }
 -- These run on one Lua, our own choice of it.
 files["bench/**"] = { std = "max", max_cyclomatic_complexity = false }
 files["bench/nginx_handlers.lua"] = { std = "+ngx_lua" }
+files["chaos/**"] = { std = "lua54", max_cyclomatic_complexity = false }
 files["scripts/*"] = { std = "lua54", max_cyclomatic_complexity = false }
 files[".luacheckrc"] = { std = "+luacheckrc" }
 files["*.rockspec"] = { std = "+rockspec" }
