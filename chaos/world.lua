@@ -79,7 +79,7 @@ end
 
 --- The management API of a node.
 function world.management(node)
-  return (assert(require("moonrabbit.management").new { url = managements[node], timeout = 10 }))
+  return (assert(require("moonrabbit.management").new { uri = managements[node], timeout = 10 }))
 end
 
 --- Runs fn(channel) on a connection to a node.
@@ -103,7 +103,7 @@ end
 --- Mirrors are never behind when one is promoted, so that no confirmed message is lost.
 function world.set_policy()
   assert(world.eventually(function()
-    return world.management(1):set_policy("/", "chaos", { pattern = "^chaos-mirrored", ["apply-to"] = "queues",
+    return world.management(1):set_policy("/", "chaos", { pattern = "^chaos-mirrored", apply_to = "queues",
       definition = { ["ha-mode"] = "all", ["ha-sync-mode"] = "automatic", ["ha-promote-on-failure"] = "when-synced" } })
   end, 60), "the policy could not be set")
 end
