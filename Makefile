@@ -80,7 +80,7 @@ else
   Q := @
 endif
 
-.PHONY: all modules unit fuzzers deps demo test lint format rock bench fuzz docs install clean help
+.PHONY: all modules unit fuzzers deps demo test lint format rock bench chaos fuzz docs install clean help
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -197,6 +197,11 @@ bench: ## against rabbitmq-c, amqp091-go, pika and amqplib; QUICK=1 for under fi
 	@QUICK='$(QUICK)' bench/run
 	@bench/with-null lua5.4 bench/many.lua
 	@bench/with-null lua5.4 bench/soak.lua -- $(if $(QUICK),1000000)
+
+chaos: ## faults against a cluster of its own, lost messages counted (docs/chaos.md); QUICK=1 for three minutes
+	@$(call check_deps,build broker chaos)
+	@$(MAKE) --no-print-directory all
+	@chaos/run $(if $(QUICK),--quick)
 
 fuzz: ## run every fuzzer for FUZZ_SECONDS (60)
 	@scripts/fuzz
