@@ -1,0 +1,29 @@
+-- docs/guarantees.md names the spec that proves each promise: those that it names are there.
+local process = require "support.process"
+
+local page = process.slurp "docs/guarantees.md"
+
+-- { file, name } of every name between quotes that follows a link to a spec in a table's row.
+local function named(text)
+  local list = {}
+  for line in text:gmatch "[^\n]+" do
+    local proofs = line:match "^|[^|]*|(.*)|$"
+    for file, names in (proofs or ""):gmatch "%]%(%.%./([^)]+)%)([^%[]*)" do
+      for name in names:gmatch '"([^"]+)"' do list[#list + 1] = { file = file, name = name } end
+    end
+  end
+  return list
+end
+
+describe("the page of guarantees", function()
+  local list = named(page)
+
+  it("names specs", function() assert.is_true(#list > 20, #list) end)
+
+  it("names only what is there", function()
+    for _, each in ipairs(list) do
+      local source = assert(process.slurp(each.file), each.file .. " is not there")
+      assert.truthy(source:find('"' .. each.name .. '"', 1, true), each.file .. " has no spec \"" .. each.name .. '"')
+    end
+  end)
+end)
