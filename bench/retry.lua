@@ -125,7 +125,7 @@ moonrabbit.run(function()
     native.now() - began, gone))
 
   local deadline = native.now() + LONGEST * 1.2 + 30
-  local orphans = 0
+  local orphans
   repeat
     native.sleep(0.2)
     local probe = assert(out:channel())
