@@ -42,7 +42,7 @@ local function close_connections()
   local management = world.management(1)
   local closed = 0
   world.eventually(function()
-    for _, connection in ipairs(assert(management:connections "/")) do
+    for _, connection in ipairs(assert(management:connections())) do
       local properties = connection.client_properties or {}
       local ours = (properties.connection_name or ""):find "^chaos "
       if ours and management:close_connection(connection.name, "chaos") then closed = closed + 1 end

@@ -1,6 +1,6 @@
 --- A day with a broker that drops everyone, in minutes: nothing may leak, and nobody may storm it.
 --
---     chaos/storm [DROPS]
+--     chaos/storm [DROPS]          starts it, with 86,400
 --
 -- Two measures, each against a dropping_broker.lua of its own:
 --
