@@ -4,12 +4,11 @@ local broker = require "support.broker"
 local proxy = require "support.proxy"
 local native = require "moonrabbit.runtime.native"
 local scripted = require "support.scripted"
-local Connection = require "moonrabbit.connection"
 local ok = broker.ok
 
 -- These connections end when they are suspected.
 local function once(opts)
-  if Connection.options.reconnect then opts.reconnect = false end
+  opts.reconnect = false
   return opts
 end
 
