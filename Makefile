@@ -198,7 +198,7 @@ bench: ## against rabbitmq-c, amqp091-go, pika and amqplib; QUICK=1 for under fi
 	@bench/with-null lua5.4 bench/many.lua
 	@bench/with-null lua5.4 bench/soak.lua -- $(if $(QUICK),1000000)
 
-chaos: ## faults against a cluster of its own, lost messages counted; QUICK=1 for three minutes
+chaos: ## faults against a cluster of its own, lost messages counted (docs/chaos.md); QUICK=1 for three minutes
 	@$(call check_deps,build broker chaos)
 	@$(MAKE) --no-print-directory all
 	@chaos/run $(if $(QUICK),--quick)
