@@ -336,3 +336,41 @@ describe("a copy", function()
     assert.is_nil(copy.first_failure { headers = { ["moonrabbit-first-failure"] = "yesterday" } })
   end)
 end)
+
+describe("a check of the ladder", function()
+  local ladder = require("moonrabbit.app.ladder").new "app"
+
+  local function problems(queues, consumed)
+    local list = {}
+    for i, each in ipairs(ladder:check(queues, consumed)) do list[i] = each.problem .. " " .. each.queue end
+    return list
+  end
+
+  it("finds nothing where all is well", function()
+    assert.same({}, problems({
+      { name = "app.wait.5s", type = "quorum", messages = 100, messages_dlx = 0, effective_policy_definition = {} },
+      { name = "app.wait.1s", type = "quorum",
+        effective_policy_definition = { ["queue-leader-locator"] = "balanced" } },
+      { name = "app.orphans", type = "quorum", messages = 0 },
+      { name = "q", arguments = { ["x-delivery-limit"] = 20 }, effective_policy_definition = {} },
+      { name = "unlimited", arguments = { ["x-delivery-limit"] = -1 } },
+      { name = "other.wait.5s", type = "classic", messages_dlx = 5 },
+    }, { "q", "unlimited" }))
+  end)
+
+  it("finds what is stuck, changed, old, orphaned or impatient", function()
+    assert.same({ "stuck app.wait.5s", "policy app.wait.1s", "classic app.wait.2s", "orphans app.orphans",
+      "delivery_limit q", "delivery_limit r" }, problems({
+      { name = "app.wait.5s", type = "quorum", messages_dlx = 3 },
+      { name = "app.wait.1s", type = "quorum", policy = "all", effective_policy_definition = { ["message-ttl"] = 5 } },
+      { name = "app.wait.2s", type = "classic" },
+      { name = "app.orphans", type = "quorum", messages = 2 },
+      { name = "q", arguments = { ["x-delivery-limit"] = 3 } },
+      { name = "r", arguments = {}, effective_policy_definition = { ["delivery-limit"] = 9 } },
+      { name = "unknown", arguments = { ["x-delivery-limit"] = 3 } },
+    }, { "q", "r" }))
+    local first = ladder:check({ { name = "app.wait.5s", messages_dlx = 3 } })[1]
+    assert.equal(3, first.messages)
+    assert.truthy(first.text:find("is a consumer's queue full?", 1, true))
+  end)
+end)

@@ -312,4 +312,14 @@ function Ladder:forget(step)
   self._ready[step] = nil
 end
 
+--- What is wrong with the ladder's queues, as the management API lists them: stuck steps, policies that change them,
+--- orphans. See moonrabbit.app.ladder_check.
+---@param queues table[]     as Management:queues answers
+---@param consumed string[]? the queues that messages come home to: their delivery limits are looked at
+---@return moonrabbit.LadderProblem[] problems
+function Ladder:check(queues, consumed)
+  local problems = require("moonrabbit.app.ladder_check").run(self, queues, consumed)
+  return problems
+end
+
 return ladder
