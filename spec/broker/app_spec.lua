@@ -197,4 +197,31 @@ describe("an app #app", function()
     local app = mr.app { name = "x", queues = { q = {} }, consumers = { { queue = "q", handler = function() end } } }
     assert.has_error(function() app:start { consume = conn, publish = conn } end)
   end)
+
+  it("routes a retry, and a replay, by the key that the message was published with", function()
+    local exchange, queue, other = name "x", name "q", name "other"
+    local app = name "app"
+    local seen, forwarded = {}, nil
+    start {
+      name = app, exchanges = { [exchange] = { type = "topic" } },
+      queues = { [queue] = { bind = { { exchange, "order.#" } } }, [other] = { bind = { { exchange, "moved.#" } } } },
+      consumers = {
+        { queue = queue, retry = retry.constant { delay = 0.2, attempts = 3 }, route = route.first {
+          route.key("order.*.created", function(msg)
+            seen[#seen + 1] = msg.routing_key
+            if #seen == 1 then error "once" end
+            return running:forward(msg, "", other)
+          end),
+        } },
+        { queue = other, route = route.first { route.otherwise(function(msg) forwarded = msg.headers end) } },
+      },
+    }
+    for _, each in ipairs { ".home", ".orphans", ".wait.200ms", ".dead" } do names[#names + 1] = app .. each end
+    local opts = { exchange = exchange, routing_key = "order.eu.created", headers = { mine = 1 } }
+    broker.ok(publishing:publish("1", opts))
+    broker.eventually(function() return forwarded end, 20, "it came through")
+    assert.same({ "order.eu.created", queue }, seen)
+    assert.same({ mine = 1 }, forwarded)
+    assert.equal(0, declared(app .. ".dead").message_count)
+  end)
 end)

@@ -333,6 +333,14 @@ describe("a copy", function()
     assert.same({ "e", "r" }, { copy.origin(from) })
     from.headers["moonrabbit-exchange"] = ""
     assert.same({ "", "k" }, { copy.origin(from) })
+    local function key(exchange, kept)
+      return copy.routing_key { exchange = exchange, routing_key = "q", headers = { ["moonrabbit-key"] = kept } }
+    end
+    assert.equal("k", key("app.home", "k"))
+    assert.equal("k", key("", "k"))
+    assert.equal("q", key("orders", "k"))
+    assert.equal("q", key("app.home", nil))
+    assert.equal("q", copy.routing_key { exchange = "", routing_key = "q" })
     assert.is_nil(copy.first_failure { headers = { ["moonrabbit-first-failure"] = "yesterday" } })
   end)
 end)

@@ -52,6 +52,29 @@ function copy.origin(msg)
   return msg.exchange, msg.routing_key
 end
 
+--- The routing key that a message was published with. It costs a look at the headers only where the message may be a
+--- copy: it comes from a ladder's home, or straight to its queue, as a replay does.
+---@param msg moonrabbit.Message
+---@return string
+function copy.routing_key(msg)
+  local exchange = msg.exchange
+  if exchange ~= nil and exchange ~= "" and exchange:sub(-5) ~= ".home" then return msg.routing_key end
+  local all = msg.headers
+  return all and headers.text(all, headers.routing_key, 255) or msg.routing_key
+end
+
+--- Names of the headers that tell of a message's life in this app, and mean nothing in another one's queue: the
+--- broker's deaths and our own.
+---@return string[]
+function copy.private_headers()
+  local list = { "CC", "BCC", "x-delivery-count" }
+  for _, name in ipairs(deaths.names) do list[#list + 1] = name end
+  for _, name in pairs(headers) do
+    if type(name) == "string" then list[#list + 1] = name end
+  end
+  return list
+end
+
 -- ---- Sizes ------------------------------------------------------------------------------------------
 
 -- How much of what a copy tells, by how little room there is: the least has what nothing can do without.

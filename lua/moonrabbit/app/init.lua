@@ -20,6 +20,7 @@
 -- from connections that publish, acks included.
 -- @module moonrabbit.app
 
+local copy = require "moonrabbit.app.copy"
 local Runner = require "moonrabbit.app.runner"
 local errors = require "moonrabbit.errors"
 local options = require "moonrabbit.options"
@@ -134,16 +135,17 @@ function App:publish(body, opts)
 end
 
 --- Sends a message on, on the app's publishing connection, and waits for the confirm, as Message:forward. What
---- would deliver it elsewhere too, or be refused, stays behind: the headers CC and BCC, and user_id.
+--- would deliver it elsewhere too, or be refused, stays behind: the headers CC and BCC, and user_id. So does what tells of
+--- its retries here.
 ---@param message moonrabbit.Message
 ---@param exchange string
----@param key string? the message's own by default
+---@param key string? the one that it was published with, by default
 ---@param opts moonrabbit.ForwardOptions?
 ---@return true|nil, moonrabbit.Error?
 function App:forward(message, exchange, key, opts)
   local channel, err = self:_channel "routes"
   if not channel then return nil, err end
-  local all = { channel = channel, remove = { "CC", "BCC" }, remove_properties = { "user_id" } }
+  local all = { channel = channel, remove = copy.private_headers(), remove_properties = { "user_id" } }
   for name, value in pairs(opts or {}) do
     local list = all[name]
     if name == "remove" or name == "remove_properties" then
@@ -152,7 +154,7 @@ function App:forward(message, exchange, key, opts)
       all[name] = value
     end
   end
-  return message:forward(exchange, key, all)
+  return message:forward(exchange, key or copy.routing_key(message), all)
 end
 
 -- ---- Starting ---------------------------------------------------------------------------------------

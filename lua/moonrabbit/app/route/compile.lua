@@ -7,17 +7,20 @@
 
 local Trie = require "moonrabbit.app.route.trie"
 local failure = require "moonrabbit.app.failure"
+local copy = require "moonrabbit.app.copy"
 local outcome = require "moonrabbit.app.outcome"
 local route = require "moonrabbit.app.route"
 
 local Route = route.Route
 local type = type
+local published_with = copy.routing_key -- a retry's own key is the name of its queue
 
 local compile = {}
 
 --- The failure of a message that no rule takes.
 function compile.no_route(message)
-  return failure.new("permanent", ("no route takes the message: its routing key is '%s'"):format(message.routing_key))
+  return failure.new("permanent", ("no route takes the message: its routing key is '%s'")
+    :format(copy.routing_key(message)))
 end
 
 -- ---- Targets ----------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ local function keys_step(trie, targets)
   local constants = {}
   for i = 1, #targets do constants[i] = targets[i].constant or false end
   return function(message, job)
-    local key = message.routing_key
+    local key = published_with(message)
     local rule = trie:first(key, 0)
     while rule do
       local target = constants[rule] or targets[rule].resolve(message, job)
@@ -193,7 +196,7 @@ local function compile_all(rules, context)
         if not step.trie then
           if step.holds(message) then add(found, step.target, message, job) end
         else
-          for _, rule in ipairs(step.trie:every(message.routing_key)) do
+          for _, rule in ipairs(step.trie:every(published_with(message))) do
             add(found, step.targets[rule], message, job)
           end
         end
