@@ -8,7 +8,8 @@
  *    that one read brought is settled by one `basic.ack multiple`.
  *  - A queue whose name ends in `bench-<size>` never runs dry: its consumers
  *    get messages of <size> bytes as fast as they take them, within their
- *    prefetch. `bench-<size>-<count>` gives each consumer <count> of them.
+ *    prefetch. `bench-<size>-<count>` gives each consumer <count> of them. Where
+ *    the name begins with `ids-` each has a message id of its own.
  *    Every other queue is empty.
  *  - A delivery tag that is not outstanding closes the channel with 406, as a
  *    real broker does: a client that acks wrongly cannot look fast.
@@ -51,6 +52,7 @@ enum {
   FRAME_MIN = 4096,
   OUT_SIZE = 1 << 18,
   TURN_BUDGET = 1 << 20,   /* bytes delivered to one connection in one turn */
+  ID_SIZE = 16,            /* digits of a message id */
   UNLIMITED_ACKING = 65535 /* an acking consumer without prefetch */
 };
 
@@ -70,6 +72,7 @@ struct consumer {
   uint8_t *block; /* one whole delivery, frames and all */
   size_t block_size;
   size_t tag_offset; /* of the delivery tag in it */
+  size_t id_offset;  /* of the message id, whose digits are the tag's; 0: none */
 };
 
 struct channel {
@@ -467,6 +470,12 @@ static void window_grow(channel *ch) {
 }
 
 /* Delivers to one consumer; returns the bytes written. */
+static void put_digits(uint8_t *p, uint64_t n) {
+  for (int i = ID_SIZE - 1; i >= 0; i--, n /= 10) {
+    p[i] = (uint8_t)('0' + n % 10);
+  }
+}
+
 static size_t deliver(channel *ch, consumer *k, size_t budget) {
   connection *c = ch->conn;
   uint64_t n = credit(ch, k);
@@ -486,6 +495,9 @@ static size_t deliver(channel *ch, consumer *k, size_t budget) {
         window_grow(ch);
       }
       ch->window[ch->next_tag & (ch->window_size - 1)] = NULL;
+    }
+    if (k->id_offset) {
+      put_digits(k->block + k->id_offset, ch->next_tag);
     }
     put64(k->block + k->tag_offset, ch->next_tag++);
     emit(c, k->block, k->block_size);
@@ -584,14 +596,21 @@ static void prepare(channel *ch, consumer *k, const char *queue, uint64_t size) 
   p += build_frame(p, ch->id, METHOD(60, 60), "SqbSS", k->tag, (uint64_t)0, 0, "", queue);
   p[0] = FRAME_HEADER;
   put16(p + 1, ch->id);
-  put32(p + 3, 15);
+  bool ids = strncmp(queue, "ids-", 4) == 0;
+  put32(p + 3, 15 + (ids ? 1 + ID_SIZE : 0));
   put16(p + 7, 60);
   put16(p + 9, 0);
   put64(p + 11, size);
-  put16(p + 19, 0x1000); /* delivery mode: persistent */
+  put16(p + 19, ids ? 0x1080 : 0x1000); /* delivery mode: persistent; message id */
   p[21] = 2;
-  p[22] = FRAME_END;
-  p += 23;
+  p += 22;
+  k->id_offset = 0;
+  if (ids) {
+    *p++ = ID_SIZE;
+    k->id_offset = (size_t)(p - k->block);
+    p += ID_SIZE;
+  }
+  *p++ = FRAME_END;
   for (uint64_t left = size; left > 0;) {
     size_t n = left < most ? left : most;
     p[0] = FRAME_BODY;

@@ -19,9 +19,6 @@ const char *mr_props_scan(amqp_bytes_t props, mr_props_layout *layout);
 /* Offset of the layout of properties known to be well-formed. Cheaper than mr_props_scan. */
 void mr_props_locate(amqp_bytes_t props, mr_props_layout *layout);
 
-/* The message id within properties known to be well-formed; empty: there is none. */
-amqp_bytes_t mr_props_message_id(amqp_bytes_t props);
-
 /* Walks the entries of a checked table (with its 4-byte length). */
 mr_reader mr_table_entries(amqp_bytes_t table);
 /* The next entry: its name, and its bytes, name and all. False behind the last. */

@@ -222,13 +222,14 @@ typedef enum {
   KEY_MESSAGE_COUNT,
   KEY_REPLY_CODE,
   KEY_REPLY_TEXT,
+  KEY_MESSAGE_ID,
   KEY_COUNT
 } message_key;
 
 const char *const mrl_message_keys[] = {
-    "ack",        "body",        "delivery_tag", "routing_key", "headers",       "properties",
-    "exchange",   "redelivered", "consumer_tag", "channel",     "message_count", "reply_code",
-    "reply_text", NULL};
+    "ack",           "body",       "delivery_tag", "routing_key",  "headers",
+    "properties",    "exchange",   "redelivered",  "consumer_tag", "channel",
+    "message_count", "reply_code", "reply_text",   "message_id",   NULL};
 
 amqp_bytes_t mrl_message_props(const mrl_message *m) {
   size_t at = (size_t)m->exchange_len + m->key_len + m->consumer_len + m->text_len;
@@ -302,6 +303,15 @@ static void push_reply_text(lua_State *L, const mrl_message *m) {
     lua_pushnil(L);
 }
 
+/* The one property that is asked for of every message, for de-duplication: no table is made. */
+static void push_message_id(lua_State *L, const mrl_message *m) {
+  amqp_bytes_t id = mr_props_message_id(mrl_message_props(m));
+  if (id.bytes)
+    mrl_push_bytes(L, id);
+  else
+    lua_pushnil(L);
+}
+
 static void push_field(lua_State *L, const mrl_message *m, message_key key) {
   switch (key) {
     case KEY_BODY: push_body(L, m); return;
@@ -316,6 +326,7 @@ static void push_field(lua_State *L, const mrl_message *m, message_key key) {
     case KEY_MESSAGE_COUNT: push_optional(L, m->type == MR_EV_GET_OK, m->message_count); return;
     case KEY_REPLY_CODE: push_optional(L, m->type == MR_EV_RETURN, m->reply_code); return;
     case KEY_REPLY_TEXT: push_reply_text(L, m); return;
+    case KEY_MESSAGE_ID: push_message_id(L, m); return;
     default: lua_pushnil(L);
   }
 }

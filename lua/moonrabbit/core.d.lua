@@ -208,7 +208,7 @@ function DeliveryQueue:discard() end
 function DeliveryQueue:count() end
 
 --- Message fields: body exchange routing_key redelivered delivery_tag consumer_tag properties headers
---- channel (the owner), message_count (of get), reply_code and reply_text (of a return). Each is
+--- message_id (of the properties, without making them), channel (the owner), message_count (of get), reply_code and reply_text (of a return). Each is
 --- made when it is read; properties and headers are kept once made.
 ---@class moonrabbit.core.Message : userdata
 

@@ -16,6 +16,7 @@ local boolean, shortstr, seconds = options.boolean, options.shortstr, options.se
 ---@field redelivered boolean  whether it has been delivered before
 ---@field delivery_tag integer its number on the channel
 ---@field consumer_tag string  of a consumer's
+---@field message_id string?   properties.message_id, for less
 ---@field properties table<string, any> the names are Channel:publish's: content_type, correlation_id, …
 ---@field headers table<string, any>    empty when it has none
 ---@field channel moonrabbit.Channel

@@ -149,6 +149,57 @@ describe("an app #app", function()
     assert.is_true(running._consumers[1].channel:is_open())
   end)
 
+  it("handles batches, and acks and retries their messages one by one", function()
+    local queue, sizes, outcomes = name "q", {}, {}
+    start {
+      name = name "app", queues = { [queue] = {} },
+      observer = { settled = function(_, outcome) outcomes[outcome] = (outcomes[outcome] or 0) + 1 end },
+      consumers = {
+        { queue = queue, batch = { size = 4, wait = 0.2 }, in_process = true,
+          retry = retry.constant { delay = 0.05, attempts = 5 },
+          handler = function(list)
+            sizes[#sizes + 1] = #list
+            local results = {}
+            for i, msg in ipairs(list) do
+              if msg.body == "3" and #sizes == 1 then results[i] = "not yet" end
+            end
+            return results
+          end },
+      },
+    }
+    for i = 1, 6 do broker.ok(publishing:publish(tostring(i), { routing_key = queue })) end
+    broker.eventually(function() return outcomes.ok == 6 end)
+    assert.equal(4, sizes[1])
+    assert.equal(1, outcomes.retry)
+  end)
+
+  it("keeps the order of each key, retries included", function()
+    local queue, seen, failed = name "q", {}, false
+    start {
+      name = name "app", queues = { [queue] = {} },
+      consumers = {
+        { queue = queue, order_by = function(msg) return msg.headers.k end,
+          retry = retry.constant { delay = 0.05, attempts = 5 },
+          handler = function(msg)
+            mr.sleep(0.001)
+            if msg.body == "a2" and not failed then
+              failed = true
+              return nil, "not yet"
+            end
+            local k = msg.headers.k
+            seen[k] = (seen[k] or "") .. msg.body:sub(2)
+          end },
+      },
+    }
+    for i = 1, 9 do
+      for _, k in ipairs { "a", "b" } do
+        broker.ok(publishing:publish(k .. i, { routing_key = queue, headers = { k = k } }))
+      end
+    end
+    broker.eventually(function() return seen.a and seen.b and #seen.a == 9 and #seen.b == 9 end)
+    assert.same({ a = "123456789", b = "123456789" }, seen)
+  end)
+
   it("stops within its deadline, and what is not done goes back", function()
     local queue, began = name "q", false
     start {

@@ -88,13 +88,14 @@ end
 ---@return "new"|"running"|"done"|nil state, moonrabbit.Error?
 function Store:begin(key, lease)
   local now = self.now()
-  forget_old(self, now)
+  local oldest = self.times[self.first]
+  if oldest and oldest <= now then forget_old(self, now) end
   if self.done[key] then return "done" end
   local ends = self.claims[key]
   if ends then
     if ends > now then return "running" end
   else
-    if not make_room(self, now) then
+    if self.count + self.running >= self.max and not make_room(self, now) then
       return nil, errors.new { kind = "overflow",
         message = ("the de-duplication store is full of messages that are being handled (max = %d)"):format(self.max) }
     end
@@ -115,15 +116,18 @@ end
 ---@param key string
 ---@return true
 function Store:commit(key)
-  unclaim(self, key)
+  local claims, now = self.claims, self.now()
+  if claims[key] then
+    claims[key] = nil
+    self.running = self.running - 1
+  end
   if not self.done[key] then
-    local now = self.now()
-    make_room(self, now)
+    if self.count + self.running >= self.max then make_room(self, now) end
     self.count = self.count + 1
   end
   local place = self.last + 1
   self.last = place
-  self.done[key], self.order[place], self.times[place] = place, key, self.now() + self.ttl
+  self.done[key], self.order[place], self.times[place] = place, key, now + self.ttl
   return true
 end
 

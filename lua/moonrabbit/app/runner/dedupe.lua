@@ -28,11 +28,11 @@ local function by_header(name)
   return function(message) return message.headers[name] end
 end
 
+local function by_message_id(message) return message.message_id or message.properties.message_id end
+
 local function key_function(key)
   if type(key) == "function" then return key end
-  if key == nil or key == "message_id" then
-    return function(message) return message.properties.message_id end
-  end
+  if key == nil or key == "message_id" then return by_message_id end
   return by_header(key:match "^header:(.+)$" or key)
 end
 
@@ -71,39 +71,59 @@ local function say_away(self, what, err)
 end
 
 local function back_again(self)
-  if not self.said then return end
   self.said = false
   self.runner.log("warn", ("the de-duplication store of '%s' can be reached again"):format(self.runner.queue))
 end
 
---- Claims a job's key. "go": handle it; "duplicate": it was handled before; "stopped": the runner stops, or the
---- message has gone back meanwhile; or a failure.
+-- The key, what the store says about it, and why.
+local function begin(self, message)
+  local key = self.key(message)
+  if key == nil then return nil end
+  if type(key) ~= "string" then key = tostring(key) end
+  return key, self.store:begin(key, self.lease)
+end
+
+-- Which of the two threw: the key or the store?
+local function explain(self, message, problem)
+  if problem == self.runner.runtime.cancelled and problem ~= nil then error(problem, 0) end
+  local ok, key = protect(self.key, message)
+  if ok then return tostring(key), nil, tostring(problem) end
+  return failure.new("error", "the de-duplication key: " .. tostring(key), { value = key })
+end
+
+--- Asks the store about a message, without a throw: whether that went well, and then the key, what the store says
+--- ("new": it is the caller's now), and why.
+---@param message moonrabbit.Message
+---@return boolean ok, any key_or_problem, string? state, any err
+function Dedupe:ask(message) return protect(begin, self, message) end
+
+--- Claims a job's key, with the first answer of `ask`. "go": handle it; "duplicate": it was handled before; "stopped":
+--- the runner stops, or the message has gone back meanwhile; or a failure.
 ---@param job table
 ---@return "go"|"duplicate"|"stopped"|moonrabbit.Failure
-function Dedupe:claim(job)
-  local ok, key = protect(self.key, job.message)
-  if not ok then return failure.new("error", "the de-duplication key: " .. tostring(key), { value = key }) end
-  if key == nil then
-    if self.missing == "handle" then return "go" end
-    return failure.new("permanent", "the message has no de-duplication key")
-  end
-  key = tostring(key)
-  local runner, wait = self.runner, FIRST_WAIT
+function Dedupe:claim(job, ok, key, state, err)
+  local wait = FIRST_WAIT
   while true do
-    local state, err = call(self, "begin", key, self.lease)
+    if not ok then key, state, err = explain(self, job.message, key) end
     if state == "new" then
       job.claim = key
-      back_again(self)
+      if self.said then back_again(self) end
       return "go"
     end
     if state == "done" then return "duplicate" end
     if state == "refused" then return failure.new("permanent", tostring(err), { value = err }) end
+    if key == nil then
+      if self.missing == "handle" then return "go" end
+      return failure.new("permanent", "the message has no de-duplication key")
+    end
+    if type(key) ~= "string" then return key end
     if state ~= "running" then
       say_away(self, "begin", err or state)
       if self.go_on then return "go" end
     end
-    if not runner:rest(job, wait) then return "stopped" end
+    if not self.runner:rest(job, wait) then return "stopped" end
     wait = math.min(LONGEST_WAIT, wait * 2)
+    ok, key, state, err = self:ask(job.message)
   end
 end
 
@@ -111,11 +131,15 @@ end
 ---@param job table
 function Dedupe:commit(job)
   local key, wait = job.claim, FIRST_WAIT
-  if not key then return end
   job.claim = false
+  local done, committed = protect(self.store.commit, self.store, key)
+  if done and committed and not self.said then return end
   while true do
     local ok, err = call(self, "commit", key)
-    if ok then return back_again(self) end
+    if ok then
+      if self.said then back_again(self) end
+      return
+    end
     say_away(self, "commit", err)
     if self.go_on or not self.runner:pause(wait) then return end
     wait = math.min(LONGEST_WAIT, wait * 2)

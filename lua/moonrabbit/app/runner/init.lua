@@ -312,8 +312,9 @@ function Runner:go_on(job, failed, asked)
   end
 end
 
-local function claimed(self, job)
-  local state = self.dedupe:claim(job)
+-- With what the store has answered first. False: the job has its outcome.
+local function claimed(self, job, ...)
+  local state = self.dedupe:claim(job, ...)
   if state == "go" then return true end
   if state == "duplicate" then
     self:duplicate(job)
@@ -331,7 +332,8 @@ end
 --- Claims a job's de-duplication key; false: the job has its outcome.
 ---@package
 function Runner:claimed(job)
-  return not self.dedupe or claimed(self, job)
+  if not self.dedupe then return true end
+  return claimed(self, job, self.dedupe:ask(job.message))
 end
 
 local function single(self, message, waited, problem)
@@ -343,7 +345,15 @@ local function single(self, message, waited, problem)
     job.started = self.now()
     return self:go_on(job, failure.new("error", problem))
   end
-  if self.dedupe and not claimed(self, job) then return end
+  local dedupe = self.dedupe
+  if dedupe then
+    local ok, key, state, err = dedupe:ask(message)
+    if ok and state == "new" and not dedupe.said then
+      job.claim = key
+    elseif not claimed(self, job, ok, key, state, err) then
+      return
+    end
+  end
   return self:go_on(job, self:attempt(job))
 end
 
@@ -385,6 +395,7 @@ end
 function Runner:abort()
   self.stopping, self.stopped = true, true
   self.wake:broadcast()
+  if self.watch then self.watch:stop() end
   local cancel = self.runtime.cancel
   if not cancel then return end
   for job in pairs(self.jobs) do

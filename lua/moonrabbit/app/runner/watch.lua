@@ -13,14 +13,14 @@ Watch.__index = Watch
 ---@return moonrabbit.app.Watch
 function Watch.new(runtime, seconds, expired)
   return setmetatable({ runtime = runtime, now = runtime.now, seconds = seconds, expired = expired,
-    first = false, last = false, watching = false }, Watch)
+    wake = runtime.condition(), over = false, first = false, last = false, watching = false }, Watch)
 end
 
 local function watch(self)
-  while self.first do
+  while self.first and not self.over do
     local left = self.first.due - self.now()
     if left > 0 then
-      self.runtime.sleep(left)
+      self.wake:wait(left)
     else
       local job = self.first
       self:remove(job)
@@ -43,6 +43,12 @@ function Watch:add(job, now)
     self.watching = true
     self.runtime.spawn(watch, self)
   end
+end
+
+--- No run is watched any more.
+function Watch:stop()
+  self.over = true
+  self.wake:broadcast()
 end
 
 --- It is over.
