@@ -329,6 +329,13 @@ end
 function App:run(where)
   local ok, err = self:start(where)
   if not ok then return nil, err end
+  ok, err = self:wait()
+  return ok, err
+end
+
+--- Waits until the app has stopped: true, or nil, err when a connection was lost for good.
+---@return true|nil, moonrabbit.Error?
+function App:wait()
   while self.state ~= "stopped" do self._over:wait() end
   if self.reason then return nil, self.reason end
   return true

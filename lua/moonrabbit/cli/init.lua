@@ -8,7 +8,7 @@ local output = require "moonrabbit.cli.output"
 local cli = {}
 
 local names = {
-  "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "definitions", "cluster",
+  "run", "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "definitions", "cluster",
   "doctor",
 }
 
