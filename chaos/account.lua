@@ -31,13 +31,14 @@ local function times_of(entries, queue, kind)
   return list
 end
 
--- Seconds from `from` until somebody noticed something; nil: there was nothing to notice.
-local function detection(queue, from, ...)
+-- Seconds from `from` until somebody noticed something; nil: there was nothing to notice. What comes after `to` is
+-- the workers' own goodbye.
+local function detection(queue, from, to, ...)
   local first
   for _, entries in ipairs { ... } do
     for _, entry in ipairs(entries) do
-      if entry.queue == queue and entry.kind == "event" and entry.at >= from and noticed[entry.text:match "^%S+"]
-        and (not first or entry.at < first) then
+      if entry.queue == queue and entry.kind == "event" and entry.at >= from and entry.at < to
+        and noticed[entry.text:match "^%S+"] and (not first or entry.at < first) then
         first = entry.at
       end
     end
@@ -95,7 +96,7 @@ function account.of(queue, published, consumed, from, to)
     end
   end
   table.sort(sums.missing)
-  sums.detect = detection(queue, from, published, consumed)
+  sums.detect = detection(queue, from, to, published, consumed)
   sums.failover = failover(published, queue, from)
   sums.publish_gap = gap(times_of(published, queue, "confirmed"), from, to)
   sums.deliver_gap = gap(times_of(consumed, queue, "delivered"), from, to)

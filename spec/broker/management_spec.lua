@@ -105,6 +105,7 @@ describe("the management API", function()
     local closed
     conn:on("state", function(_, err) closed = closed or err end)
     local found = broker.eventually(function()
+      assert.equal("table", type(ok(api:connections "/")))
       for _, each in ipairs(ok(api:connections())) do
         if each.client_properties and each.client_properties.connection_name == name then return each.name end
       end

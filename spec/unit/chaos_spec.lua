@@ -49,6 +49,7 @@ describe("the chaos harness", function()
     local sums = account.of("q", published, consumed, 5, 10)
     assert.is_near(0.5, sums.detect, 1e-9)
     assert.is_near(0.5, sums.failover, 1e-9)
+    published[#published + 1] = { at = 12, kind = "event", queue = "other", serial = 0, text = "closed by itself" }
     sums = account.of("other", published, {}, 5, 10)
     assert.is_nil(sums.detect)
     assert.is_nil(sums.failover)

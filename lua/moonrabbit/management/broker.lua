@@ -76,7 +76,7 @@ end
 function Management:connections(vhost)
   if vhost == nil then return self:_pages { "connections" } end
   argument("Management:connections", "vhost", vhost, shortstr)
-  return self:_pages { "vhosts", vhost, "connections" }
+  return self:_get({ "vhosts", vhost, "connections" }, nil, "list") -- the broker has no pages of these
 end
 
 --- DELETE /api/connections/NAME: the broker closes it, with code 320.
