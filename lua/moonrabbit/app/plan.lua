@@ -14,7 +14,7 @@ local shortstr, boolean, integer = options.shortstr, options.boolean, options.in
 ---@field name string                                         of the app: in connection names, metrics, and the names of its retry queues
 ---@field exchanges table<string, moonrabbit.AppExchangeOptions>?
 ---@field queues table<string, moonrabbit.AppQueueOptions>?
----@field consumers moonrabbit.AppConsumerOptions[]
+---@field consumers moonrabbit.AppConsumerOptions[]  at least one
 ---@field ladder (string|table)?                              the app's name by default. See docs/retry.md
 ---@field connect (string|moonrabbit.ConnectOptions)?         where `start` without an argument connects to; "amqp://" by default
 ---@field log fun(level: string, text: string)?               the connection's by default
@@ -23,18 +23,18 @@ local shortstr, boolean, integer = options.shortstr, options.boolean, options.in
 ---@class moonrabbit.AppExchangeOptions
 ---@field type string?        "direct", "fanout", "topic" (the default), "headers", or a plugin's
 ---@field durable boolean?    true by default
----@field auto_delete boolean?
----@field internal boolean?
+---@field auto_delete boolean?  goes when the last binding from it does; false by default
+---@field internal boolean?  nobody may publish to it, only exchanges bound to it; false by default
 ---@field alternate string?   the exchange that gets what no binding takes
 ---@field bind table[]?       { exchange, key, arguments = … }: what those exchanges route here comes here too
----@field arguments table?
+---@field arguments table?  of the declaration
 ---@field passive boolean?    somebody else declares it: only verified
 
 ---@class moonrabbit.AppQueueOptions
 ---@field type ("classic"|"quorum"|"stream")?  "classic" by default
 ---@field durable boolean?    true by default
----@field exclusive boolean?
----@field auto_delete boolean?
+---@field exclusive boolean?  for this connection only, and gone with it; false by default
+---@field auto_delete boolean?  goes when its last consumer does; false by default
 ---@field bind table[]?       { exchange, key, arguments = … }
 ---@field arguments table?    such as `x-max-length`
 ---@field passive boolean?    somebody else declares it: only verified
@@ -57,7 +57,7 @@ local shortstr, boolean, integer = options.shortstr, options.boolean, options.in
 ---@field rate (number|table)?    messages a second, or { limit, burst }
 ---@field breaker moonrabbit.AppBreakerOptions?  pauses the consumer when too much fails
 ---@field partitions (integer|table)?            a number of queues, or { count, by = { header = … } }
----@field priority integer?
+---@field priority integer?  of a lower one messages come only while the others have all they may; 0 by default
 ---@field arguments table?        of the subscription, such as `x-stream-offset`
 
 ---@class moonrabbit.AppBatchOptions
