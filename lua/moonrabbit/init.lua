@@ -30,6 +30,8 @@
 ---@field dedupe table                    the module moonrabbit.app.dedupe
 ---@field management table                the module moonrabbit.management
 ---@field queue table                     the module moonrabbit.queue
+---@field metrics table                   the module moonrabbit.metrics
+---@field log table                       the module moonrabbit.log
 ---@field retry table                     retry policies: the module moonrabbit.app.retry
 local moonrabbit = { _VERSION = "moonrabbit scm" }
 
@@ -102,7 +104,7 @@ local lazy = {
   null = function() return require("moonrabbit.core").null end,
   types = function() return require("moonrabbit.core").types end,
 }
-for _, name in ipairs { "errors", "uri", "options", "management", "queue" } do
+for _, name in ipairs { "errors", "uri", "options", "management", "queue", "metrics", "log" } do
   lazy[name] = function() return require("moonrabbit." .. name) end
 end
 for _, name in ipairs { "route", "retry", "dedupe", "outcome" } do

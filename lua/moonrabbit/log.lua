@@ -1,0 +1,143 @@
+--- Logs of one line each, for people or as JSON; for the option `log` of connect and mr.app.
+--
+--     local log = moonrabbit.log.new { format = "json", level = "info" }
+--     moonrabbit.connect { uri = "amqp://", log = log }
+--     log("info", "order taken", moonrabbit.log.of(msg, { order = 17 }))
+--
+-- Passwords in URIs, and what follows words such as `password=` or `Bearer`, are replaced by "***", and fields of
+-- such names too. No text can begin a line of its own: control characters are escaped.
+-- @module moonrabbit.log
+
+local json = require "moonrabbit.cli.json"
+local options = require "moonrabbit.options"
+
+local log = {}
+
+local ranks = { debug = 1, info = 2, warn = 3, error = 4 }
+
+-- ---- Redaction --------------------------------------------------------------------------------------
+
+local secret_words = { "password", "passwd", "secret", "token", "authorization", "api_key", "apikey" }
+
+local function is_secret(name)
+  name = tostring(name):lower()
+  for _, word in ipairs(secret_words) do
+    if name:find(word, 1, true) then return true end
+  end
+  return false
+end
+
+-- "password = x", "token: x": the value goes. The pattern takes any word, is_secret decides.
+local function redact_pair(word, sign, value)
+  if is_secret(word) then return word .. sign .. "***" end
+  return word .. sign .. value
+end
+
+--- A text without what looks like a password.
+---@param text string
+---@return string
+function log.redact(text)
+  text = text:gsub("(%a[%w+.-]*://)[^/%s@]*:[^/%s]*@", "%1***@")
+  text = text:gsub("([Bb]earer%s+)[%w%-._~+/=]+", "%1***")
+  text = text:gsub("([Bb]asic%s+)[%w+/]+=*", function(word) return word .. "***" end)
+  text = text:gsub("([%w_%-]+)(%s*[=:]%s*)([^%s,;&*]+)", redact_pair)
+  return text
+end
+
+-- Tables are taken apart so deep, and no deeper: a field may hold itself.
+local DEEPEST = 4
+
+local function redact_value(name, value, depth)
+  if is_secret(name) then return "***" end
+  if type(value) == "string" then return log.redact(value) end
+  if type(value) ~= "table" then return value end
+  local meta = getmetatable(value)
+  if meta and meta.__tostring or depth >= DEEPEST then return log.redact(tostring(value)) end
+  local all = {}
+  for key, each in pairs(value) do all[key] = redact_value(key, each, depth + 1) end
+  return all
+end
+
+-- ---- Formats ----------------------------------------------------------------------------------------
+
+local function stamp(time) return os.date("!%Y-%m-%dT%H:%M:%SZ", time) end
+
+local function escape(text)
+  return (text:gsub("%c", function(c)
+    return c == "\n" and "\\n" or c == "\t" and "\\t" or ("\\x%02x"):format(c:byte())
+  end))
+end
+
+local function sorted(fields)
+  local names = {}
+  for name in pairs(fields) do names[#names + 1] = name end
+  table.sort(names, function(a, b) return tostring(a) < tostring(b) end)
+  return names
+end
+
+local function plain_value(value)
+  local text = type(value) == "table" and json.encode(value) or tostring(value)
+  if text == "" or text:find '[%s"=]' then return '"' .. escape(text:gsub('[\\"]', "\\%0")) .. '"' end
+  return escape(text)
+end
+
+local formats = {}
+
+function formats.line(time, level, text, fields)
+  local parts = { stamp(time), ("%-5s"):format(level), escape(text) }
+  for _, name in ipairs(sorted(fields)) do
+    parts[#parts + 1] = escape(tostring(name)) .. "=" .. plain_value(fields[name])
+  end
+  return table.concat(parts, " ") .. "\n"
+end
+
+function formats.json(time, level, text, fields)
+  local all = {}
+  for name, value in pairs(fields) do all[tostring(name)] = value end
+  all.time, all.level, all.message = stamp(time), level, text
+  return json.encode(all) .. "\n"
+end
+
+-- ---- Logs -------------------------------------------------------------------------------------------
+
+---@class moonrabbit.LogOptions
+---@field level ("debug"|"info"|"warn"|"error")?  what is less is left out; "info" by default
+---@field format ("line"|"json")?  "line" by default
+---@field fields table?            in every line, such as the name of the service
+---@field write (fun(line: string))?  where lines go; stderr by default
+---@field now (fun(): number)?     seconds since 1970; os.time by default
+
+--- A log: a function (level, text, fields).
+---@param opts moonrabbit.LogOptions?
+---@return fun(level: string, text: string, fields: table?)
+function log.new(opts)
+  opts = options.check("log.new", opts, {
+    level = options.one_of("debug", "info", "warn", "error"), format = options.one_of("line", "json"),
+    fields = options.table, write = options.callback, now = options.callback,
+  })
+  local least, format = ranks[opts.level or "info"], formats[opts.format or "line"]
+  local write = opts.write or function(line) io.stderr:write(line) end
+  local now, common = opts.now or os.time, opts.fields or {}
+  return function(level, text, fields)
+    if (ranks[level] or ranks.error) < least then return end
+    local all = {}
+    for name, value in pairs(common) do all[name] = redact_value(name, value, 0) end
+    for name, value in pairs(fields or {}) do all[name] = redact_value(name, value, 0) end
+    write(format(now(), level, log.redact(tostring(text)), all))
+  end
+end
+
+--- Fields that tell which message a line is about: its id, where it came from, and its `traceparent`.
+---@param message moonrabbit.Message
+---@param fields table? added to them
+---@return table
+function log.of(message, fields)
+  local all = {
+    message_id = message.properties.message_id, exchange = message.exchange, routing_key = message.routing_key,
+    traceparent = message.headers.traceparent,
+  }
+  for name, value in pairs(fields or {}) do all[name] = value end
+  return all
+end
+
+return log
