@@ -62,6 +62,18 @@ families.list = {
     "Wait queues whose messages are due and cannot go home, at two looks in a row." },
 }
 
+-- A closed label has so many values at most: a family with one may have that many times the series.
+local MOST_WORDS = 8
+
+local function has_closed(labels)
+  for _, label in ipairs(labels) do
+    for _, closed in ipairs(families.closed) do
+      if label == closed then return true end
+    end
+  end
+  return false
+end
+
 --- Declares them all: name without "moonrabbit_" -> family.
 ---@param registry moonrabbit.metrics.Registry
 ---@return table<string, moonrabbit.metrics.Family>
@@ -69,7 +81,9 @@ function families.declare(registry)
   local all = {}
   for _, each in ipairs(families.list) do
     local name, kind, labels, help = each[1], each[2], each[3], each[4]
-    all[name:match "^moonrabbit_(.*)$"] = registry[kind](registry, name, help, labels, { closed = families.closed })
+    all[name:match "^moonrabbit_(.*)$"] = registry[kind](registry, name, help, labels, {
+      closed = families.closed, max_series = registry.max_series * (has_closed(labels) and MOST_WORDS or 1),
+    })
   end
   return all
 end

@@ -95,6 +95,10 @@ end
 ---@return function off
 function Metrics:watch_app(app)
   local offs = {}
+  for _, runner in ipairs(app.runners) do
+    require("moonrabbit.metrics.observer").prepare(self.families, runner.queue)
+    for _, canary in ipairs(runner.canaries) do self.families.canary_rollbacks_total:with(canary.name) end
+  end
   for role, connection in pairs { consume = app._consuming, publish = app._publishing } do
     local name = app.name .. " (" .. role .. ")"
     offs[#offs + 1] = self:watch(connection, name)

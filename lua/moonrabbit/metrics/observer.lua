@@ -20,8 +20,21 @@ local function remembered(make)
   end
 end
 
+local OUTCOMES = { "ok", "retry", "dead_letter", "drop", "duplicate", "requeue" }
+
+--- Puts the series of a queue on the page, at zero: Prometheus sees no increase in what begins at one.
+---@param families table<string, moonrabbit.metrics.Family>
+---@param queue string
+function observer.prepare(families, queue)
+  for _, outcome in ipairs(OUTCOMES) do families.messages_settled_total:with(queue, outcome) end
+  families.messages_delivered_total:with(queue)
+  families.messages_in_flight:with(queue)
+  families.handler_seconds:with(queue)
+end
+
 local function queue_series(families)
   return remembered(function(queue)
+    observer.prepare(families, queue)
     return {
       delivered = families.messages_delivered_total:with(queue),
       in_flight = families.messages_in_flight:with(queue),
@@ -33,6 +46,7 @@ local function queue_series(families)
 end
 
 local function version_series(families, route)
+  families.canary_rollbacks_total:with(route) -- at zero
   return remembered(function(version)
     return {
       ok = families.canary_runs_total:with(route, version, "ok"),
