@@ -56,10 +56,6 @@ families.list = {
   { "moonrabbit_output_buffer_bytes", "gauge", { "connection" }, "Bytes that wait to be written." },
   { "moonrabbit_channel_unconfirmed", "gauge", { "connection" }, "Publishes that are not confirmed, on all channels." },
   { "moonrabbit_channel_unsettled", "gauge", { "connection" }, "Deliveries that are not settled, on all channels." },
-  -- Ladders
-  { "moonrabbit_ladder_waiting_messages", "gauge", { "ladder" }, "Messages that wait for their retry." },
-  { "moonrabbit_ladder_stuck_steps", "gauge", { "ladder" },
-    "Wait queues whose messages are due and cannot go home, at two looks in a row." },
 }
 
 -- A closed label has so many values at most: a family with one may have that many times the series.
