@@ -200,6 +200,30 @@ describe("an app #app", function()
     assert.same({ a = "123456789", b = "123456789" }, seen)
   end)
 
+  it("goes on after its connections were lost", function()
+    if broker.not_ours() then return end
+    local queue, seen = name "q", {}
+    start {
+      name = name "app", queues = { [queue] = {} }, observer = {},
+      consumers = { { queue = queue, timeout = 30, handler = function(msg)
+        if msg.body == "during" and not msg.redelivered then mr.sleep(60) end -- cut off in the middle
+        seen[msg.body] = true
+      end } },
+    }
+    broker.ok(publishing:publish("before", { routing_key = queue }))
+    broker.ok(publishing:publish("during", { routing_key = queue }))
+    broker.eventually(function() return seen.before and running.runners[1].in_flight == 1 end)
+    broker.ctl("close_all_connections", "because of a spec")
+    broker.eventually(function() return seen.during end, 20)
+    publishing = broker.ok(broker.connect():channel { confirm = true })
+    broker.ok(publishing:publish("after", { routing_key = queue }))
+    broker.eventually(function() return seen.after end, 20)
+    assert.equal("running", running.state)
+    broker.eventually(function() return running:publish("again", { routing_key = queue }) end, 20)
+    broker.eventually(function() return seen.again end, 20)
+    running:stop(0.1)
+  end)
+
   it("stops within its deadline, and what is not done goes back", function()
     local queue, began = name "q", false
     start {
