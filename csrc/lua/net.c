@@ -43,5 +43,6 @@ MR_EXPORT int luaopen_moonrabbit_net(lua_State *L) {
   mrn_bind_server(L);
   mrn_bind_poll(L);
   mrn_bind_alarm(L);
+  mrn_bind_process(L);
   return 1;
 }

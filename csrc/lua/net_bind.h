@@ -22,6 +22,7 @@ void mrn_bind_stream(lua_State *L);
 void mrn_bind_server(lua_State *L);
 void mrn_bind_poll(lua_State *L);
 void mrn_bind_alarm(lua_State *L);
+void mrn_bind_process(lua_State *L);
 
 /* nil, "again" | nil, "full" | nil, kind, text, temporary. */
 int mrn_push_failure(lua_State *L, mrn_status status, const mrn_error *err);

@@ -116,4 +116,22 @@ function net.signal(name, on, exit_on_second) end
 ---@return string?
 function net.next_signal() end
 
+--- This process's number.
+---@return integer
+function net.pid() end
+--- Starts a program, found as a shell finds it. On Linux it gets SIGTERM when this process dies.
+---@param words string[] the program and its arguments
+---@return integer|nil pid, string? err
+function net.spawn(words) end
+--- How a child that `spawn` started has ended: its exit code, or 128 and the signal's number; nil while it runs; nil, err.
+---@param pid integer
+---@return integer|nil code, string? err
+function net.wait(pid) end
+--- Sends a signal ("TERM", "HUP", "KILL", …) to a process.
+---@return true|nil, string? err
+function net.kill(pid, name) end
+--- Sends one datagram to a unix socket; "@…": an abstract one.
+---@return true|nil, string? err
+function net.datagram(path, bytes) end
+
 return net
