@@ -1,170 +1,232 @@
--- `moonrabbit run` as a process, with signals.
+-- moonrabbit run: as a process, with signals.
 local broker = require "support.broker"
+local life = require "support.life"
 local process = require "support.process"
 
-local it_runs = broker.it_unless(it, pending, broker.none())
+local script = [[
+local mr = require "moonrabbit"
+local function note(text)
+  local file = io.open("$FOLDER/seen", "a")
+  file:write(text, "\n")
+  file:close()
+end
+return mr.app {
+  name = "$NAME",
+  queues = { ["$QUEUE"] = {} },
+  consumers = { { queue = "$QUEUE", concurrency = 8, prefetch = 8, VERSION
+    handler = function(msg)
+      note("begin " .. msg.body)
+      BODY
+      note("VERSION_NAME " .. msg.body)
+    end } },
+}
+]]
+
+local function text(version, body, fields)
+  return (script:gsub("VERSION_NAME", version):gsub("VERSION", fields or ""):gsub("BODY", body or ""))
+end
 
 describe("moonrabbit run", function()
-  local files, running = {}, {}
+  local it = broker.it_unless(it, pending, broker.none())
+  local bench, conn, ch
 
-  local function write(path, text)
-    local file = assert(io.open(path, "w"))
-    file:write(text)
-    file:close()
-  end
-
-  local function file(text)
-    local path = process.file(text)
-    files[#files + 1] = path
-    return path
-  end
+  before_each(function()
+    bench = life.new()
+    conn = broker.connect()
+    ch = broker.ok(conn:channel { confirm = true })
+  end)
 
   after_each(function()
-    for i = #running, 1, -1 do
-      running[i]:stop()
-      running[i] = nil
+    bench:stop()
+    local cleaning = broker.ok(conn:channel())
+    for _, name in ipairs { bench.queue, bench.name .. ".dead", bench.name .. ".orphans" } do
+      cleaning:queue_delete(name)
     end
-    for i = #files, 1, -1 do
-      os.remove(files[i])
-      files[i] = nil
-    end
+    cleaning:exchange_delete(bench.name .. ".home")
     broker.close_all()
   end)
 
-  -- What an app does with each message: a line on stdout, after a pause.
-  local function app(queue, version, pause)
-    return ([[
-      local mr = require "moonrabbit"
-      io.stdout:setvbuf "no"
-      return mr.app { name = %q, queues = { [%q] = { type = "classic" } }, consumers = { { queue = %q, concurrency = 4,
-        handler = function(msg)
-          io.stdout:write("begin ", msg.body, "\n")
-          mr.sleep(%g)
-          io.stdout:write(%q, " ", msg.body, "\n")
-        end } } }
-    ]]):format(queue, queue, queue, pause or 0, version)
+  local function publish(from, to)
+    for i = from, to or from do broker.ok(ch:publish(tostring(i), { routing_key = bench.queue })) end
   end
 
-  local function start(path, ...)
-    local child = process.start({ "bin/moonrabbit", "run", path, ... }, { env = { AMQP_URL = broker.url } })
-    running[#running + 1] = child
-    return child
-  end
-
-  local function said(child, text)
-    broker.eventually(function() return child:err():find(text, 1, true) end, 30, text .. " in: " .. child:err())
-  end
-
-  it("checks a script, and says where it is wrong", function()
-    local function check(text)
-      return process.run { "bin/moonrabbit", "run", "--check", file(text) }
-    end
-    local result = check(app("some", "v1"))
-    assert.equal(0, result.code)
-    assert.matches("the app 'some' with 1 consumers is in order", result.err)
-    result = check "local x = = 1"
-    assert.equal(2, result.code)
-    assert.matches(":1: unexpected symbol", result.err)
-    result = check "\n\nerror 'no such setting'"
-    assert.equal(2, result.code)
-    assert.matches(":3: no such setting", result.err)
-    result = check "return 17"
-    assert.equal(2, result.code)
-    assert.matches("must return mr.app", result.err)
-    result = check "\nreturn require 'moonrabbit'.app { name = 'x', consumers = { { que = 'y' } } }"
-    assert.equal(2, result.code)
-    assert.matches("consumers%[1%]: unknown option 'que'", result.err)
-    assert.truthy(result.err:find(files[#files], 1, true))
-    result = process.run { "bin/moonrabbit", "run", "--check", "/nonexistent.lua" }
-    assert.equal(2, result.code)
-  end)
-
-  it_runs("drains what is in hand on SIGTERM, and ends with 0", function()
-    local queue = broker.unique "run"
-    local child = start(file(app(queue, "done", 0.5)))
-    said(child, "runs")
-    local ch = broker.ok(broker.connect():channel { confirm = true })
-    for i = 1, 3 do broker.ok(ch:publish("m" .. i, { routing_key = queue })) end
-    assert.is_true(child:await("begin m3", 30))
-    child:signal "TERM"
-    assert.equal(0, child:wait(30))
-    for i = 1, 3 do assert.truthy(child:out():find("done m" .. i, 1, true), child:out()) end
-    assert.equal(0, broker.ok(ch:queue_declare(queue, { passive = true })).message_count)
-    ch:queue_delete(queue)
-  end)
-
-  it_runs("gives back what is not done in time, and ends with 1; a second signal ends it at once", function()
-    local queue = broker.unique "run"
-    local path = file(app(queue, "done", 1000))
-    local child = start(path, "--drain", "0.1")
-    said(child, "runs")
-    local ch = broker.ok(broker.connect():channel { confirm = true })
-    broker.ok(ch:publish("m", { routing_key = queue }))
-    assert.is_true(child:await("begin m", 30))
-    child:signal "INT"
-    assert.equal(1, child:wait(30))
-    assert.equal(1, broker.ok(ch:queue_declare(queue, { passive = true })).message_count)
-    child = start(path, "--drain", "1000")
-    assert.is_true(child:await("begin m", 30))
-    child:signal "TERM"
-    said(child, "stopping")
-    child:signal "TERM"
-    assert.equal(143, child:wait(30))
-    ch:queue_delete(queue)
-  end)
-
-  it_runs("reloads on SIGHUP under load without losing a message; a broken script leaves the old one", function()
-    local queue = broker.unique "run"
-    local path = file(app(queue, "v1"))
-    local child = start(path)
-    said(child, "runs")
-    local publisher = broker.ok(broker.connect():publisher { routing_key = queue })
-    local sent = 0
-    local function send(n)
-      for _ = 1, n do
-        sent = sent + 1
-        broker.ok(publisher:send_async("m" .. sent .. "."))
+  local function seen(word)
+    local count, all = 0, {}
+    for _, line in ipairs(bench:lines "seen") do
+      local n = line:match("^" .. word .. " (%d+)$")
+      if n then
+        count = count + 1
+        all[tonumber(n)] = true
       end
-      broker.ok(publisher:wait(30))
     end
-    send(200)
-    write(path, "this is no Lua")
-    child:signal "HUP"
-    said(child, "the old one goes on")
-    send(200)
-    assert.is_true(child:await("v1 m" .. sent .. ".", 30))
-    write(path, app(queue, "v2"))
-    child:signal "HUP"
-    send(200)
-    said(child, "reloaded")
-    broker.eventually(function() -- the old one takes its last ones meanwhile
-      send(20)
-      return child:out():find("v2 m", 1, true)
-    end, 30, "v2 at work")
-    broker.eventually(function()
-      local out = child:out()
-      for i = 1, sent do
-        if not out:find(" m" .. i .. ".", 1, true) then return false end
-      end
-      return true
-    end, 30, "every message handled")
-    child:signal "TERM"
-    assert.equal(0, child:wait(30))
-    broker.ok(broker.ok(broker.connect():channel()):queue_delete(queue))
+    return count, all
+  end
+
+  local function left()
+    local found = broker.ok(ch:queue_declare(bench.queue, { passive = true }))
+    return found.message_count
+  end
+
+  it("checks a script without a broker", function()
+    bench:write("app.lua", text("one"))
+    local running = bench:start({ "--check" }, { AMQP_URL = "amqp://nowhere.invalid/" })
+    assert.equal(0, life.ended(running))
+    assert.truthy(running:out():find("is sound", 1, true))
   end)
 
-  it("ends with the code of what is wrong for good, and waits for a broker that is away", function()
-    local path = file(app("q", "v"))
-    if broker.url then
-      local denied = process.run({ "bin/moonrabbit", "run", path },
-        { env = { AMQP_URL = broker.uri { password = "wrong-pass-4711" } } })
-      assert.equal(4, denied.code)
-      assert.is_nil(denied.err:find("wrong-pass-4711", 1, true))
+  it("says where a broken script is wrong, and connects nowhere", function()
+    local cases = {
+      { "local x = = 1\n", "app.lua:1:" },
+      { "\nerror 'boom'\n", "app.lua:2: boom" },
+      { "return 42\n", "the script returned a number, and no app" },
+      { "local mr = require 'moonrabbit'\n\nreturn mr.app { name = 'x', consumer = {} }\n", "app.lua:3: mr.app: " },
+      { "\nrequire 'moonrabbit_nothing'\n", "moonrabbit_nothing" },
+    }
+    for _, case in ipairs(cases) do
+      bench:write("app.lua", case[1])
+      local running = bench:start({}, { AMQP_URL = "amqp://nowhere.invalid/" })
+      assert.equal(2, life.ended(running))
+      assert.truthy(running:err():find(case[2], 1, true), running:err())
     end
-    local child = process.start({ "bin/moonrabbit", "run", path }, { env = { AMQP_URL = "amqp://127.0.0.1:1" } })
-    running[#running + 1] = child
-    said(child, "connecting")
-    child:signal "TERM"
-    assert.equal(0, child:wait(30))
+  end)
+
+  it("ends with 4 where the password is wrong, and does not repeat it", function()
+    bench:write("app.lua", text("one"))
+    local running = bench:start({}, { AMQP_URL = broker.uri { password = "open-sesame" } })
+    assert.equal(4, life.ended(running))
+    assert.is_nil(running:err():find("open-sesame", 1, true))
+  end)
+
+  it("waits while the broker is away, and stops meanwhile", function()
+    bench:write("app.lua", text("one"))
+    local running = bench:start({}, { AMQP_URL = "amqp://127.0.0.1:1/" })
+    life.said(running, "trying again")
+    running:signal "TERM"
+    assert.equal(0, life.ended(running))
+  end)
+
+  it("ends with 1 where a queue is there with other properties", function()
+    broker.ok(ch:queue_declare(bench.queue, { durable = false, auto_delete = false }))
+    bench:write("app.lua", text("one"))
+    local running = bench:start()
+    assert.equal(1, life.ended(running))
+    assert.truthy(running:err():find(bench.queue, 1, true))
+  end)
+
+  for _, name in ipairs { "TERM", "INT" } do
+    it("drains what has arrived on SIG" .. name, function()
+      bench:write("app.lua", text("one", "while not io.open('$FOLDER/go') do mr.sleep(0.02) end"))
+      local running = bench:start { "--pid-file", bench:path "pid" }
+      life.said(running, "runs")
+      assert.equal(tostring(running.pid), process.slurp(bench:path "pid"):match "%d+")
+      publish(1, 5)
+      broker.eventually(function() return seen "begin" == 5 end)
+      running:signal(name)
+      life.said(running, "stopping")
+      bench:write("go", "")
+      assert.equal(0, life.ended(running))
+      assert.equal(5, (seen "one"))
+      assert.equal(0, left())
+      assert.is_nil(process.slurp(bench:path "pid"))
+    end)
+  end
+
+  it("gives back what is not done within --drain, and ends with 1", function()
+    bench:write("app.lua", text("one", "mr.sleep(600)"))
+    local running = bench:start { "--drain", "0.2" }
+    life.said(running, "runs")
+    publish(1, 3)
+    broker.eventually(function() return seen "begin" == 3 end)
+    running:signal "TERM"
+    assert.equal(1, life.ended(running))
+    broker.eventually(function() return left() == 3 end)
+  end)
+
+  it("ends at once on a second signal, even under a handler that never yields", function()
+    bench:write("app.lua", text("one", "while true do end"))
+    local running = bench:start()
+    life.said(running, "runs")
+    publish(1)
+    broker.eventually(function() return seen "begin" == 1 end)
+    running:signal "TERM"
+    running:signal "INT"
+    local code = life.ended(running)
+    assert.truthy(code == 130 or code == 143, code)
+    broker.eventually(function() return left() == 1 end)
+  end)
+
+  it("goes on with the old script when the new one is broken", function()
+    bench:write("app.lua", text("one"))
+    local running = bench:start()
+    life.said(running, "runs")
+    bench:write("app.lua", "return 42\n")
+    running:signal "HUP"
+    life.said(running, "the old script goes on")
+    publish(1)
+    broker.eventually(function() return seen "one" == 1 end)
+    running:signal "TERM"
+    assert.equal(0, life.ended(running))
+  end)
+
+  it("loads the script's own modules again, and keeps the old ones when it is broken", function()
+    local app = text("one", "note('module ' .. require('own').number)")
+    bench:write("own.lua", "return { number = 1 }\n")
+    bench:write("app.lua", "require 'own'\n" .. app)
+    local running = bench:start()
+    life.said(running, "runs")
+    bench:write("own.lua", "return { number = 2 }\n")
+    bench:write("app.lua", "require 'own'\nerror 'no'\n")
+    running:signal "HUP"
+    life.said(running, "the old script goes on")
+    publish(1)
+    broker.eventually(function() return seen "module" == 1 end)
+    assert.is_true(select(2, seen "module")[1])
+    bench:write("app.lua", "require 'own'\n" .. app)
+    running:signal "HUP"
+    life.said(running, "reloaded")
+    publish(2)
+    broker.eventually(function() return seen "module" == 2 end)
+    assert.is_true(select(2, seen "module")[2])
+    running:signal "TERM"
+    assert.equal(0, life.ended(running))
+  end)
+
+  it("reloads under load: nothing is lost, what is in flight ends under the old script", function()
+    local fields = "dedupe = mr.dedupe.memory { ttl = 600 },"
+    bench:write("app.lua", text("one", "mr.sleep(0.01)", fields))
+    local running = bench:start()
+    life.said(running, "runs")
+    local total = 300
+    for i = 1, total do
+      broker.ok(ch:publish(tostring(i), { routing_key = bench.queue, message_id = tostring(i) }))
+      if i == 100 or i == 200 then
+        bench:write("app.lua", text(i == 100 and "two" or "three", "mr.sleep(0.01)", fields))
+        running:signal "HUP"
+        broker.eventually(function()
+          local _, count = running:err():gsub("reloaded", "")
+          return count == i / 100
+        end, 20, "reload")
+      end
+    end
+    broker.eventually(function() return (seen "one") + (seen "two") + (seen "three") >= total end, 30, "all handled")
+    -- Those that the old script has done are known to the new one.
+    for _, i in ipairs { 1, 50, 150 } do
+      broker.ok(ch:publish(tostring(i), { routing_key = bench.queue, message_id = tostring(i) }))
+    end
+    publish(total + 1) -- comes after them
+    broker.eventually(function() return select(2, seen "three")[total + 1] end)
+    running:signal "TERM"
+    assert.equal(0, life.ended(running))
+    local done = {}
+    for _, word in ipairs { "one", "two", "three" } do
+      local count, all = seen(word)
+      assert.truthy(count > 0, word)
+      for n in pairs(all) do
+        assert.is_nil(done[n], n)
+        done[n] = true
+      end
+    end
+    assert.equal(total + 1, #done)
+    assert.equal(0, left())
   end)
 end)

@@ -8,7 +8,7 @@ local output = require "moonrabbit.cli.output"
 local cli = {}
 
 local names = {
-  "run", "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "definitions", "cluster",
+  "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "definitions", "cluster", "run",
   "doctor",
 }
 

@@ -1,136 +1,110 @@
---- moonrabbit run: an app script as a process, from start to a drained stop.
+--- moonrabbit run
 
 local connect = require "moonrabbit.cli.connect"
 local credentials = require "moonrabbit.cli.credentials"
 local exit = require "moonrabbit.cli.exit"
 local output = require "moonrabbit.cli.output"
-local script = require "moonrabbit.cli.script"
 
 local run = {
-  summary = "Run an app script: a Lua file that returns mr.app { … }.",
-  epilog = "It keeps trying while the broker is away. SIGTERM and SIGINT stop it: no new messages, those in hand are "
-    .. "finished for up to --drain seconds, acks leave; exit code 0, or 1 when something was not done in time. "
-    .. "A second one ends it at once. SIGHUP loads the script anew: a broken one is reported and the old goes on.",
+  summary = "Run an app: a Lua script that returns mr.app { … }.",
+  epilog = "SIGTERM or SIGINT: no more messages are taken, those that have come are handled within --drain, and it "
+    .. "ends with 0, or with 1 when some were not done; a second signal ends it at once. SIGHUP loads the script "
+    .. "again; a broken one changes nothing. While the broker is away it waits.",
 }
 
 local function seconds(text)
-  local number = tonumber(text)
-  if number and number >= 0 and number <= 1e9 then return number end
-  return nil, "'" .. text .. "' is no number of seconds"
+  local n = tonumber(text)
+  if not n or not (n >= 0 and n <= 1e6) then return nil, ("'%s' is no number of seconds"):format(text) end
+  return n
 end
 
 function run.build(command, common)
-  command:argument "script" :description "The Lua file."
-  command:flag "--check" :description "Only load and check it; nothing is connected or declared."
+  command:argument "script" :description "The script."
+  command:flag "--check" :description "Only say whether it is sound. Nothing is connected."
   command:option "--drain" :argname "<seconds>" :convert(seconds) :default "30"
-    :description "How long messages in hand may take when it stops."
+    :description "How long what has arrived may take when it stops."
+  command:option "--pid-file" :argname "<file>" :description "Holds the process's number while it runs."
   common(command)
 end
 
-local function runtime() return require "moonrabbit.runtime.native" end
-
-local function check_only(args, app)
-  output.note(("%s: the app '%s' with %d consumers is in order"):format(args.script, app.name, #app.plan.consumers))
-  return exit.ok
+local function log(level, text)
+  if level == "debug" then return end
+  if level == "info" then output.note(text) else output.complain((level == "warn" and "warning: " or "") .. text) end
 end
 
--- The process: the app that runs, and what it is to end with.
-local function finish(self, code)
-  if self.over then return end
-  self.over, self.code = true, code
-  self.ended:broadcast()
+-- The URL typed or in the environment, else the script's own, else the default.
+local function options_for(app, args)
+  local given, parsed, source = credentials.resolve(args)
+  if not given then return nil, parsed end
+  local own = app._spec.connect
+  if source == "the default" and own then
+    given = {}
+    if type(own) == "table" then
+      for name, value in pairs(own) do given[name] = value end
+    else
+      given.uri = own
+    end
+    local text = given.uri and require("moonrabbit.uri").parse(given.uri)
+    if text and text.password ~= text.user then output.secret(text.password) end
+    if type(given.password) == "string" then output.secret(given.password) end
+  end
+  if args.timeout then given.timeout, given.connect_timeout = args.timeout, args.timeout end
+  return given
 end
 
--- Starts an app, and ends the process when it ends by itself.
-local function begin(self, app)
-  local ok, err = app:start(self.options)
-  if not ok then return nil, err end
-  runtime().spawn(function()
-    local stopped, why = app:wait()
-    if not stopped and self.app == app and not self.stopping then finish(self, connect.fail(why, true)) end
-  end)
+local function write_pid(path)
+  if not path then return true end
+  local file, err = io.open(path, "w")
+  if not file then return nil, "the pid file cannot be written: " .. err end
+  file:write(require "moonrabbit.net".pid(), "\n")
+  file:close()
   return true
 end
 
-local function start(self)
-  output.note "connecting"
-  local ok, err = begin(self, self.app)
-  if ok then
-    output.note(("the app '%s' runs"):format(self.app.name))
-  elseif not self.stopping then
-    finish(self, connect.fail(err, true))
-  end
+local function watch_signals(runtime, host)
+  for _, name in ipairs { "INT", "TERM" } do runtime.signal(name, function() host:stop() end, true) end
+  runtime.signal("HUP", function() host:reload() end)
 end
 
-local function stop(self)
-  if self.stopping then return end
-  self.stopping = true
-  if self.app.state ~= "running" then -- it has nothing in hand yet
-    runtime().cancel(self.starter)
-    return finish(self, exit.ok)
-  end
-  output.note(("stopping: messages in hand may take %g s"):format(self.args.drain))
-  local ok, err = self.app:stop(self.args.drain)
-  if not ok then output.complain(err) end
-  finish(self, ok and exit.ok or exit.failed)
+-- What was not done in time is "less than asked", and no lack of a connection.
+local function code_of(host, ok, err)
+  if ok then return exit.ok end
+  return connect.fail(err, not host.asked)
 end
 
--- The new app begins before the old one ends, so nothing waits; what is in hand is finished by the old one.
-local function reload(self)
-  if self.stopping or self.reloading or self.app.state ~= "running" then return end
-  self.reloading = true
-  local app, problem = script.load(self.args.script)
-  if app then
-    app:restore(self.app:save())
-    local ok, err = begin(self, app)
-    if not ok then app, problem = nil, tostring(err) end
-  end
-  if not app then
-    output.complain(("the script is not reloaded, the old one goes on: %s"):format(problem))
-  else
-    local old = self.app
-    self.app = app
-    output.note(("reloaded: the app '%s' runs"):format(app.name))
-    local ok, err = old:stop(self.args.drain)
-    if not ok then output.complain(err) end
-  end
-  self.reloading = false
-end
-
-local function watch_signals(self)
-  local signal = runtime().signal
-  signal("TERM", function() stop(self) end, true)
-  signal("INT", function() stop(self) end, true)
-  signal("HUP", function() reload(self) end)
-end
-
-local function ignore_signals()
-  for _, name in ipairs { "TERM", "INT", "HUP" } do runtime().signal(name, nil) end
+local function check(app, args)
+  local consumers, queues = #app.plan.consumers, 0
+  for _ in pairs(app.plan.queues) do queues = queues + 1 end
+  output.result({ script = args.script, app = app.name, consumers = consumers, queues = queues },
+    ("%s: the app '%s' is sound: %d consumers, %d queues"):format(args.script, app.name, consumers, queues))
+  return exit.ok
 end
 
 function run.run(args)
+  local script = require "moonrabbit.life.script"
   local app, problem = script.load(args.script)
   if not app then
     output.complain(problem)
     return exit.usage
   end
-  if args.check then return check_only(args, app) end
-  local options
-  options, problem = credentials.resolve(args)
-  if not options then
+  if args.check then return check(app, args) end
+  local given
+  given, problem = options_for(app, args)
+  local written = false
+  if given then written, problem = write_pid(args.pid_file) end
+  if not written then
     output.complain(problem)
     return exit.usage
   end
-  function options.log(level, text)
-    if level ~= "debug" then output.note(text) end
-  end
-  options.name, options.reconnect = "moonrabbit run " .. app.name, { initial = true }
-  local self = { args = args, app = app, options = options, ended = runtime().condition() }
-  watch_signals(self)
-  self.starter = runtime().spawn(start, self)
-  while not self.over do self.ended:wait() end
-  ignore_signals()
-  return self.code
+  local runtime = require "moonrabbit.runtime.native"
+  local host = require("moonrabbit.life.host").new {
+    runtime = runtime, load = function() return script.load(args.script) end, connect = given, drain = args.drain,
+    log = log,
+  }
+  watch_signals(runtime, host)
+  local code = code_of(host, host:run(app))
+  if args.pid_file then os.remove(args.pid_file) end
+  return code
 end
 
 return run

@@ -145,6 +145,13 @@ function Store:state()
   return self
 end
 
+--- Goes on in the place of another store, with that one's limits. So a reload keeps this store while messages of the
+--- old script are still being handled: what they claim, commit or give up is known to the new one.
+---@param other moonrabbit.dedupe.Memory
+function Store:take_place_of(other)
+  self.ttl, self.max = other.ttl, other.max
+end
+
 --- Takes over what another store knew; the age of each key counts on with this one's `ttl` from its commit.
 ---@param other moonrabbit.dedupe.Memory
 function Store:restore(other)

@@ -1,0 +1,64 @@
+-- What the specs of running apps share: a folder with a script, and queues of its own.
+local broker = require "support.broker"
+local process = require "support.process"
+
+local life = {}
+
+local Bench = {}
+Bench.__index = Bench
+
+--- A folder for scripts and files. `start` runs its script.
+function life.new()
+  local path = os.tmpname()
+  os.remove(path)
+  os.execute("mkdir -p " .. path)
+  local self = setmetatable({ folder = path, name = broker.unique "life", running = {} }, Bench)
+  self.queue = self.name .. ".work"
+  return self
+end
+
+function Bench:path(name) return self.folder .. "/" .. name end
+
+function Bench:write(name, text)
+  local file = assert(io.open(self:path(name), "wb"))
+  file:write((text:gsub("%$NAME", self.name):gsub("%$QUEUE", self.queue):gsub("%$FOLDER", self.folder)))
+  file:close()
+  return self:path(name)
+end
+
+--- Lines that the script has written to a file.
+function Bench:lines(name)
+  local all = {}
+  for line in (process.slurp(self:path(name)) or ""):gmatch "[^\n]+" do all[#all + 1] = line end
+  return all
+end
+
+--- Runs `moonrabbit run app.lua`.
+function Bench:start(words, env)
+  local all = { "bin/moonrabbit", "run", self:path "app.lua" }
+  for _, word in ipairs(words or {}) do all[#all + 1] = word end
+  env = env or {}
+  env.AMQP_URL = env.AMQP_URL or broker.url
+  local running = process.start(all, { env = env })
+  self.running[#self.running + 1] = running
+  return running
+end
+
+--- Waits until stderr holds a text.
+function life.said(running, text)
+  return broker.eventually(function()
+    return running:err():find(text, 1, true) or running:code() and error("it ended: " .. running:err(), 0)
+  end, 20, text)
+end
+
+function life.ended(running)
+  broker.eventually(function() return running:code() end, 20, "its end")
+  return running:code()
+end
+
+function Bench:stop()
+  for _, running in ipairs(self.running) do running:stop() end
+  os.execute("rm -rf " .. self.folder)
+end
+
+return life
