@@ -23,6 +23,7 @@
 ---@field types table<string, function>   exact wire types of headers and arguments: `types.int64 "9007199254740993"`. timestamp bytes decimal boolean int8 uint8 int16 uint16 int32 uint32 int64 uint64 float double; integers take a number or a string of digits, `decimal(1234, 2)` is 12.34
 ---@field errors table                    the module moonrabbit.errors
 ---@field uri table                       the module moonrabbit.uri
+---@field testing table                   the module moonrabbit.testing
 ---@field app fun(spec: moonrabbit.AppOptions): moonrabbit.App  declares an app: moonrabbit.app
 ---@field route table                     the module moonrabbit.app.route
 ---@field outcome table                   the module moonrabbit.app.outcome
@@ -104,7 +105,7 @@ local lazy = {
   null = function() return require("moonrabbit.core").null end,
   types = function() return require("moonrabbit.core").types end,
 }
-for _, name in ipairs { "errors", "uri", "options", "management", "queue", "metrics", "log" } do
+for _, name in ipairs { "errors", "uri", "options", "management", "queue", "metrics", "log", "testing" } do
   lazy[name] = function() return require("moonrabbit." .. name) end
 end
 for _, name in ipairs { "route", "retry", "dedupe", "outcome" } do
