@@ -229,4 +229,31 @@ describe("moonrabbit run", function()
     assert.equal(total + 1, #done)
     assert.equal(0, left())
   end)
+
+  it("tells systemd that it is ready, alive, reloading and stopping", function()
+    local found, unix = pcall(require, "socket.unix")
+    if not found or type(unix) ~= "table" or not unix.dgram then return pending "needs LuaSocket's unix datagrams" end
+    local path, heard = bench:path "notify", {}
+    local socket = assert(unix.dgram())
+    assert(socket:bind(path))
+    socket:settimeout(0)
+    local function hears(wanted)
+      broker.eventually(function()
+        local bytes = socket:receive()
+        if bytes then heard[#heard + 1] = bytes end
+        return bytes and bytes:find(wanted, 1, true) == 1
+      end, 20, wanted)
+    end
+    bench:write("app.lua", text("one"))
+    local running = bench:start({}, { NOTIFY_SOCKET = path, WATCHDOG_USEC = "200000" })
+    hears "READY=1"
+    hears "WATCHDOG=1"
+    running:signal "HUP"
+    hears "RELOADING=1\nMONOTONIC_USEC="
+    hears "READY=1"
+    running:signal "TERM"
+    hears "STOPPING=1"
+    assert.equal(0, life.ended(running))
+    socket:close()
+  end)
 end)

@@ -8,8 +8,8 @@ local output = require "moonrabbit.cli.output"
 local cli = {}
 
 local names = {
-  "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "definitions", "cluster", "run",
-  "doctor",
+  "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "definitions", "cluster", "run", "explain",
+  "topology", "doctor",
 }
 
 local epilog = [[

@@ -34,7 +34,8 @@ local host = {}
 function host.new(opts)
   return setmetatable({
     runtime = opts.runtime, load = opts.load, options = opts.connect, drain = opts.drain, log = opts.log,
-    on_ready = opts.ready or function() end, phase = "starting", asked = false, app = false, connections = {}, retiring = 0,
+    on_ready = opts.ready or function() end, phase = "starting", asked = false, app = false,
+    connections = {}, retiring = 0,
     changed = opts.runtime.condition(), backoff = Backoff.new { first = 0.5, max = 30 },
   }, Host)
 end
