@@ -312,6 +312,8 @@ const char *mr_props_check(amqp_bytes_t props);
 const char *mr_table_check(amqp_bytes_t table);
 /* The message id of checked properties, in place; without bytes where there is none. */
 amqp_bytes_t mr_props_message_id(amqp_bytes_t props);
+/* Whether checked properties have a header of that name. */
+bool mr_props_has_header(amqp_bytes_t props, amqp_bytes_t name);
 /* Decodes checked raw properties into *props with memory of `pool`. */
 mr_status mr_props_decode(amqp_bytes_t props, amqp_pool_t *pool, amqp_basic_properties_t **out);
 /* Depth of a table to be encoded, bounded: MR_BAD_ARGUMENT when deeper than MR_MAX_NESTING. */

@@ -76,6 +76,15 @@ amqp_bytes_t mr_props_message_id(amqp_bytes_t props) {
   return mr_read_shortstr(&r);
 }
 
+bool mr_props_has_header(amqp_bytes_t props, amqp_bytes_t name) {
+  mr_props_layout at;
+  if (props.len == 0) return false;
+  mr_props_locate(props, &at);
+  if (at.headers_len <= 4) return false;
+  const uint8_t *table = (const uint8_t *)props.bytes + at.headers;
+  return mr_table_find(mr_bytes(table, at.headers_len), name).len > 0;
+}
+
 /* ---- encoding ---- */
 
 static bool add_shortstr(const amqp_basic_properties_t *p, amqp_flags_t flag, amqp_bytes_t s,

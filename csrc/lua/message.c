@@ -312,6 +312,15 @@ static void push_message_id(lua_State *L, const mrl_message *m) {
     lua_pushnil(L);
 }
 
+/* core.has_header(message, name) */
+int mrl_has_header(lua_State *L) {
+  const mrl_message *m = check_message(L);
+  size_t len;
+  const char *name = luaL_checklstring(L, 2, &len);
+  lua_pushboolean(L, mr_props_has_header(mrl_message_props(m), mrl_bytes(name, len)));
+  return 1;
+}
+
 static void push_field(lua_State *L, const mrl_message *m, message_key key) {
   switch (key) {
     case KEY_BODY: push_body(L, m); return;

@@ -234,6 +234,10 @@ function core.settle(message, kind, requeue) end
 --- Whether a message is still to be settled: true, or nil and what `ack` would answer.
 ---@return true|nil, string? status
 function core.outstanding(message) end
+--- Whether a message has a header, without making the table of all.
+---@param name string
+---@return boolean
+function core.has_header(message, name) end
 --- "pending" "acked" "nacked" "unroutable" "lost"
 ---@param confirmation moonrabbit.core.Confirmation
 ---@return string outcome, integer seq, integer? number of a held one

@@ -199,3 +199,38 @@ describe("core.types #smoke", function()
     fails("table.x: out of range", core.encode_table, t)
   end)
 end)
+
+describe("core, of a message", function()
+  local fake = require "support.fake_broker"
+
+  local function delivered(opts)
+    local b = fake.new():open()
+    local channel = b:channel()
+    local queue = b:consumer(channel, "tag")
+    b:send(fake.deliver(1, "tag", 1, "body", opts))
+    while b.engine:pump() do end
+    return queue:pop()
+  end
+
+  it("tells its message id and whether it has a header, without their tables", function()
+    local table_of = core.encode_table { a = 1, ["moonrabbit-x"] = "y" }
+    -- content_type, headers, message_id
+    local full = delivered { properties = fake.u16(0x8000 + 0x2000 + 0x0080) .. fake.short "text/plain" .. table_of
+      .. fake.short "id-7" }
+    assert.equal("id-7", full.message_id)
+    assert.is_true(core.has_header(full, "moonrabbit-x"))
+    assert.is_false(core.has_header(full, "moonrabbit"))
+    local bare = delivered()
+    assert.is_nil(bare.message_id)
+    assert.is_false(core.has_header(bare, "a"))
+  end)
+
+  it("tells whether it is to be settled", function()
+    local message = delivered()
+    assert.is_true(core.outstanding(message))
+    core.ack(message)
+    local ok, why = core.outstanding(message)
+    assert.is_nil(ok)
+    assert.equal("settled", why)
+  end)
+end)

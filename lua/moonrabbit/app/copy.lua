@@ -59,6 +59,7 @@ end
 function copy.routing_key(msg)
   local exchange = msg.exchange
   if exchange ~= nil and exchange ~= "" and exchange:sub(-5) ~= ".home" then return msg.routing_key end
+  if type(msg) == "userdata" and not core.has_header(msg, headers.routing_key) then return msg.routing_key end
   local all = msg.headers
   return all and headers.text(all, headers.routing_key, 255) or msg.routing_key
 end

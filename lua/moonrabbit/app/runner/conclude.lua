@@ -17,7 +17,8 @@ end
 
 -- ---- Success ----------------------------------------------------------------------------------------
 
-local function acked(self, job, outcome, seconds, detail)
+---@package
+function Runner:acked(job, outcome, seconds, detail)
   if job.claim then self.dedupe:commit(job) end
   local ok, why = self.settle.ack(job.message)
   if not ok and why == "settled" and not self.said_settled then
@@ -200,7 +201,7 @@ function Runner:conclude(job, failed, asked)
   if self.breaker then
     breaker_hears(self, job, ok or (failed or asked).permanent or asked and asked.action == "dead_letter" or false, now)
   end
-  if ok then return acked(self, job, asked and "drop" or "ok", seconds) end
+  if ok then return self:acked(job, asked and "drop" or "ok", seconds) end
   return fail(self, job, failed or failure_of_outcome(asked), seconds, asked)
 end
 

@@ -354,7 +354,10 @@ local function single(self, message, waited, problem)
       return
     end
   end
-  return self:go_on(job, self:attempt(job))
+  local failed, asked = self:attempt(job)
+  if failed or asked or job.trials or self.breaker then return self:go_on(job, failed, asked) end
+  self:acked(job, "ok", self.settled and self.now() - job.started or 0)
+  return self:finish(job)
 end
 
 --- Handles a message, in the task that calls; it waits as long as the message is handled by it.

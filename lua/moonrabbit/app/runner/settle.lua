@@ -9,22 +9,18 @@ local core_ack, core_settle, core_outstanding = core.ack, core.settle, core.outs
 
 local settle = {}
 
+local function ack(message)
+  local flush, owner = core_ack(message)
+  if flush == nil then return nil, owner end
+  local session = owner._session
+  if flush then session:try_flush() else session:touch() end
+  return true
+end
+
 --- Acks. nil, "settled": somebody did; nil, "closed": its channel has gone, and the broker delivers it again.
 ---@param message moonrabbit.Message
 ---@return true|nil, string? why
-function settle.ack(message)
-  local flush, owner = core_ack(message)
-  if flush == false then
-    local session = owner._session
-    if not session.dirty then session:touch() end
-    return true
-  end
-  if flush then
-    owner._session:try_flush()
-    return true
-  end
-  return nil, owner
-end
+settle.ack = core.acker(ack, function(owner) owner._session:try_flush() end)
 
 --- Gives it back to its queue. kind: "nack", or "reject", which counts toward a delivery limit.
 ---@param message moonrabbit.Message
