@@ -3,7 +3,8 @@
 --   lua examples/demo.lua [MESSAGES]
 --
 -- A publish whose connection broke before its confirm has an unknown outcome: it is sent again. So a message may
--- arrive twice, and never not at all. (A connection does not come back by itself yet, so each task opens another.)
+-- arrive twice, and never not at all. (It shows the bare channels: connections would come back by
+-- themselves, and Publishers send again. Here each task opens another connection.)
 local moonrabbit = require "moonrabbit"
 local native = require "moonrabbit.runtime.native"
 local now = native.now
@@ -54,6 +55,7 @@ local function connect(round)
   while not over(round) do
     local conn, err = moonrabbit.connect {
       uri = url, name = "moonrabbit demo", connect_timeout = CALL, timeout = CALL,
+      reconnect = false, -- how it looks without: connections do come back by themselves
     }
     if conn then
       round.connects = round.connects + 1
