@@ -52,7 +52,7 @@ Bench.__name = "moonrabbit.testing.Bench"
 local function app_for(self)
   return setmetatable({
     publish = function(_, body, opts) return self:_publish(body, opts) end,
-    forward = function(_, message, exchange, key, opts) return message:forward(exchange, key, opts) end,
+    _channel = function() return self.channel end, -- what App:forward sends on
   }, { __index = self.app })
 end
 

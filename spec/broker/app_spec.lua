@@ -44,6 +44,21 @@ describe("an app #app", function()
     broker.close_all()
   end)
 
+  -- Everything of a queue, acked: body -> how often.
+  local function drained(queue)
+    local found = {}
+    while true do
+      local msg = publishing:get(queue)
+      if not msg then return found end
+      found[msg.body] = (found[msg.body] or 0) + 1
+      msg:ack()
+    end
+  end
+
+  local function ladder_of(app)
+    for _, each in ipairs { ".home", ".orphans", ".dead", ".wait.200ms" } do names[#names + 1] = app .. each end
+  end
+
   it("declares its topology, consumes, and acks", function()
     local exchange, lost, queue, rest = name "x", name "lost", name "q", name "rest"
     local seen = {}
@@ -97,9 +112,33 @@ describe("an app #app", function()
       return letter
     end)
     assert.equal("poison", letter.body)
-    assert.equal("spoilt", letter.headers["moonrabbit-reason"])
+    assert.same({ "permanent", "spoilt" }, { letter.headers["moonrabbit-reason"], letter.headers["moonrabbit-error"] })
     letter:ack()
     for _, each in ipairs { "home", "orphans", "wait.200ms" } do names[#names + 1] = app .. "." .. each end
+  end)
+
+  it("brings retries home to a queue that somebody has deleted meanwhile, and that is there again", function()
+    local app, queue, seen = name "app", name "q", {}
+    ladder_of(app)
+    start {
+      name = app, queues = { [queue] = {} },
+      consumers = {
+        { queue = queue, retry = retry.steps { 0.2 }, handler = function(msg)
+          seen[#seen + 1] = msg.body
+          if #seen == 1 then return nil, "once" end
+        end },
+      },
+    }
+    local other = broker.ok(broker.connect():channel())
+    broker.ok(other:queue_delete(queue))
+    broker.eventually(function()
+      local channel = broker.ok(broker.connect():channel())
+      local found = channel:queue_declare(queue, { passive = true })
+      return found and found.consumer_count == 1
+    end, 20, "it consumes again")
+    broker.ok(publishing:publish("x", { routing_key = queue }))
+    broker.eventually(function() return #seen == 2 end, 20, "it came home")
+    assert.equal(0, declared(app .. ".orphans").message_count)
   end)
 
   it("sends messages on, and acks them only then", function()
@@ -116,6 +155,103 @@ describe("an app #app", function()
     end)
     assert.same({ "on", 1, "m" }, { got.body, got.headers.a, got.properties.message_id })
     got:ack()
+  end)
+
+  it("acks only what has arrived where its route sends it", function()
+    local app, queue, good, full, exchange = name "app", name "q", name "good", name "full", name "x"
+    ladder_of(app)
+    local function make(msg) return "made of " .. msg.body end
+    start {
+      name = app, exchanges = { [exchange] = { type = "direct" } },
+      queues = { [queue] = {}, [good] = { bind = { { exchange, "good" } } },
+        [full] = { bind = { { exchange, "full" } }, arguments = { ["x-max-length"] = 0, ["x-overflow"] = "reject-publish" } } },
+      consumers = {
+        { queue = queue, route = route.first {
+          route.key(queue, route.first {
+            route.header({ to = "good" }, { route.forward(exchange, "good"), route.publish(exchange, "good", make) }),
+            route.header({ to = "nowhere" }, { route.forward(exchange, "good"), route.forward(exchange, "nowhere") }),
+            route.header({ to = "full" }, route.publish(exchange, "full", make)),
+            route.header({ to = "missing" }, route.forward(app .. ".missing", "x")),
+          }),
+        } },
+      },
+    }
+    for _, to in ipairs { "good", "nowhere", "full", "missing" } do
+      broker.ok(publishing:publish(to, { routing_key = queue, headers = { to = to } }))
+    end
+    broker.eventually(function() return declared(app .. ".dead").message_count == 3 end, 20)
+    local errors = {}
+    for _ = 1, 3 do
+      local letter = broker.ok(publishing:get(app .. ".dead"))
+      errors[letter.body] = letter.headers["moonrabbit-error"]
+      letter:ack()
+    end
+    assert.matches("no queue takes", errors.nowhere)
+    assert.matches("refused", errors.full)
+    assert.matches("404", errors.missing)
+    assert.same({ good = 1, ["made of good"] = 1, nowhere = 1 }, drained(good))
+    assert.same({}, drained(full))
+    assert.equal(0, declared(queue).message_count)
+    broker.ok(publishing:publish("good", { routing_key = queue, headers = { to = "good" } })) -- the channel is back
+    broker.eventually(function() return declared(good).message_count == 2 end)
+  end)
+
+  it("retries in the process what comes from a stream or an exclusive queue, and declares no ladder", function()
+    for _, kind in ipairs { { type = "stream" }, { exclusive = true } } do
+      local app, queue, attempts, done = name "app", name "q", {}, nil
+      ladder_of(app)
+      start {
+        name = app, queues = { [queue] = kind },
+        observer = { settled = function(_, outcome) if outcome == "ok" then done = true end end },
+        consumers = {
+          { queue = queue, retry = retry.steps { 0.2, 0.2 },
+            arguments = kind.type and { ["x-stream-offset"] = "first" } or nil,
+            handler = function(msg)
+              attempts[#attempts + 1] = msg.routing_key
+              if #attempts < 3 then return nil, "not yet" end
+            end },
+        },
+      }
+      broker.ok(publishing:publish("x", { routing_key = queue }))
+      broker.eventually(function() return done end)
+      assert.same({ queue, queue, queue }, attempts)
+      local channel = broker.ok(broker.connect():channel())
+      local none, err = channel:exchange_declare(app .. ".home", { passive = true })
+      assert.is_nil(none)
+      assert.equal(404, err.code)
+      running:stop(5)
+    end
+  end)
+
+  it("waits in the process, and parks without a word, where the headers have no room for more", function()
+    local app, queue, runs = name "app", name "q", {}
+    ladder_of(app)
+    local conn = function() return broker.connect { frame_max = 8192 } end
+    running = mr.app {
+      name = app, queues = { [queue] = { type = "quorum" } }, log = function() end,
+      consumers = { { queue = queue, retry = retry.steps { 0.2 }, handler = function(msg)
+        runs[#runs + 1] = msg.redelivered
+        return nil, "no"
+      end } },
+    }
+    broker.ok(running:start { consume = conn(), publish = conn() })
+    publishing = broker.ok(conn():channel { confirm = true })
+    broker.ok(publishing:publish("x", { routing_key = queue, headers = { big = ("x"):rep(8080) } }))
+    broker.eventually(function() return declared(app .. ".dead").message_count == 1 end)
+    assert.same({ false, false }, runs)
+    local letter = broker.ok(publishing:get(app .. ".dead"))
+    assert.equal(8080, #letter.headers.big)
+    letter:ack()
+  end)
+
+  it("throws what is wrong with its connections, and can be started again", function()
+    local queue = name "q"
+    running = mr.app { name = name "app", queues = { [queue] = {} }, log = function() end,
+      consumers = { { queue = queue, handler = function() end } } }
+    assert.error_matches(function() running:start { uri = broker.url, hearbeat = 5 } end, "did you mean 'heartbeat'")
+    assert.equal("stopped", running.state)
+    broker.ok(running:start(connections()))
+    assert.equal("running", running.state)
   end)
 
   it("filters duplicates", function()

@@ -1,6 +1,6 @@
--- A consumer that dies, or loses a connection, at each frame of a retry and of a dead letter: the message is there
--- afterwards, once or more. A proxy kills it, before the n-th frame in either direction goes on; nothing in the product
--- knows of it.
+-- An app that dies, or loses a connection, at each frame of a retry and of a dead letter, and a replay that dies at each
+-- of its own: the message is there afterwards, once or more. A proxy kills it, before the n-th frame in either direction
+-- goes on; nothing in the product knows of it.
 local broker = require "support.broker"
 local frame_proxy = require "support.frame_proxy"
 local native = require "moonrabbit.runtime.native"
@@ -32,19 +32,22 @@ describe("a consumer that dies", function()
     broker.close_all()
   end)
 
-  -- One message, one consumer, which is killed (or cut off) at a frame. The proxy, and how the consumer ended.
-  local function run(direction, n, mode)
-    local queue = ("%s.%s.%d"):format(app, direction or "whole", n or 0)
+  local function new_queue(prefix, direction, n)
+    local queue = ("%s.%s.%s.%d"):format(app, prefix, direction or "whole", n or 0)
     queues[#queues + 1] = queue
     ok(ch:queue_declare(queue, { durable = true }))
-    ok(ch:publish(queue, { routing_key = queue }))
+    return queue
+  end
+
+  -- Runs a program by a proxy that kills it (or cuts it off) at a frame: the proxy, and the exit code. words(url): what
+  -- to run.
+  local function run_through(direction, n, mode, words, options)
     local child
     local parsed = broker.parsed()
     local proxy = frame_proxy.start(parsed.host, parsed.port, direction, n, function()
       if mode == "kill" then child:signal "KILL" end
     end)
-    local url = broker.uri { host = "127.0.0.1", port = proxy.port }
-    child = process.start { "spec/support/crash_child.lua", url, app, queue, mode == "cut" and "reconnect" or "die" }
+    child = process.start(words(broker.uri { host = "127.0.0.1", port = proxy.port }), options)
     local code
     broker.eventually(function()
       code = child:code()
@@ -55,6 +58,34 @@ describe("a consumer that dies", function()
     child:stop()
     proxy:stop()
     return proxy, code
+  end
+
+  -- One message, one app, which is killed (or cut off) at a frame.
+  local function run(direction, n, mode)
+    local queue = new_queue("app", direction, n)
+    ok(ch:publish(queue, { routing_key = queue }))
+    return run_through(direction, n, mode, function(url)
+      return { "spec/support/crash_child.lua", url, app, queue, mode == "cut" and "reconnect" or "die" }
+    end)
+  end
+
+  -- Two dead letters of a queue, and their replay.
+  local function replay(direction, n)
+    local home, parking = new_queue("home", direction, n), new_queue("parking", direction, n)
+    for i = 1, 2 do
+      ok(ch:publish(home .. " " .. i, { routing_key = parking, headers = { ["moonrabbit-reason"] = "attempts",
+        ["moonrabbit-queue"] = home } }))
+    end
+    return run_through(direction, n, "kill", function(url)
+      return { "bin/moonrabbit", "dlq", "replay", parking, "--url", url }
+    end), home, parking
+  end
+
+  -- Throws unless each of these kinds of frames was among those that it may die at.
+  local function assert_seen(proxy, wanted)
+    local seen = {}
+    for _, each in ipairs(proxy.seen) do seen[each] = true end
+    for _, each in ipairs(wanted) do assert.is_true(seen[each], each) end
   end
 
   -- fn(item) for each, some at once; throws what one throws.
@@ -112,7 +143,10 @@ describe("a consumer that dies", function()
       or "of its connection, and comes back, parks its message once or more"
     it(what, function()
       local whole = run(nil, nil, mode)
-      assert.is_true(whole.counts.up > 10 and whole.counts.down > 5)
+      -- Declaring the step, publishing, acking; deliveries, answers, confirms.
+      assert_seen(whole, { "up 20.10", "up 40.10", "up 50.10", "up 50.20", "up 60.40", "up header", "up body",
+        "up 60.80", "down 60.60", "down header", "down body", "down 20.11", "down 40.11", "down 50.11", "down 50.21",
+        "down 60.80" })
       for _, direction in ipairs { "up", "down" } do
         -- The first delivery opens the count; every later frame is a point to die at.
         local killed = 0
@@ -126,4 +160,22 @@ describe("a consumer that dies", function()
       for queue, count in pairs(found()) do assert.is_true(count >= 1 and count <= 3, queue .. ": " .. count) end
     end)
   end
+
+  it("of a replay leaves every dead letter once or more, whichever frame was its last", function()
+    local whole = replay()
+    assert_seen(whole, { "up 60.70", "up 60.40", "up header", "up body", "up 60.80", "down 60.71", "down header",
+      "down body", "down 60.80" })
+    for _, direction in ipairs { "up", "down" } do
+      each_at_once(frames(direction, whole.counts[direction]), function(point)
+        local _, home, parking = replay(point[1], point[2])
+        local there = {}
+        broker.eventually(function()
+          drain(home, there)
+          drain(parking, there)
+          return there[home .. " 1"] and there[home .. " 2"]
+        end, 20, "both are somewhere")
+        for i = 1, 2 do assert.is_true(there[home .. " " .. i] <= 2) end
+      end)
+    end
+  end)
 end)

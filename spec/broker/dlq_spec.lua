@@ -213,6 +213,43 @@ describe("moonrabbit dlq", function()
     for i = 1, 40 do assert.is_true(seen["m" .. i]) end
   end)
 
+  it("killed in the middle of a replay, has lost nothing, and sends hardly anything twice", function()
+    for i = 1, 60 do park("m" .. i, { message = "bad", kind = "error" }) end
+    ok(bench.consuming:cancel())
+    local running = process.start({ "bin/moonrabbit", "dlq", "replay", parking, "--rate", "100" },
+      { env = { AMQP_URL = broker.url } })
+    broker.eventually(function() return bench:count(bench.queue) >= 10 end, 20, "some are replayed")
+    running:signal "KILL"
+    assert.truthy(running:wait(20))
+    running:stop()
+    local there
+    broker.eventually(function()
+      there = bench:count(bench.queue) + bench:count(parking)
+      return there >= 60 and bench:count(parking) > 0
+    end, 20, "what was not acked is back")
+    assert.is_true(there <= 60 + 16, there) -- as many as are under way at once
+    assert.equal(0, dlq("replay", parking).code)
+    local seen = {}
+    for _ = 1, bench:count(bench.queue) do seen[bench:take(bench.queue).body] = true end
+    for i = 1, 60 do assert.is_true(seen["m" .. i], "m" .. i) end
+    assert.equal(0, bench:count(parking))
+  end)
+
+  it("shows how far it is on a terminal, and nowhere else", function()
+    if os.execute "command -v script > /dev/null" ~= true and os.execute "command -v script > /dev/null" ~= 0 then
+      return pending "needs script(1)"
+    end
+    for i = 1, 30 do park("m" .. i, { message = "bad", kind = "error" }) end
+    ok(bench.consuming:cancel())
+    local words = { "bin/moonrabbit", "dlq", "replay", parking, "--rate", "10", "--limit", "15" }
+    local quiet = process.run(words, { env = { AMQP_URL = broker.url } })
+    assert.same({ 0, "" }, { quiet.code, quiet.err })
+    local command = process.command(words, { env = { AMQP_URL = broker.url } })
+    local shown = process.run({ "script", "-qec", command, "/dev/null" }, { raw = true })
+    assert.truthy(shown.out:find "replayed %d+ of 15 %(%d+%%%), %d+/s", shown.out)
+    assert.truthy(shown.out:find("15 replayed, 0 failed, 0 left in", 1, true))
+  end)
+
   it("purges what it is told to", function()
     for i = 1, 4 do park("m" .. i, { message = i == 1 and "rare" or "common", kind = "error" }) end
     assert.equal("1 would be purged, 0 failed, 4 left in " .. parking .. "\n",

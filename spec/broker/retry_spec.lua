@@ -212,21 +212,30 @@ describe("retry", function()
     assert.is_nil(least["moonrabbit-reason"])
   end)
 
-  it("gives back what has headers too large to add to", function()
+  it("says so, and gives back, where headers are too large to add to; a dead letter goes without a word", function()
     local d = start { connect = { frame_max = 8192 } }
-    local msg = bench:deliver("x", { headers = { big = ("x"):rep(8080) } })
-    for _, fn in ipairs { function() return d:retry(msg, 1, failure) end,
-      function() return d:dead_letter(msg, "attempts", failure) end } do
-      local done, err = fn()
+    local function no_room(done, err)
       assert.is_nil(done)
       assert.equal("overflow", err.kind)
       assert.is_false(err.temporary)
       assert.truthy(err.message:find("leave no room", 1, true), err.message)
     end
+    local msg = bench:deliver("x", { headers = { big = ("x"):rep(8080) }, expiration = "60000" })
+    no_room(d:retry(msg, 1, failure))
+    ok(d:dead_letter(msg, "attempts", failure))
+    msg:ack()
+    local letter = bench:take(d.parking)
+    local names = {}
+    for header in pairs(letter.headers) do names[#names + 1] = header end
+    assert.same({ "big" }, names)
+    assert.is_nil(letter.properties.expiration)
+    -- No room for the number that a confirmed copy carries.
+    msg = bench:deliver("x", { headers = { big = ("x"):rep(8145) }, mandatory = false })
+    no_room(d:dead_letter(msg, "attempts", failure))
     ok(d:give_back(msg, 0.05))
     msg = bench:receive()
     assert.is_true(msg.redelivered)
-    assert.equal(8080, #msg.headers.big)
+    assert.equal(8145, #msg.headers.big)
     msg:ack()
   end)
 

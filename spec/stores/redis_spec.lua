@@ -132,6 +132,26 @@ describe("dedupe.redis", function()
     assert.equal("done", store:begin(key, 30))
   end)
 
+  it("knows its own claim again that had no answer, and lets one task have it", function()
+    local hanging = redis_server.start()
+    finally(function() hanging:stop() end)
+    local store, key = new { url = hanging:url(), timeout = 0.3 }, unique()
+    store.server.password = nil
+    assert.equal("new", store:begin("first", 30)) -- connected
+    hanging.process:signal "STOP"
+    local none, err = store:begin(key, 30)
+    assert.is_nil(none)
+    assert.equal("timeout", err.kind)
+    hanging.process:signal "CONT" -- and does what it was sent before
+    local other = new { url = hanging:url() }
+    other.server.password = nil
+    eventually(function() return other:begin(key, 30) == "running" end)
+    assert.equal("new", store:begin(key, 30))
+    assert.equal("running", store:begin(key, 30))
+    assert.is_true(store:commit(key))
+    assert.equal("done", other:begin(key, 30))
+  end)
+
   it("gives up on a server that says nothing", function()
     local silent = assert(native.listen("127.0.0.1", 0))
     finally(function() silent:close() end)

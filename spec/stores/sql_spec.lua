@@ -1,6 +1,7 @@
 local dedupe = require "moonrabbit.app.dedupe"
 local postgres_server = require "support.postgres_server"
 local process = require "support.process"
+local rig = require "support.runner_bench"
 
 local function table_count(connection, name)
   local cursor = assert(connection:execute("SELECT COUNT(*) FROM " .. name))
@@ -117,6 +118,88 @@ local function behaves(new, connect)
     connection:close()
   end)
 
+  it("knows its own claim again that had no answer", function()
+    local store, other, key = new { now = now }, new { now = now }, unique()
+    assert.equal("new", store:begin(key, 30))
+    local claim = store.leases[key]
+    store.unsure[key] = claim -- as if the answer had been lost
+    assert.equal("running", other:begin(key, 30))
+    assert.equal("new", store:begin(key, 30))
+    assert.equal(claim, store.leases[key])
+    assert.equal("running", store:begin(key, 30))
+  end)
+
+  -- An app's consumer whose handler writes in the store's transaction.
+  local function consumer(name, handler, opts)
+    local connection = opts and opts.connection or connect()
+    assert(connection:execute(("CREATE TABLE IF NOT EXISTS %s_effects (id VARCHAR(100))"):format(name)))
+    local store = new { now = now, connection = opts and opts.current or function() return connection end,
+      table = name .. "_seen" }
+    local r
+    local function write(text)
+      return connection:execute(("INSERT INTO %s_effects VALUES ('%s')"):format(name, text))
+    end
+    r = rig.new { dedupe = store, retry = require "moonrabbit".retry.constant { delay = 5, attempts = 3 },
+      handler = function(msg) return handler(msg, write, connection, r) end }
+    function r.disposal.in_process() return true end
+    return r, function()
+      local watcher = connect()
+      local count = table_count(watcher, name .. "_effects")
+      watcher:close()
+      return count
+    end, connection
+  end
+
+  local function id(key) return { properties = { message_id = key } } end
+
+  it("lets nothing of an attempt that failed become true with the next one", function()
+    local runs = 0
+    local r, effects, connection = consumer("attempts", function(_, write)
+      runs = runs + 1
+      assert(write("run " .. runs))
+      if runs == 1 then return nil, "no" end
+    end)
+    local msg = r:handle(id "a", 1)
+    assert.equal(0, effects())
+    r.runtime.advance(10)
+    assert.equal("ack", msg.done)
+    assert.same({ "retry", "ok" }, r.outcomes)
+    assert.equal(1, effects())
+    assert.equal("ack", r:handle(id "a").done)
+    assert.same({ "retry", "ok", "duplicate" }, r.outcomes)
+    assert.equal(1, effects())
+    connection:close()
+  end)
+
+  it("does not ack what a handler has rolled back itself", function()
+    local runs = 0
+    local r, effects, connection = consumer("undone", function(_, write, connection)
+      runs = runs + 1
+      assert(write("run " .. runs))
+      if runs == 1 then connection:rollback() end
+    end)
+    local msg = r:handle(id "a", 1)
+    assert.is_nil(msg.done)
+    assert.truthy(r.failures[1].message:find("the transaction was not committed", 1, true), r.failures[1].message)
+    r.runtime.advance(10)
+    assert.equal("ack", msg.done)
+    assert.equal(1, effects())
+    connection:close()
+  end)
+
+  it("does not take the commit of a broken transaction for one", function()
+    local runs = 0
+    local r, effects, connection = consumer("swallowed", function(_, write, connection)
+      runs = runs + 1
+      assert(write("run " .. runs))
+      if runs == 1 then connection:execute "INSERT INTO there_is_no_such_table VALUES (1)" end -- and nobody looks
+    end)
+    local msg = r:handle(id "a", 10)
+    assert.equal("ack", msg.done)
+    assert.equal(1, effects()) -- SQLite goes on after the error, PostgreSQL does not: the message was handled again
+    connection:close()
+  end)
+
   it("a process that dies in its transaction leaves nothing", function()
     local connection, key = connect(), unique()
     local store = new { now = now, connection = function() return connection end, table = "died" }
@@ -220,6 +303,37 @@ describe("dedupe.sql with PostgreSQL", function()
   end
 
   behaves(new, function() return assert(environment:connect("spec", "spec", "", server.dir)) end)
+
+  it("handles once more what was undone because the database went away before the commit", function()
+    local connection
+    local function current()
+      if not connection then connection = environment:connect("spec", "spec", "", server.dir) end
+      return connection
+    end
+    assert(current():execute "CREATE TABLE away_effects (id VARCHAR(100))")
+    local runs = 0
+    local r
+    r = rig.new { dedupe = new { connection = current, table = "away_seen" }, handler = function()
+      runs = runs + 1
+      assert(connection:execute(("INSERT INTO away_effects VALUES ('run %d')"):format(runs)))
+      if runs == 1 then
+        server:kill()
+        connection = nil -- the user's own function opens another one
+      end
+    end }
+    local msg = r:handle({ properties = { message_id = "a" } }, 5)
+    assert.same({ 1, nil }, { runs, msg.done })
+    assert.truthy(r.log[1]:find("waiting for it", 1, true), r.log[1])
+    server:start()
+    r.runtime.advance(5)
+    assert.equal("ack", msg.done)
+    assert.same({ "ok" }, r.outcomes)
+    assert.equal(2, runs)
+    local watcher = environment:connect("spec", "spec", "", server.dir)
+    assert.equal(1, table_count(watcher, "away_effects"))
+    watcher:close()
+    connection:close()
+  end)
 
   it("is away while the database is, and back with it", function()
     local store = new {}

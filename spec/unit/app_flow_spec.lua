@@ -64,7 +64,10 @@ describe("order_by", function()
     local r = rig.new { order_by = function(msg) return msg.missing.field end, handler = function() end }
     r:handle()
     assert.equal("dead_letter", r.copies[1][1])
-    assert.truthy(r.copies[1][3]:find("order_by", 1, true))
+    assert.truthy(r.copies[1][4].message:find("order_by", 1, true))
+    r = rig.new { order_by = function() return 0 / 0 end, handler = function() end }
+    r:handle()
+    assert.truthy(r.copies[1][4].message:find("NaN", 1, true))
     r = rig.new { order_by = by_key, handler = function() end }
     assert.equal("ack", r:handle({}).done)
   end)
@@ -288,6 +291,26 @@ describe("a breaker", function()
     local names = {}
     for i, event in ipairs(r.events) do names[i] = event.name end
     assert.same({ "breaker_open", "breaker_open", "breaker_closed" }, names)
+  end)
+
+  it("goes on although its probe is a handler that cannot be ended", function()
+    local r
+    local broken = "fails"
+    r = rig.new { breaker = { failures = 1, pause = 5 }, timeout = 2, retry = function() return 1 end,
+      handler = function()
+        if broken == "fails" then return nil, "away" end
+        if broken == "hangs" then r.runtime.sleep(1000) end
+      end }
+    r.runtime.cancel = nil
+    r:handle()
+    broken = "hangs"
+    r:handle({}, 6)
+    assert.equal("probing", r.runner.breaker.state)
+    r.runtime.advance(2)
+    assert.equal("open", r.runner.breaker.state)
+    broken = "no"
+    assert.equal("ack", r:handle({}, 6).done)
+    assert.equal("closed", r.runner.breaker.state)
   end)
 
   it("does not count failures that are the message's fault", function()

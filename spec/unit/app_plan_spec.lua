@@ -97,6 +97,45 @@ describe("mr.app", function()
     app(orders, { route = route.forward("e", "order.again", { set = { seen = true } }) })
   end)
 
+  it("refuses dead letters that come back, and consumers that send everything round", function()
+    mistake("would come back to its own queue 'q'", nil, { dead_letter = "q" })
+    mistake("would come back to its own queue 'spec.dead'", { queues = { ["spec.dead"] = {} } }, { queue = "spec.dead" })
+    local function round(last)
+      return { exchanges = { e = { type = "fanout" } }, queues = { a = { bind = { { "e" } } }, b = {}, c = {} },
+        consumers = { { queue = "a", route = route.forward("", "b") }, { queue = "b", route = { h, route.publish("", "c") } },
+          { queue = "c", route = last } } }
+    end
+    mistake("everything goes round by way of the queues 'a', 'b', 'c'", round(route.forward "e"))
+    app(round(route.first { route.key("x", route.forward "e"), route.otherwise(h) }))
+    app(round(route.forward("e", nil, { set = { seen = true } })))
+  end)
+
+  it("checks the ladder and the options of the connection, before anything is connected", function()
+    mistake("the app.ladder: unknown option 'mod' (did you mean 'mode'?)", { ladder = { mod = "existing" } })
+    mistake("1 to 200 bytes", { ladder = ("x"):rep(201) })
+    mistake("1 to 200 bytes", { name = ("x"):rep(201) })
+    mistake("consumers[1].ladder: option 'steps' must be a list of delays, the shortest first", nil,
+      { ladder = { steps = { 5, 1 } } })
+    mistake("a list of delays, each more than 0 s", nil, { ladder = { steps = { -1 } } })
+    mistake("connect: unknown option 'hearbeat' (did you mean 'heartbeat'?)", { connect = { hearbeat = 5 } })
+    mistake("entry 1 has an unknown field 'argument'", { queues = { q = { bind = { { "amq.topic", argument = {} } } } } })
+    app({ ladder = { mode = "existing", steps = { 1, 5 } }, connect = { heartbeat = 5 } })
+    app(nil, { ladder = require("moonrabbit.app.ladder").new "shared" })
+  end)
+
+  it("retries in the process only what comes from streams and exclusive queues", function()
+    local function of(queue, consumer) return app({ queues = { q = queue } }, consumer).plan.consumers[1] end
+    for _, queue in ipairs { { type = "stream" }, { exclusive = true }, { arguments = { ["x-queue-type"] = "stream" } } } do
+      assert.is_true(of(queue).in_process)
+      assert.is_true(of(queue, { in_process = 5 }).in_process)
+    end
+    assert.equal(math.huge, of({ type = "stream" }).hold) -- nothing can be given back to a stream
+    assert.equal(60, of({ type = "stream" }, { hold = 60 }).hold)
+    assert.is_nil(of({ exclusive = true }).hold)
+    assert.is_nil(of({ type = "quorum" }).in_process)
+    assert.equal(5, of({}, { in_process = 5 }).in_process)
+  end)
+
   it("fills in what was left out", function()
     local c = app().plan.consumers[1]
     assert.same({ 16, 64, "classic", "spec" }, { c.concurrency, c.prefetch, c.kind, c.app })

@@ -67,14 +67,78 @@ describe("a runner", function()
       assert.equal("custom", r.copies[1][4].message)
     end)
 
+    it("fails of anything that can be thrown or returned as an error, and has its place again", function()
+      local function bad(meta) return setmetatable({}, meta) end
+      local thrown = {
+        "text", 42, true, false, {}, function() end, coroutine.create(function() end), io.stdout,
+        bad { __tostring = function() error "no text" end }, bad { __tostring = function() return 5 end },
+        bad { __index = function() error "no fields" end }, bad { __metatable = 7 }, bad { __metatable = "locked" },
+        bad { __tostring = function() error(bad { __tostring = error }) end },
+      }
+      local n = #thrown
+      for i = 1, n + 1 do -- the last one is nil
+        for _, fn in ipairs { function() error(thrown[i], 0) end, function() return nil, thrown[i] end } do
+          local r = handler(fn, { retry = function() return 1 end, concurrency = 1 })
+          assert.equal("ack", r:handle().done)
+          assert.equal("retry", r.copies[1][1])
+          assert.equal("string", type(r.copies[1][4].message))
+          assert.is_false(r.copies[1][4].permanent)
+          assert.same({ 0, 0 }, { r.runner.running, r.runner.in_flight })
+        end
+      end
+    end)
+
+    it("fails of a recursion without end", function()
+      local function deeper(n) return 1 + deeper(n + 1) end
+      local r = handler(function() deeper(1) end, { retry = function() return 1 end })
+      assert.equal("ack", r:handle().done)
+      assert.equal("error", r.copies[1][4].kind)
+      assert.equal(0, r.runner.running)
+    end)
+
+    it("tells for how long a message has been failing in the process", function()
+      local seen = {}
+      local r = handler(function() return nil, "no" end, { retry = function(_, err, attempt)
+        seen[attempt] = err.since
+        return attempt < 3 and 10 or nil
+      end })
+      function r.disposal.in_process() return true end
+      r:handle({}, 30)
+      assert.same({ 0, 10, 20 }, seen)
+      r:handle({}, 0)
+      assert.equal(0, seen[1])
+    end)
+
+    it("ends retries in the process too when `within` is over", function()
+      local r = handler(function() return nil, "no" end, { retry = require "moonrabbit".retry.constant {
+        delay = 10, attempts = math.huge, within = 35 } })
+      function r.disposal.in_process() return true end
+      r:handle({}, 1000)
+      assert.same({ "retry", "retry", "retry", "retry", "dead_letter" }, r.outcomes)
+    end)
+
+    it("waits here for a retry whose copy has no room in the headers", function()
+      local runs = 0
+      local r = handler(function()
+        runs = runs + 1
+        if runs < 3 then return nil, "no" end
+      end, { retry = function() return 10 end })
+      r.disposal.fails = require "moonrabbit.errors".new { kind = "overflow", temporary = false, message = "no room" }
+      local msg = r:handle({}, 19)
+      assert.same({ 2, nil }, { runs, msg.done })
+      r.runtime.advance(2)
+      assert.equal("ack", msg.done)
+      assert.same({ "retry", "retry", "ok" }, r.outcomes)
+      assert.same({ 1, 2 }, { r.copies[1][5], r.copies[2][5] })
+    end)
+
     it("parks what the policy gives up, and what has none", function()
       local r = handler(function() return nil, "no" end, { retry = function() end })
       assert.equal("ack", r:handle().done)
-      assert.equal("dead_letter", r.copies[1][1])
-      assert.equal("no", r.copies[1][3])
+      assert.same({ "dead_letter", "attempts", "no" }, { r.copies[1][1], r.copies[1][3], r.copies[1][4].message })
       r = handler(function() return nil, "no" end)
       r:handle()
-      assert.equal("dead_letter", r.copies[1][1])
+      assert.same({ "dead_letter", "no retry", "no" }, { r.copies[1][1], r.copies[1][3], r.copies[1][4].message })
       assert.same({ "dead_letter" }, r.outcomes)
     end)
 
@@ -87,7 +151,8 @@ describe("a runner", function()
         local r = handler(fn, { retry = policy })
         assert.equal("ack", r:handle().done)
         assert.equal("dead_letter", r.copies[1][1])
-        assert.equal("gone", r.copies[1][3])
+        assert.equal("permanent", r.copies[1][3])
+        assert.equal("gone", r.copies[1][4].message)
         assert.is_true(r.copies[1][4].permanent)
       end
       assert.equal(0, asked)
@@ -137,12 +202,14 @@ describe("a runner", function()
     it("parks what a policy that throws or returns nonsense was asked about, and says so", function()
       for _, policy in ipairs {
         function() error "broken" end, function() return "soon" end, function() return -1 end,
-        function() return 0 / 0 end, function() return math.huge end,
+        function() return 0 / 0 end, function() return math.huge end, function() return 1e9 end,
+        function() return false end, function() error(setmetatable({}, { __tostring = error })) end,
       } do
-        local r = handler(function() return nil, "no" end, { retry = policy })
+        local r = handler(function() return nil, "no stock" end, { retry = policy })
         assert.equal("ack", r:handle().done)
-        assert.equal("dead_letter", r.copies[1][1])
-        assert.truthy(r.copies[1][3]:find("the retry policy", 1, true))
+        assert.same({ "dead_letter", "retry policy" }, { r.copies[1][1], r.copies[1][3] })
+        assert.truthy(r.copies[1][4].message:find("the retry policy", 1, true))
+        assert.truthy(r.copies[1][4].message:find("no stock", 1, true))
         assert.truthy(r.log[1]:find("the retry policy", 1, true))
       end
     end)
@@ -232,6 +299,21 @@ describe("a runner", function()
     r:handle()
     assert.same({}, r.copies)
     assert.same({ "requeue" }, r.outcomes)
+  end)
+
+  it("does not run again what the broker has taken back while its retry waited", function()
+    local runs = 0
+    local r = handler(function()
+      runs = runs + 1
+      return nil, "no"
+    end, { retry = function() return 10 end })
+    function r.disposal.in_process() return true end
+    local msg = r:handle({}, 1)
+    msg.gone = true
+    r.runtime.advance(20)
+    assert.equal(1, runs)
+    assert.same({ "retry", "requeue" }, r.outcomes)
+    assert.same({ 0, 0 }, { r.runner.in_flight, r.runner.running })
   end)
 
   describe("concurrency", function()
@@ -559,6 +641,130 @@ describe("a runner", function()
       local r = handler(function() end, { dedupe = { store = s, missing = "fail" } })
       r:handle()
       assert.equal("dead_letter", r.copies[1][1])
+    end)
+
+    it("takes no key that is empty, and fails of one that is neither text nor number", function()
+      local s = store()
+      assert.equal("ack", handler(function() end, { dedupe = s }):handle(id "").done)
+      assert.equal("ack", handler(function() end, { dedupe = s }):handle(id "").done)
+      assert.same({}, s.calls)
+      for _, key in ipairs { {}, true, print } do
+        local r = handler(function() end, { dedupe = { store = s, key = function() return key end },
+          retry = function() return 1 end })
+        assert.equal("ack", r:handle().done)
+        assert.equal("retry", r.copies[1][1])
+        assert.truthy(r.copies[1][4].message:find("no string or number", 1, true), r.copies[1][4].message)
+      end
+      local r = handler(function() end, { dedupe = { store = s, key = function() error "no such field" end } })
+      r:handle()
+      assert.truthy(r.copies[1][4].message:find "the de%-duplication key: .*no such field")
+      assert.same({}, s.calls)
+    end)
+
+    describe("by a store that has joined the handler's transaction", function()
+      -- What handlers write becomes true with the commit, or not at all.
+      local function joined()
+        local s = store()
+        s.joined, s.open, s.written, s.commits = true, {}, {}, 0
+        local begin = s.begin
+        function s.begin(...)
+          s.open = {}
+          return begin(...)
+        end
+        function s.commit(self, key)
+          self.commits = self.commits + 1
+          if self.fails then
+            local why = self.fails
+            self.states[key], self.open, self.fails = nil, {}, self.goes_on_failing and why or nil
+            return nil, why
+          end
+          for _, each in ipairs(self.open) do self.written[#self.written + 1] = each end
+          self.states[key] = "done"
+          return true
+        end
+        return s
+      end
+
+      it("writes nothing of an attempt that failed", function()
+        local s, runs = joined(), 0
+        local r = handler(function()
+          runs = runs + 1
+          s.open[#s.open + 1] = "run " .. runs
+          if runs == 1 then return nil, "no" end
+        end, { dedupe = s, retry = function() return 5 end })
+        function r.disposal.in_process() return true end
+        local msg = r:handle(id "a", 1)
+        assert.same({ "begin a", "abort a" }, s.calls) -- no transaction is open while it waits
+        r.runtime.advance(5)
+        assert.equal("ack", msg.done)
+        assert.same({ "run 2" }, s.written)
+        assert.same({ "retry", "ok" }, r.outcomes)
+      end)
+
+      it("does not ack what its commit has undone: that is a failure", function()
+        local s, runs = joined(), 0
+        s.fails = "a deferred constraint"
+        local r = handler(function()
+          runs = runs + 1
+          s.open[#s.open + 1] = "run " .. runs
+        end, { dedupe = s, retry = function() return 5 end })
+        local msg = r:handle(id "a")
+        assert.same({ "retry" }, r.outcomes)
+        assert.equal("the transaction was not committed: a deferred constraint", r.copies[1][4].message)
+        assert.same({}, s.written)
+        assert.equal("ack", msg.done) -- its copy waits on the ladder
+        assert.equal("ack", r:handle(id "a").done)
+        assert.same({ "run 2" }, s.written)
+      end)
+
+      it("handles once more what was undone while the database was away", function()
+        local s, runs = joined(), 0
+        local r
+        r = handler(function()
+          runs = runs + 1
+          s.open[#s.open + 1] = "run " .. runs
+          if runs == 1 then s.away, s.fails = true, "the connection is lost" end
+        end, { dedupe = s, concurrency = 1 })
+        local msg = r:handle(id "a", 10)
+        assert.same({ 1, nil, {} }, { runs, msg.done, r.outcomes })
+        s.away = false
+        r.runtime.advance(3)
+        assert.equal("ack", msg.done)
+        assert.same({ "run 2" }, s.written)
+        assert.same({ "ok" }, r.outcomes)
+      end)
+
+      it("gives it back when the app stops meanwhile, and does not ack it", function()
+        local s = joined()
+        local r = handler(function() s.away, s.fails = true, "the connection is lost" end, { dedupe = s })
+        local msg = r:handle(id "a", 10)
+        r.runner:stop()
+        r.runtime.advance(1)
+        assert.equal("nack", msg.done)
+        assert.same({ "requeue" }, r.outcomes)
+      end)
+
+      it("acks where only the answer to the commit was lost", function()
+        local s, runs = joined(), 0
+        local r = handler(function() runs = runs + 1 end, { dedupe = s })
+        local commit = s.commit
+        function s.commit(...)
+          commit(...)
+          return nil, "the answer was lost"
+        end
+        assert.equal("ack", r:handle(id "a").done)
+        assert.equal(1, runs)
+        assert.same({ "ok" }, r.outcomes)
+      end)
+
+      it("runs one handler at a time, and goes with no batch", function()
+        local s = joined()
+        assert.equal(1, handler(function() end, { dedupe = s }).runner.limit)
+        assert.equal(4, handler(function() end, { dedupe = s, concurrency = 4 }).runner.limit)
+        assert.error_matches(function()
+          handler(function() end, { dedupe = { store = s }, batch = { size = 2, wait = 1 } })
+        end, "exclude each other")
+      end)
     end)
 
     it("gives back what waits for a key when it stops", function()

@@ -82,6 +82,28 @@ describe("explain", function()
     assert.truthy(lines({ retry = function() end }):find "a function of yours")
   end)
 
+  it("lists every step of a ladder that has its own, and no ladder where retries stay in the process", function()
+    local function waits(consumer, queue)
+      consumer.queue, consumer.handler = "q", function() end
+      local list = {}
+      local made = app { queues = { q = queue or {} }, consumers = { consumer } }
+      for _, step in ipairs(explain.topology(made)) do
+        if step[1] == "queue" and step[2] ~= "q" then list[#list + 1] = step[2] end
+      end
+      table.sort(list)
+      return list, table.concat(explain.retries(made, made.plan.consumers[1]), "\n")
+    end
+    local policy = mr.retry.constant { delay = 5 }
+    assert.same({ "shop.dead", "shop.orphans", "shop.wait.1s", "shop.wait.60s" },
+      (waits { retry = function() return 1 end, ladder = { mode = "existing", steps = { 1, 60 } } }))
+    local list, text = waits({ retry = policy }, { type = "stream" })
+    assert.same({ "shop.dead" }, list)
+    assert.truthy(text:find("the waiting is in the process", 1, true), text)
+    list, text = waits { retry = policy }
+    assert.equal(3, #list)
+    assert.is_nil(text:find("in the process", 1, true))
+  end)
+
   it("lists the ladder with every step that jitter may need", function()
     local made = app { consumers = { { queue = "q", handler = function() end,
       retry = mr.retry.by_error { { kind = "timeout", mr.retry.constant { delay = 30, attempts = 2 } },
@@ -155,5 +177,9 @@ describe("loading a script", function()
     assert.equal("", result.err)
     assert.truthy(result.out:find("the handler at", 1, true), result.out)
     assert.equal(2, process.run({ "bin/moonrabbit", "explain", folder .. "/none.lua" }).code)
+    path = write("b.lua", "return require 'moonrabbit'.app { name = 'x', exchanges = { orders = {} }, queues = { q = {} }, "
+      .. "consumers = { { queue = 'q', handler = function() end } } }\n")
+    result = process.run({ "bin/moonrabbit", "explain", path, "-e", "order" })
+    assert.truthy(result.out:find("is not among the app's (did you mean orders?)", 1, true), result.out)
   end)
 end)

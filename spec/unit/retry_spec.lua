@@ -324,6 +324,15 @@ describe("a copy", function()
     assert.same({ "moonrabbit-deaths" }, got.remove)
   end)
 
+  it("says nothing at all where nothing fits, and still leaves behind what it must", function()
+    local got = edits({ headers = { CC = { "a" }, ["x-death"] = { { queue = "q", count = 1 } },
+      ["moonrabbit-deaths"] = {} }, properties = { expiration = "5" } }, nil, 4)
+    table.sort(got.remove)
+    assert.same({}, got.set)
+    assert.same({ "CC", "moonrabbit-deaths", "x-death" }, got.remove)
+    assert.same({ "expiration" }, got.remove_properties)
+  end)
+
   it("believes no header that makes no sense", function()
     for _, junk in ipairs { -1, 1.5, "3", true, {}, 1e300, 0 / 0 } do
       assert.equal(0, copy.attempts { headers = { ["moonrabbit-attempts"] = junk } })

@@ -96,6 +96,29 @@ describe("moonrabbit.testing", function()
     end)())
   end)
 
+  it("sends on as the app does: with the key of the first publish, without what a copy must not have", function()
+    local runs = 0
+    local b = bench { retry = mr.retry.constant { delay = 5 }, handler = function(msg, app)
+      runs = runs + 1
+      if runs == 1 then return nil, "once" end
+      return app:forward(msg, "audit", nil, { set = { by = "spec" } })
+    end }
+    b:deliver("work", "x", { exchange = "e", routing_key = "k", user_id = "u", headers = { CC = { "c" }, mine = 1 } })
+    b:advance(5)
+    local sent = b.published[1]
+    assert.same({ "audit", "k", nil }, { sent.exchange, sent.routing_key, sent.properties.user_id })
+    assert.same({ mine = 1, by = "spec" }, sent.headers)
+  end)
+
+  it("has a message's id, and rejects by default as the real one does", function()
+    local id
+    local b = bench { handler = function(msg) id = msg.message_id end }
+    b:deliver("work", "", { message_id = "m" })
+    assert.equal("m", id)
+    b = bench { handler = function(msg) msg:reject() end }
+    assert.equal("reject", b:deliver("work", "").message.settled)
+  end)
+
   it("follows routes", function()
     local b = bench { route = mr.route.first {
       mr.route.header({ type = "refund" }, function() end),

@@ -12,7 +12,8 @@
 --   message was first published, a longer name, stays.
 -- * `x-delivery-count`: a quorum queue's own count, which would be taken for the next queue's.
 --
--- Errors and tracebacks are cut to what is useful, and to less where a header frame has no room for them.
+-- Errors and tracebacks are cut to what is useful, and to less where a header frame has no room for them. A dead letter
+-- tells nothing at all where there is no room for anything; a retry has to count.
 -- @module moonrabbit.app.copy
 
 local core = require "moonrabbit.core"
@@ -84,6 +85,7 @@ local sizes = {
   { error = 200, traceback = 0, reason = 100, deaths = 1 },
   { error = 0, traceback = 0, reason = 0, deaths = 0 },
 }
+local SILENT = #sizes + 1 -- no notes
 
 --- A text cut to `most` bytes, at a character's boundary, with a mark where it was cut; nil for none.
 local function cut(text, most)
@@ -146,21 +148,22 @@ end
 ---@field remove string[]?            headers to leave out
 ---@field set table<string, any>?     headers to set, as they are
 ---@field ladder string?              the ladder whose own deaths are not worth keeping
+---@field silent boolean?             where there is no room for notes it goes without them
 ---@field timeout number?             seconds to wait for the confirm; the channel's by default
 
---- What to change in a copy, as Message:forward takes it. `size`: 1 (everything) to 3 (the least).
+--- What to change in a copy, as Message:forward takes it. `size`: 1 (everything) to 3 (the least), 4: nothing is told.
 ---@package
 function copy.edits(msg, opts, user, size)
   local edits = { set = {}, remove = {}, remove_properties = {} }
-  local all = msg.headers
-  size = sizes[size]
+  local all, silent = msg.headers, size == SILENT
+  size = sizes[math.min(size, #sizes)]
   for _, name in ipairs(opts.remove or {}) do
     if all[name] ~= nil then edits.remove[#edits.remove + 1] = name end
   end
   move_headers(edits, all)
   move_properties(edits, msg.properties, user)
   move_deaths(edits, all, size.deaths, opts.ladder)
-  add_notes(edits.set, opts.notes, size)
+  if silent then edits.set = {} else add_notes(edits.set, opts.notes, size) end
   for name, value in pairs(opts.set or {}) do edits.set[name] = value end
   return edits
 end
@@ -183,7 +186,7 @@ function copy.send(msg, exchange, routing_key, opts)
   local channel = opts.channel
   local user = user_of(channel)
   local ok, err
-  for size = 1, #sizes do
+  for size = 1, opts.silent and SILENT or #sizes do
     local edits = copy.edits(msg, opts, user, size)
     edits.channel, edits.timeout, edits.mandatory = channel, opts.timeout, true
     ok, err = msg:forward(exchange, routing_key, edits)
@@ -205,7 +208,7 @@ function copy.notes(msg, failure, attempt, queue, at)
   return {
     attempts = attempt, error = failure.message or "failed", error_kind = failure.kind, queue = queue,
     exchange = exchange, routing_key = key,
-    first_failure = core.types.timestamp(math.floor(copy.first_failure(msg) or at)),
+    first_failure = core.types.timestamp(math.floor(copy.first_failure(msg) or at - (failure.since or 0))),
     last_failure = core.types.timestamp(math.floor(at)),
   }
 end

@@ -40,7 +40,7 @@ local disposal = {}
 ---@field queue string
 ---@field dead_letter (string|false)?  the parking queue; `<app>.dead` by default; false: none, the original is rejected
 ---@field ladder (string|moonrabbit.LadderOptions|moonrabbit.Ladder)?  the app's name by default
----@field in_process (number|boolean)? seconds: delays up to this long are waited for in the process; 0.1 by default; true: all
+---@field in_process (number|boolean)? seconds: delays up to this long are waited for in the process; 0.1 by default; true: all; false: none
 ---@field hold number?                 seconds for which a copy that fails is tried again; 300 by default
 
 ---@class moonrabbit.DisposalOptions
@@ -86,6 +86,7 @@ function disposal.new(opts)
   if parking == nil then parking = opts.app .. ".dead" end
   local threshold = consumer.in_process
   if threshold == true then threshold = math.huge end
+  if threshold == false then threshold = -1 end
   return setmetatable({
     app = opts.app, queue = consumer.queue, parking = parking, publisher = opts.publisher, log = log,
     observer = opts.observer or {}, now = opts.now or os.time,
@@ -234,7 +235,8 @@ local function send_away(self, msg, notes)
     local channel, ok
     channel, err = publisher(self)
     if not channel then return nil, err end
-    ok, err = copy.send(msg, "", self.parking, { channel = channel, notes = notes, ladder = self.ladder.name })
+    ok, err = copy.send(msg, "", self.parking, { channel = channel, notes = notes, ladder = self.ladder.name,
+      silent = true })
     if ok then return true end
     if err.kind ~= "unroutable" or round == 2 then return nil, err end
     -- Somebody deleted the queue.

@@ -10,6 +10,7 @@
 -- | `traceback` | of what was thrown |
 -- | `value` | what was thrown or returned |
 -- | `attempt` | the attempt that failed, from 1; the runner sets it |
+-- | `since` | seconds since the message failed first in this process; the runner sets it |
 -- @module moonrabbit.app.failure
 
 local outcome = require "moonrabbit.app.outcome"
@@ -51,21 +52,40 @@ local function describe(value)
   return "a " .. type(value)
 end
 
+--- Anything as text, also what throws when it is asked for.
+---@param value any
+---@return string
+function failure.text(value)
+  if type(value) == "string" then return value end
+  local ok, text = pcall(tostring, value)
+  if ok and type(text) == "string" then return text end
+  return "(a " .. type(value) .. " whose __tostring fails)"
+end
+
+local function field_message(value) return value.message end
+
+local function message_of(value)
+  if type(value) == "string" then return value end
+  local meta = getmetatable(value)
+  if type(meta) == "table" and meta.__tostring then return failure.text(value) end
+  local ok, message = pcall(field_message, value)
+  if type(value) == "table" and ok and type(message) == "string" then return message end
+  return "(an error that is " .. describe(value) .. ")"
+end
+
 local function from_error(value, traceback)
   if getmetatable(value) == Permanent then
     return new("permanent", value.message, { value = value.value, traceback = traceback })
   end
-  local text = type(value) == "string" and value
-    or (getmetatable(value) or {}).__tostring and tostring(value)
-    or type(value) == "table" and type(value.message) == "string" and value.message
-    or "(an error that is " .. describe(value) .. ")"
-  return new("error", text, { value = value, traceback = traceback })
+  return new("error", message_of(value), { value = value, traceback = traceback })
 end
 
 --- The failure of a handler that threw; or the outcome that it threw.
 ---@param thrown moonrabbit.app.Thrown
 ---@return moonrabbit.Failure|nil, moonrabbit.Outcome|nil
 function failure.of_thrown(thrown)
+  -- Lua's own words where there was no room left to look at what was thrown.
+  if type(thrown) ~= "table" then thrown = { value = thrown } end
   local value = thrown.value
   if getmetatable(value) == Outcome then return nil, value end
   if getmetatable(value) == Failure then

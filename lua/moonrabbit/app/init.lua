@@ -25,6 +25,7 @@ local Runner = require "moonrabbit.app.runner"
 local errors = require "moonrabbit.errors"
 local options = require "moonrabbit.options"
 local plan = require "moonrabbit.app.plan"
+local protect = require "moonrabbit.protect"
 local runtimes = require "moonrabbit.runtime"
 local topology = require "moonrabbit.app.topology"
 
@@ -263,11 +264,12 @@ function App:start(where)
   self.state, self.reason, self.runners, self._consumers, self._owned = "starting", nil, {}, {}, false
   self._consuming, self._publishing = nil, nil
   self._over = self._runtime.condition()
-  local ok, err = begin(self, where)
-  if not ok then
+  local whole, ok, err = protect(begin, self, where)
+  if not whole or not ok then
     self.state = "stopped"
     for _, consumer in pairs(self._consumers) do consumer:cancel { timeout = 1 } end
     close_all(self, 1)
+    if not whole then error(ok, 0) end
     return nil, err
   end
   self.state = "running"

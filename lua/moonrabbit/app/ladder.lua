@@ -65,11 +65,12 @@ local ladder_options = {
 
 --- A ladder. Nothing is declared yet.
 ---@param opts moonrabbit.LadderOptions|string a string is its name
+---@param level integer? as in error(), for mistakes; 2 by default
 ---@return moonrabbit.Ladder
-function ladder.new(opts)
+function ladder.new(opts, level)
   if type(opts) == "string" then opts = { name = opts } end
-  opts = options.check("ladder", opts, ladder_options)
-  if not opts.name then error("ladder: option 'name' is missing", 2) end
+  opts = options.check("ladder", opts, ladder_options, level)
+  if not opts.name then error("ladder: option 'name' is missing", level or 2) end
   return setmetatable({
     name = opts.name, mode = opts.mode or "declare", steps = opts.steps,
     home = opts.name .. ".home", orphans = opts.name .. ".orphans",

@@ -8,6 +8,7 @@
 -- @module moonrabbit.app.outcome
 
 local options = require "moonrabbit.options"
+local steps = require "moonrabbit.app.steps"
 
 ---@class moonrabbit.Outcome
 ---@field action "retry"|"dead_letter"|"drop"
@@ -38,12 +39,14 @@ function Permanent.__tostring(self) return self.message end
 local outcome = { Outcome = Outcome, Permanent = Permanent }
 
 --- Handles the message again later. It counts as a failed attempt.
----@param after number? seconds, however often that was asked before; by default the retry policy decides
+---@param after number? seconds, at most 4,000,000, however often that was asked before; by default the retry policy decides
 ---@return moonrabbit.Outcome
 function outcome.retry(after)
   if after ~= nil then
     options.argument("outcome.retry", "after", after, options.seconds)
-    if after == math.huge then error("outcome.retry: after must be finite", 2) end
+    if after > steps.LONGEST then
+      error(("outcome.retry: after must be at most %d s, what a wait queue can hold"):format(steps.LONGEST), 2)
+    end
   end
   return setmetatable({ action = "retry", after = after }, Outcome)
 end

@@ -2,11 +2,13 @@
 -- left out. A mistake throws with the line of the script, what was wrong, and what was expected.
 -- @module moonrabbit.app.plan
 
+local Ladder = require "moonrabbit.app.ladder"
 local compile = require "moonrabbit.app.route.compile"
+local connection_options = require "moonrabbit.connection.options"
+local cycles = require "moonrabbit.app.cycles"
 local options = require "moonrabbit.options"
 local partitions = require "moonrabbit.app.flow.partitions"
 local route = require "moonrabbit.app.route"
-local Trie = require "moonrabbit.app.route.trie"
 
 local shortstr, boolean, integer = options.shortstr, options.boolean, options.integer
 
@@ -44,12 +46,12 @@ local shortstr, boolean, integer = options.shortstr, options.boolean, options.in
 ---@field handler function?       (message, app); or:
 ---@field route any?              a target: moonrabbit.app.route
 ---@field prefetch integer?       unsettled messages that the broker may have out; 4 times the concurrency and at least 64 by default
----@field concurrency integer?    handlers that run at once; 16 by default
+---@field concurrency integer?    handlers that run at once; 16 by default, 1 where `dedupe` joins a transaction
 ---@field timeout number?         seconds after which a run counts as failed; none by default
 ---@field retry function?         a policy (message, failure, attempt) -> seconds | nil; without it nothing is retried
 ---@field dead_letter (string|false)?  the queue for what failed for good; the app's name and ".dead" by default; false: it is rejected
----@field in_process (number|boolean)? retries with delays up to so many seconds are waited for in the process; 0.1 by default; true: all
----@field hold number?            seconds for which a copy that fails is tried again; 300 by default
+---@field in_process (number|boolean)? retries with delays up to so many seconds are waited for in the process; 0.1 by default; true: all, as always for streams and exclusive queues; false: none
+---@field hold number?            seconds for which a copy that fails is tried again; 300 by default, math.huge for streams
 ---@field ladder (string|table)?  the app's by default
 ---@field dedupe table?           a store, or { store, key, lease, away, missing }: moonrabbit.app.runner.dedupe
 ---@field order_by (fun(message: moonrabbit.Message): any)?  messages of one key one at a time, in order
@@ -105,6 +107,12 @@ local function list_of_bindings(value)
     if type(each) ~= "table" or type(each[1]) ~= "string" or (each[2] ~= nil and type(each[2]) ~= "string")
       or (each.arguments ~= nil and type(each.arguments) ~= "table") then
       return "a list of { exchange, key, arguments = … }: entry " .. i .. " is none;"
+    end
+    for name in pairs(each) do
+      if name ~= 1 and name ~= 2 and name ~= "arguments" then
+        return ("a list of { exchange, key, arguments = … }: entry %d has an unknown field '%s';"):format(i,
+          tostring(name))
+      end
     end
   end
 end
@@ -258,37 +266,40 @@ local function check_dedupe(what, dedupe)
   end
 end
 
--- ---- Routes that send a message back to where it comes from -----------------------------------------
-
-local function matches(exchange, bind, key)
-  local kind = exchange.type or "topic"
-  if kind == "fanout" then return true end
-  if kind == "direct" then return bind[2] == key end
-  if kind ~= "topic" then return false end
-  if bind[2] == "#" then return true end
-  if not key then return false end
-  local trie = Trie.new()
-  trie:add(bind[2] or "", 1)
-  return trie:first(key, 0) == 1
-end
-
--- Whether what a route sends, unchanged, is certain to come back to the consumer's own queue.
-local function comes_back(spec, consumer, send)
-  if send.make or send.opts.set or send.opts.remove then return false end
-  if send.exchange == "" then return send.key == consumer.queue end
-  local exchange = (spec.exchanges or {})[send.exchange]
-  if not exchange then return false end
-  for _, bind in ipairs(spec.queues[consumer.queue].bind or {}) do
-    if bind[1] == send.exchange and matches(exchange, bind, send.key) then return true end
+-- A table of options for a ladder, or its name; nothing is made of it yet.
+local function check_ladder(what, given, app)
+  if type(given) == "table" and getmetatable(given) ~= nil then return end -- one that is made
+  local opts = { name = given or app }
+  if type(given) == "table" then
+    opts = { name = app }
+    for key, value in pairs(given) do opts[key] = value end
   end
-  return false
+  local ok, problem = pcall(Ladder.new, opts, -1)
+  if not ok then bad("%s.%s", what, problem) end
 end
+
+local function check_connect(given)
+  if type(given) ~= "table" or given.consume or given.publish then return end
+  local ok, problem = pcall(connection_options.check, given, -2)
+  if not ok then bad("connect: %s", (problem:gsub("^connect: ", ""))) end
+end
+
+-- Where failed messages go must not be where they come from.
+local function check_dead_letter(what, spec, consumer)
+  local queue = consumer.dead_letter
+  if queue == nil then queue = spec.name .. ".dead" end
+  if queue == consumer.queue then
+    bad("%s.dead_letter: a cycle: its dead letters would come back to its own queue '%s'", what, queue)
+  end
+end
+
+-- ---- Routes -----------------------------------------------------------------------------------------
 
 local function check_route(what, spec, consumer)
   local compiled, problem = compile.compile(consumer.handler or consumer.route)
   if not compiled then bad("%s.route: %s", what, problem) end
   for _, send in ipairs(compiled.sends) do
-    if comes_back(spec, consumer, send) then
+    if cycles.reaches(spec, send, consumer.queue) then
       bad("%s.route: a cycle: what route.%s (%s) sends, unchanged, comes back to this consumer's own queue '%s'", what,
         send.kind, send.where, consumer.queue)
     end
@@ -297,6 +308,12 @@ local function check_route(what, spec, consumer)
 end
 
 -- ---- Consumers --------------------------------------------------------------------------------------
+
+-- Whether it commits the handlers' own transaction.
+local function joins(consumer)
+  local dedupe = consumer.dedupe
+  return dedupe and (dedupe.store or dedupe).joined
+end
 
 local function check_consumer(what, spec, consumer)
   check(what, consumer, plan.consumer)
@@ -311,6 +328,22 @@ local function check_consumer(what, spec, consumer)
   check_flow(what, consumer)
   check_partitions(what, spec, consumer)
   check_dedupe(what, consumer.dedupe)
+  if consumer.ladder ~= nil then check_ladder(what, consumer.ladder, spec.name) end
+  check_dead_letter(what, spec, consumer)
+  if consumer.batch and joins(consumer) then
+    bad("%s: batch and a de-duplication store in a transaction of your own exclude each other", what)
+  end
+end
+
+local function kind_of(queue)
+  return queue.type or queue.arguments and queue.arguments["x-queue-type"] or "classic"
+end
+
+-- A copy would come back to every reader of a stream, and might find an exclusive queue gone.
+local function keep_in_process(compiled)
+  local stream = compiled.kind == "stream"
+  if stream or compiled.exclusive then compiled.in_process = true end
+  if stream then compiled.hold = compiled.hold or math.huge end -- nothing goes back to a stream
 end
 
 local function compile_consumer(what, spec, given)
@@ -319,9 +352,10 @@ local function compile_consumer(what, spec, given)
   local compiled = {}
   for key, value in pairs(given) do compiled[key] = value end
   compiled.app = spec.name
-  compiled.kind = queue.type or "classic"
+  compiled.kind = kind_of(queue)
   compiled.exclusive = queue.exclusive or false
-  compiled.concurrency = given.concurrency or 16
+  keep_in_process(compiled)
+  compiled.concurrency = given.concurrency or joins(given) and 1 or 16
   compiled.prefetch = given.prefetch
     or math.min(65535, math.max(64, 4 * compiled.concurrency, given.batch and 2 * given.batch.size or 0))
   if compiled.ladder == nil then compiled.ladder = spec.ladder end
@@ -329,6 +363,13 @@ local function compile_consumer(what, spec, given)
   compiled.handler_at = compiled.target.constant and compiled.target.describe[compiled.target.constant]
   if type(given.partitions) == "number" then compiled.partitions = { count = given.partitions } end
   return compiled
+end
+
+local function check_cycles(spec)
+  local queues = cycles.find(spec)
+  if queues then
+    bad("consumers: a cycle: everything goes round by way of the queues '%s'", table.concat(queues, "', '"))
+  end
 end
 
 local function copy(map)
@@ -340,6 +381,8 @@ end
 local function compile_all(spec)
   check("the app", spec, plan.app)
   if spec.name == nil or spec.name == "" then bad("the name is missing: name = \"orders\"") end
+  check_ladder("the app", spec.ladder, spec.name)
+  check_connect(spec.connect)
   check_exchanges(spec)
   check_queues(spec)
   local consumers = spec.consumers
@@ -353,6 +396,7 @@ local function compile_all(spec)
     if consumers[i] == nil then bad("consumers must be a list, and entry %d is missing", i) end
     compiled[i] = compile_consumer(("consumers[%d]"):format(i), spec, consumers[i])
   end
+  check_cycles(spec)
   local made = {
     name = spec.name, exchanges = copy(spec.exchanges), queues = copy(spec.queues), consumers = {},
     ladder = spec.ladder,

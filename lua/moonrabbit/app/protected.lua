@@ -1,6 +1,7 @@
 --- Calls a handler so that what it throws comes back as a value, with its traceback, and it may yield.
 -- @module moonrabbit.app.protected
 
+local text_of = require "moonrabbit.app.failure".text
 local yielding_pcall = require "moonrabbit.protect"
 
 ---@class moonrabbit.app.Thrown
@@ -10,8 +11,7 @@ local Thrown = {}
 Thrown.__index = Thrown
 
 local function caught(value)
-  local text = type(value) == "string" and value or tostring(value)
-  return setmetatable({ value = value, traceback = debug.traceback(text, 2) }, Thrown)
+  return setmetatable({ value = value, traceback = debug.traceback(text_of(value), 2) }, Thrown)
 end
 
 --- A function (fn, a, b) -> true | false, Thrown. `cancelled` is passed on as it is.

@@ -1,6 +1,7 @@
 --- moonrabbit explain
 
 local exit = require "moonrabbit.cli.exit"
+local options = require "moonrabbit.options"
 local output = require "moonrabbit.cli.output"
 local values = require "moonrabbit.cli.values"
 
@@ -32,6 +33,12 @@ local function route_lines(explain, consumer, message)
 end
 
 local function show(text) output.write(text, "\n") end
+
+local function why_unknown(exchanges, name)
+  if exchanges[name] then return ("the exchange %s is of a kind that cannot be followed here"):format(name) end
+  local hint = options.nearest(name, exchanges)
+  return ("the exchange %s is not among the app's%s"):format(name, hint and " (did you mean " .. hint .. "?)" or "")
+end
 
 local function show_consumer(consumer)
   show("consumer of " .. consumer.queue)
@@ -72,9 +79,7 @@ function command.run(args)
   end
   show(("app %s declares"):format(app.name))
   for _, line in ipairs(result.topology) do show("  " .. line) end
-  for name in pairs(unknown or {}) do
-    show(("the exchange %s is of a kind that cannot be followed here"):format(name))
-  end
+  for name in pairs(unknown or {}) do show(why_unknown(app.plan.exchanges, name)) end
   for _, consumer in ipairs(result.consumers) do show_consumer(consumer) end
   return exit.ok
 end

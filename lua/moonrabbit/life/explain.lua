@@ -7,6 +7,7 @@
 local Trie = require "moonrabbit.app.route.trie"
 local broker = require "moonrabbit.testing.broker"
 local clock = require "moonrabbit.testing.clock"
+local failure = require "moonrabbit.app.failure"
 local protect = require "moonrabbit.protect"
 local topology = require "moonrabbit.app.topology"
 
@@ -115,13 +116,14 @@ local function describe(consumer, target)
   return type(target) == "function" and "a handler" or tostring(target)
 end
 
+-- Every canary on the way gives this version.
 local function resolve(consumer, message, version)
   local canaries = consumer.target.canaries
   for _, canary in ipairs(canaries) do canary.choose = function() return version end end
   local job = {}
   local ok, target = protect(consumer.target.resolve, message, job)
   for _, canary in ipairs(canaries) do canary.choose = nil end
-  if not ok then return "a condition threw: " .. tostring(target) end
+  if not ok then return "a condition threw: " .. failure.text(target) end
   return describe(consumer, target), job.trials and job.trials[1]
 end
 
@@ -150,10 +152,11 @@ function explain.retries(app, consumer)
   local dead = consumer.dead_letter == false and "it is rejected: the queue's own dead-letter exchange, or dropped"
     or ("it goes to the dead letters: '%s'"):format(consumer.dead_letter or app.name .. ".dead")
   if policy == nil then return { "a failure is not retried: " .. dead } end
+  local where = (consumer.in_process == true or consumer.order_by) and "; the waiting is in the process" or ""
   if type(policy) ~= "table" or not policy.timetable then
-    return { "a function of yours decides about retries", "nil: " .. dead }
+    return { "a function of yours decides about retries" .. where, "nil: " .. dead }
   end
-  lines[1] = policy:describe()
+  lines[1] = policy:describe() .. where
   for _, time in ipairs(policy:timetable(10)) do
     local delay = ("%.3g to %.3g s"):format(time.least, time.most)
     if time.least == time.most then delay = ("%g s"):format(time.most) end
@@ -212,6 +215,7 @@ local function ladder_steps(app, consumer, add, version)
     app = app.name, consumer = consumer, publisher = function() end,
   }
   local delays = {}
+  for i, seconds in ipairs(made.ladder.steps or {}) do delays[i] = seconds end
   delays_of(consumer.retry, made, delays)
   if made.threshold < math.huge then
     local all = made.ladder:entities({ consumer.queue }, delays, version)

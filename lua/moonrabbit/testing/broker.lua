@@ -11,6 +11,7 @@ local errors = require "moonrabbit.errors"
 ---@field headers table<string, any>
 ---@field properties table<string, any>
 ---@field redelivered boolean
+---@field message_id string?  properties.message_id
 local Message = {}
 Message.__index = Message
 
@@ -29,6 +30,7 @@ function broker.message(bench, body, fields)
     body = body, exchange = fields.exchange or "", routing_key = fields.routing_key or "",
     headers = copy(fields.headers), properties = copy(fields.properties), redelivered = fields.redelivered or false,
     delivery_tag = 1, consumer_tag = "testing", channel = bench.channel, _bench = bench,
+    message_id = fields.properties and fields.properties.message_id,
   }, Message)
 end
 
@@ -40,7 +42,7 @@ end
 
 function Message:ack() return settle(self, "ack", "ack") end
 function Message:nack(opts) return settle(self, "nack", opts and opts.requeue == false and "reject" or "back") end
-function Message:reject(opts) return settle(self, "reject", opts and opts.requeue == false and "reject" or "back") end
+function Message:reject(opts) return settle(self, "reject", opts and opts.requeue and "back" or "reject") end
 
 function Message:reply(body, opts)
   local to = self.properties.reply_to

@@ -24,6 +24,8 @@ local DONE = "done"
 local RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
 -- A claim may end between two looks at it.
 local TRIES = 3
+-- Claims without an answer that are remembered; past that all are forgotten, and end with their leases.
+local MOST_UNSURE = 10000
 
 ---@class moonrabbit.dedupe.RedisOptions
 ---@field url string?       `redis[s]://[user:password@]host[:port][/database]`; "redis://127.0.0.1:6379/0" by default
@@ -86,6 +88,7 @@ function redis.new(opts, level)
   return setmetatable({
     server = server, ttl = opts.ttl or 86400, prefix = opts.prefix or "moonrabbit:",
     connections = opts.connections or 8, tokens = {}, serial = 0,
+    unsure = {}, how_many_unsure = 0, -- key -> token of a claim that Redis did not answer to
   }, Store)
 end
 
@@ -111,22 +114,33 @@ local function new_token(self)
   return "claim:" .. self.identity .. ":" .. self.serial
 end
 
+-- One claim that had no answer is made again as it was: it may have come through, and would else be somebody else's
+-- until its lease ends. Only one task gets it.
+local function token_for(self, key)
+  local token = self.unsure[key]
+  self.unsure[key] = nil
+  return token or new_token(self)
+end
+
+local function unanswered(self, key, token, err)
+  if self.how_many_unsure >= MOST_UNSURE then self.unsure, self.how_many_unsure = {}, 0 end
+  self.unsure[key], self.how_many_unsure = token, self.how_many_unsure + 1
+  return nil, err
+end
+
 --- Claims a key for `lease` seconds: "new", "running" or "done".
 ---@param key string
 ---@param lease number seconds
 ---@return "new"|"running"|"done"|nil state, moonrabbit.Error?
 function Store:begin(key, lease)
-  local name, token = self.prefix .. key, new_token(self)
+  local name, token = self.prefix .. key, token_for(self, key)
   for _ = 1, TRIES do
     local ok, set = clients(self):command("set", name, token, "NX", "PX", milliseconds(lease))
-    if not ok then return nil, set end
-    if set then
-      self.tokens[key] = token
-      return "new"
-    end
-    local got, value = clients(self):command("get", name)
-    if not got then return nil, value end
-    if value == token then -- the answer to a first try was lost with its connection
+    if not ok then return unanswered(self, key, token, set) end
+    local got, value = true, set and token
+    if not set then got, value = clients(self):command("get", name) end
+    if not got then return unanswered(self, key, token, value) end
+    if value == token then
       self.tokens[key] = token
       return "new"
     end

@@ -9,8 +9,9 @@
 -- **In your own transaction.** With `connection`, a function that returns your LuaSQL connection, the store begins a
 -- transaction on it, inserts the key, and lets the handler go on; its commit commits, its abort rolls back. So the key
 -- and what the handler has written on that connection become true together or not at all: a message is processed
--- once, whatever dies when. There is one transaction on a connection: other messages wait meanwhile (`begin` answers
--- "running"), so let the consumer have `concurrency = 1`, or one process each.
+-- once, whatever dies when. A commit that fails has undone both: the message is handled again, or fails. There is one
+-- transaction on a connection: other messages wait meanwhile (`begin` answers "running"), so the `concurrency` of such a
+-- consumer is 1 by default. Where the connection is lost, your function is to open another one.
 --
 -- It goes through LuaSQL, which **blocks** the event loop for as long as the database takes: keep the database near, or
 -- use `redis`. In nginx it is refused.
@@ -23,6 +24,7 @@ local random = require "moonrabbit.app.dedupe.random"
 local sql = {}
 
 ---@class moonrabbit.dedupe.Sql
+---@field joined boolean  whether its commit is that of the user's own transaction
 local Store = {}
 Store.__index = Store
 
@@ -51,6 +53,8 @@ local store_options = {
 
 -- Old keys are deleted once in so many commits, at most so many at a time.
 local SWEEP_EVERY, SWEEP_MOST = 1000, 5000
+-- Claims without an answer that are remembered; past that all are forgotten, and end with their leases.
+local MOST_UNSURE = 10000
 -- How long another process may hold a lock, in milliseconds, before that is an error.
 local LOCK_TIMEOUT = 5000
 
@@ -70,6 +74,7 @@ function sql.new(opts, level)
   return setmetatable({
     opts = opts, driver = opts.driver, table = opts.table or "moonrabbit_seen", ttl = opts.ttl or 30 * 86400,
     now = opts.now or os.time, joined = opts.connection ~= nil, commits = 0, leases = {},
+    unsure = {}, how_many_unsure = 0, -- key -> number of a claim that the database did not answer to
   }, Store)
 end
 
@@ -214,21 +219,21 @@ end
 
 -- ---- The store ----------------------------------------------------------------------------------------
 
-local function claim_row(self, key, lease)
-  local claim, ends = claim_number(), self.now() + lease
+local function claim_row(self, key, lease, claim)
+  local ends = self.now() + lease
   local result, problem = insert(self, key, claim, ends)
   if result == nil then return nil, problem end
-  if affected(result) > 0 then return "new", nil, claim end
+  if affected(result) > 0 then return "new" end
   local found
   found, problem = look(self, key)
   if found == nil then return nil, problem end
   if not found then return "running" end -- given back between the two statements
   local old, old_ends = ("%.0f"):format(tonumber(found[1])), tonumber(found[2])
+  if old == claim then return "new" end -- the answer to a first try was lost with its connection
   if old_ends > self.now() then return old == "0" and "done" or "running" end
   result, problem = take_over(self, key, claim, ends, old)
   if result == nil then return nil, problem end
-  if affected(result) > 0 then return "new", nil, claim end
-  return "running"
+  return affected(result) > 0 and "new" or "running"
 end
 
 -- Begins the transaction that the handler's writes join.
@@ -238,7 +243,7 @@ local function begin_joined(self, key)
     self.connection:setautocommit(false)
     self.manual = self.connection
   end
-  local state, problem = claim_row(self, key, 0)
+  local state, problem = claim_row(self, key, 0, claim_number())
   if state == "new" then
     self.open_key = key
     local done
@@ -259,8 +264,15 @@ function Store:begin(key, lease)
   local ok, err = ready(self)
   if not ok then return nil, err end
   if self.joined then return begin_joined(self, key) end
-  local state, problem, claim = claim_row(self, key, lease)
-  if state == nil then return broken(self, "claiming a key", problem) end
+  -- A claim that had no answer is made again as it was: it may have come through.
+  local claim = self.unsure[key] or claim_number()
+  self.unsure[key] = nil
+  local state, problem = claim_row(self, key, lease, claim)
+  if state == nil then
+    if self.how_many_unsure >= MOST_UNSURE then self.unsure, self.how_many_unsure = {}, 0 end
+    self.unsure[key], self.how_many_unsure = claim, self.how_many_unsure + 1
+    return broken(self, "claiming a key", problem)
+  end
   if state == "new" then self.leases[key] = claim end
   return state
 end
@@ -277,7 +289,11 @@ local function commit_joined(self, key)
     return nil, errors.new { kind = "closed", temporary = false,
       message = "the transaction of this message is over: it was rolled back" }
   end
-  local ok, done, problem = pcall(self.connection.commit, self.connection)
+  -- PostgreSQL takes the COMMIT of a transaction in which a statement failed, and rolls it back.
+  local found, problem = look(self, key)
+  if not found then return broken(self, "committing", problem or "the transaction was rolled back") end
+  local ok, done
+  ok, done, problem = pcall(self.connection.commit, self.connection)
   self.open_key = nil
   if not ok or not done then return broken(self, "committing", not ok and done or problem or "the database refused") end
   return true

@@ -71,6 +71,7 @@ local function conclude(runner, job, failed, asked)
     runner:give_back(job, "stopping")
     return runner:finish(job)
   end
+  if job.reclaim and not runner:reclaimed(job) then return end
   execute(runner, { job })
 end
 

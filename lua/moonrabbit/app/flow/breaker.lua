@@ -66,6 +66,13 @@ function Breaker:result(job, ok, now)
   return "closed"
 end
 
+--- Another job stands for one that was let in.
+---@param job table
+---@param other table
+function Breaker:hand_over(job, other)
+  if self.probe == job then self.probe = other end
+end
+
 --- A job that was let in did not run after all.
 ---@param job table
 function Breaker:withdraw(job)

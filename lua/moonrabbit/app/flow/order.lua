@@ -3,6 +3,8 @@
 -- handles them all.
 -- @module moonrabbit.app.flow.order
 
+local text_of = require "moonrabbit.app.failure".text
+
 ---@class moonrabbit.app.Order
 local Order = {}
 Order.__index = Order
@@ -29,7 +31,8 @@ end
 ---@param handle fun(runner: table, message: moonrabbit.Message, waited: boolean)
 function Order:handle(runner, message, handle)
   local ok, key = pcall(self.order_by, message)
-  if not ok then return handle(runner, message, false, "order_by: " .. tostring(key)) end
+  if not ok then return handle(runner, message, false, "order_by: " .. text_of(key)) end
+  if key ~= key then return handle(runner, message, false, "order_by: the key is not a number (NaN)") end
   if key == nil then return handle(runner, message, false) end
   local lanes = self.lanes
   local lane = lanes[key]

@@ -21,6 +21,7 @@
 -- @module moonrabbit.app.retry
 
 local options = require "moonrabbit.options"
+local failures = require "moonrabbit.app.failure"
 local jitter = require "moonrabbit.app.retry.jitter"
 local protect = require "moonrabbit.protect"
 
@@ -35,6 +36,7 @@ retry.LONGEST = require "moonrabbit.app.steps".LONGEST
 ---@field permanent boolean?   trying again cannot help
 ---@field traceback string?
 ---@field value any            what was thrown or returned
+---@field since number?        seconds since the message failed first in this process
 
 ---@alias moonrabbit.RetryFunction fun(msg: moonrabbit.Message, err: moonrabbit.RetryFailure, attempt: integer): number?
 
@@ -176,16 +178,17 @@ end
 
 -- ---- Asking a policy --------------------------------------------------------------------------------
 
--- How long ago the message failed first, as its headers tell.
-local function too_late(self, msg)
+-- How long ago the message failed first: as its headers tell, or, of retries in the process, the failure.
+local function too_late(self, msg, err)
   if not self.within then return false end
   local first = require("moonrabbit.app.copy").first_failure(msg)
-  return first ~= nil and self.now() - first > self.within
+  local since = err and err.since or 0
+  return math.max(first and self.now() - first or 0, since) > self.within
 end
 
 function Policy:__call(msg, err, attempt)
   if err and err.permanent then return nil end
-  if attempt >= self.attempts or too_late(self, msg) then return nil end
+  if attempt >= self.attempts or too_late(self, msg, err) then return nil end
   local base = self._base(attempt)
   if not base then return nil end
   local most = math.min(self.max or retry.LONGEST, retry.LONGEST)
@@ -268,11 +271,11 @@ function retry.decide(policy_of, msg, failure, attempt)
   if failure.permanent then return nil, "permanent", failure end
   if policy_of == nil then return nil, "no retry", failure end
   local ok, seconds = protect(policy_of, msg, failure, attempt)
-  if not ok then return nonsense("the retry policy threw: " .. tostring(seconds), failure) end
+  if not ok then return nonsense("the retry policy threw: " .. failures.text(seconds), failure) end
   if seconds == nil then return nil, "attempts", failure end
   local expected = delay(seconds)
   if not expected then return seconds end
-  return nonsense(("the retry policy returned %s (%s), not %s or nil"):format(tostring(seconds), type(seconds),
+  return nonsense(("the retry policy returned %s (%s), not %s or nil"):format(failures.text(seconds), type(seconds),
     expected), failure)
 end
 

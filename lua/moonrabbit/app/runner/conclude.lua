@@ -3,6 +3,7 @@
 
 local failure = require "moonrabbit.app.failure"
 local protect = require "moonrabbit.protect"
+local retry = require "moonrabbit.app.retry"
 
 ---@class moonrabbit.app.Runner
 local Runner = {}
@@ -17,9 +18,13 @@ end
 
 -- ---- Success ----------------------------------------------------------------------------------------
 
+-- What the store has undone with its commit (see Dedupe:commit) is not acked: that is returned.
 ---@package
 function Runner:acked(job, outcome, seconds, detail)
-  if job.claim then self.dedupe:commit(job) end
+  if job.claim then
+    local undone = self.dedupe:commit(job)
+    if undone then return undone end
+  end
   local ok, why = self.settle.ack(job.message)
   if not ok and why == "settled" and not self.said_settled then
     self.said_settled = true
@@ -59,15 +64,24 @@ local function copy_failed(self, job, what, err)
   self:give_back(job, tostring(err), "reject")
 end
 
--- disposal answers true once the copy is confirmed and in a queue. Then, and only then, the original is acked.
+-- The message's own headers leave no room for those of a copy.
+local function is_too_large(err)
+  return type(err) == "table" and err.kind == "overflow" and not err.temporary
+end
+
+-- disposal answers true once the copy is confirmed and in a queue. Then, and only then, the original is acked. A retry
+-- that no copy can be made for is waited for here: its delay is returned.
 local function copy(self, job, what, detail, failed, seconds)
   if job.claim then self.dedupe:abort(job) end
   local ok, done, err = protect(self.disposal[what], self.disposal, job.message, detail, failed, job.attempt)
   if not ok then
-    if done == self.runtime.cancelled and done ~= nil then err = "the app stops" else err = done end
+    if done == self.runtime.cancelled and done ~= nil then err = "the app stops" else err = failure.text(done) end
     done = nil
   end
-  if not done then return copy_failed(self, job, what, err) end
+  if not done then
+    if what == "retry" and is_too_large(err) then return detail end
+    return copy_failed(self, job, what, err)
+  end
   self.bad_copies = 0
   self.settle.ack(job.message)
   ended(self, what, seconds, detail)
@@ -83,24 +97,11 @@ end
 
 -- ---- The retry policy -------------------------------------------------------------------------------
 
--- The delay that a policy gives; nil and why there is none.
+-- The delay that a policy gives; nil, why there is none, and the failure to tell of.
 local function ask(self, job, failed)
-  local policy = self.consumer.retry
-  if not policy then return nil, failed.message end
-  local ok, delay = protect(policy, job.message, failed, job.attempt)
-  local wrong
-  if not ok then
-    wrong = "threw: " .. tostring(delay)
-  elseif delay == nil then
-    return nil, failed.message
-  elseif type(delay) ~= "number" or not (delay >= 0 and delay < math.huge) then
-    wrong = "gave " .. (type(delay) == "number" and tostring(delay) or "a " .. type(delay))
-      .. ", and no number of seconds or nil"
-  else
-    return delay
-  end
-  self.log("error", ("the retry policy of '%s' %s"):format(self.queue, wrong))
-  return nil, ("the retry policy %s; the failure was: %s"):format(wrong, failed.message)
+  local delay, reason, told = retry.decide(self.consumer.retry, job.message, failed, job.attempt)
+  if reason == "retry policy" then self.log("error", ("'%s': %s"):format(self.queue, told.message)) end
+  return delay, reason, told or failed
 end
 
 local function stays(self, job, delay)
@@ -123,30 +124,39 @@ local function not_ours(self, job, failed, why, seconds)
   ended(self, "drop", seconds, "settled by its handler, which failed: " .. failed.message)
 end
 
+-- It runs again after `delay` seconds, in this process.
+local function run_again(self, job, delay, seconds)
+  if self.dedupe then self.dedupe:pause(job) end
+  job.attempt = job.attempt + 1
+  ended(self, "retry", seconds, delay)
+  return delay
+end
+
+-- What is told of a failure: which attempt it was, and for how long the message has been failing here.
+local function note(self, job, failed)
+  job.attempt = job.attempt or self.disposal:attempt(job.message)
+  job.first = job.first or self.now()
+  failed.attempt, failed.since = job.attempt, self.now() - job.first
+  if self.failed then self.failed(self.queue, failed) end
+end
+
 -- The seconds after which the job is to run again in the process, or nil.
 local function fail(self, job, failed, seconds, asked)
-  job.attempt = job.attempt or self.disposal:attempt(job.message)
-  failed.attempt = job.attempt
-  if self.failed then self.failed(self.queue, failed) end
+  note(self, job, failed)
   local outstanding, why = self.settle.outstanding(job.message)
   if not outstanding then return not_ours(self, job, failed, why, seconds) end
   local delay, reason
   if asked and asked.action == "dead_letter" then
     reason = asked.reason
-  elseif failed.permanent then
-    reason = failed.message
-  elseif asked and asked.after then
+  elseif asked and asked.after and not failed.permanent then
     delay = asked.after
   else
-    delay, reason = ask(self, job, failed)
+    delay, reason, failed = ask(self, job, failed)
   end
   if not delay then return park(self, job, reason, failed, seconds) end
-  if stays(self, job, delay) then
-    job.attempt = job.attempt + 1
-    ended(self, "retry", seconds, delay)
-    return delay
-  end
-  copy(self, job, "retry", delay, failed, seconds)
+  if stays(self, job, delay) then return run_again(self, job, delay, seconds) end
+  local waits = copy(self, job, "retry", delay, failed, seconds)
+  return waits and run_again(self, job, waits, seconds)
 end
 
 local function failure_of_outcome(asked)
@@ -201,7 +211,12 @@ function Runner:conclude(job, failed, asked)
   if self.breaker then
     breaker_hears(self, job, ok or (failed or asked).permanent or asked and asked.action == "dead_letter" or false, now)
   end
-  if ok then return self:acked(job, asked and "drop" or "ok", seconds) end
+  if ok then
+    local undone = self:acked(job, asked and "drop" or "ok", seconds)
+    if not undone then return nil end
+    if undone == "again" then return 0 end
+    failed, asked = undone, nil
+  end
   return fail(self, job, failed or failure_of_outcome(asked), seconds, asked)
 end
 

@@ -10,9 +10,15 @@
 -- | `away` | what to do while the store cannot be reached: "wait" (the default) until it can, or "go_on" without it |
 -- | `missing` | of a message without a key: "handle" (the default) it, or "fail" it for good |
 --
+-- A key is a string that is not empty, or a number; of anything else a message fails.
+--
 -- A key that is claimed is waited for, without a place among the `concurrency`: its owner commits, aborts,
 -- or dies and its lease ends. What was handled is committed before it is acked; a store that is away then is waited
 -- for too, so a message is never silently handled twice. "go_on" says so in the log and by an event.
+--
+-- A store with `joined` commits the handler's own work with the key. When that commit fails the work is undone: the
+-- message is handled again once the database is back, or, where it was not away, has failed. While a retry waits in the
+-- process its transaction is rolled back.
 -- @module moonrabbit.app.runner.dedupe
 
 local failure = require "moonrabbit.app.failure"
@@ -47,7 +53,7 @@ function Dedupe.new(consumer, runner)
   return setmetatable({
     store = store, runner = runner, key = key_function(plain.key),
     lease = plain.lease or math.max(300, (consumer.timeout or 0) + 60),
-    go_on = plain.away == "go_on", missing = plain.missing or "handle",
+    go_on = plain.away == "go_on", missing = plain.missing or "handle", joined = store.joined or false,
   }, Dedupe)
 end
 
@@ -55,7 +61,7 @@ local function call(self, method, key, lease)
   local ok, answer, err = protect(self.store[method], self.store, key, lease)
   if not ok then
     if answer == self.runner.runtime.cancelled and answer ~= nil then error(answer, 0) end
-    return nil, tostring(answer)
+    return nil, failure.text(answer)
   end
   return answer, err
 end
@@ -75,20 +81,34 @@ local function back_again(self)
   self.runner.log("warn", ("the de-duplication store of '%s' can be reached again"):format(self.runner.queue))
 end
 
+-- A key that is no string with something in it: nil where there is none. All messages with an empty id would be one.
+local function other_key(key)
+  if key == nil or key == "" then return nil end
+  if type(key) == "number" then return tostring(key) end
+  error(("it is a %s, and no string or number"):format(type(key)), 0)
+end
+
 -- The key, what the store says about it, and why.
 local function begin(self, message)
   local key = self.key(message)
-  if key == nil then return nil end
-  if type(key) ~= "string" then key = tostring(key) end
+  if type(key) ~= "string" or key == "" then
+    key = other_key(key)
+    if key == nil then return nil end
+  end
   return key, self.store:begin(key, self.lease)
+end
+
+local function key_of(self, message)
+  local key = self.key(message)
+  return type(key) == "string" and key or other_key(key)
 end
 
 -- Which of the two threw: the key or the store?
 local function explain(self, message, problem)
   if problem == self.runner.runtime.cancelled and problem ~= nil then error(problem, 0) end
-  local ok, key = protect(self.key, message)
-  if ok then return tostring(key), nil, tostring(problem) end
-  return failure.new("error", "the de-duplication key: " .. tostring(key), { value = key })
+  local ok, key = protect(key_of, self, message)
+  if ok then return key, nil, failure.text(problem) end
+  return failure.new("error", "the de-duplication key: " .. failure.text(key), { value = key })
 end
 
 --- Asks the store about a message, without a throw: whether that went well, and then the key, what the store says
@@ -127,13 +147,43 @@ function Dedupe:claim(job, ok, key, state, err)
   end
 end
 
---- It was handled.
+-- The handler's work was undone: what that means for the job, as Dedupe:commit says.
+local function undone(self, job, problem)
+  local wait, away = FIRST_WAIT, false
+  while true do
+    local ok, key, state, err = self:ask(job.message)
+    if ok and state == "done" then return nil end -- the answer was lost, and not the commit
+    if ok and state == "new" then
+      job.claim = key
+      if self.said then back_again(self) end
+      if away then return "again" end
+      self:abort(job)
+      return failure.new("error", "the transaction was not committed: " .. failure.text(problem))
+    end
+    if not ok or state ~= "running" then
+      away = true
+      say_away(self, "commit", ok and err or key)
+      if self.go_on then return "again" end
+    end
+    if not self.runner:pause(wait) then return "again" end
+    wait = math.min(LONGEST_WAIT, wait * 2)
+  end
+end
+
+--- It was handled. Nil; or, where the store has undone the handler's work with its own (`joined`): the failure that this
+--- is, or "again" when the database was away, and it is to be handled once more.
 ---@param job table
+---@return moonrabbit.Failure|"again"|nil
 function Dedupe:commit(job)
   local key, wait = job.claim, FIRST_WAIT
   job.claim = false
-  local done, committed = protect(self.store.commit, self.store, key)
+  local done, committed, why = protect(self.store.commit, self.store, key)
   if done and committed and not self.said then return end
+  if self.joined then
+    if done and committed then return back_again(self) end
+    local again = undone(self, job, done and why or committed)
+    return again
+  end
   while true do
     local ok, err = call(self, "commit", key)
     if ok then
@@ -144,6 +194,15 @@ function Dedupe:commit(job)
     if self.go_on or not self.runner:pause(wait) then return end
     wait = math.min(LONGEST_WAIT, wait * 2)
   end
+end
+
+--- The job waits to run again in this process. Its claim stays, unless it holds a transaction open; what is given back
+--- is claimed again then.
+---@param job table
+function Dedupe:pause(job)
+  if job.claim and not self.joined then return end
+  self:abort(job)
+  job.reclaim = true
 end
 
 --- What a store that lives in this process knows, for the one that takes its place; nil where it lives elsewhere.

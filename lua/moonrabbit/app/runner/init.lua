@@ -71,7 +71,10 @@ function Runner.new(consumer, env)
   if consumer.timeout then
     self.watch = Watch.new(runtime, consumer.timeout, function(job) self:expire(job) end)
   end
-  if consumer.dedupe then self.dedupe = Dedupe.new(consumer, self) end
+  if consumer.dedupe then
+    self.dedupe = Dedupe.new(consumer, self)
+    self.joined = self.dedupe.joined
+  end
   if consumer.rate then self.rate = Rate.new(consumer.rate, runtime.now()) end
   if consumer.breaker then self.breaker = Breaker.new(consumer.breaker) end
   if consumer.order_by then self.order = Order.new(consumer.order_by) end
@@ -153,7 +156,7 @@ function Runner:job(message)
     job = {
       message = false, target = false, trials = nil, claim = false, attempt = nil, slot = false, started = 0,
       expired = false, abandoned = false, over = true, task = false, due = false, before = false, after = false,
-      n = 0, value = nil, reason = nil, serial = 0, batch = false, of = false,
+      n = 0, value = nil, reason = nil, serial = 0, batch = false, of = false, first = false, reclaim = false,
     }
     self.jobs[job] = true
   end
@@ -174,7 +177,7 @@ function Runner:finish(job)
   if self.gauge then self.gauge(self.queue, self.in_flight) end
   if self.in_flight == 0 then self.quiet:broadcast() end
   job.message, job.target, job.trials, job.attempt, job.value, job.reason = false, false, nil, nil, nil, nil
-  job.claim, job.expired, job.task, job.of = false, false, false, false
+  job.claim, job.expired, job.task, job.of, job.first, job.reclaim = false, false, false, false, false, false
   if job.abandoned then return end -- its handler still has it
   local spare = self.spare
   if #spare < SPARE_JOBS then spare[#spare + 1] = job end
@@ -277,6 +280,7 @@ local function abandon(self, job)
   self.jobs[twin] = true
   twin.abandoned, twin.expired, twin.over, twin.due = false, false, true, false
   job.slot, job.claim = false, false
+  if self.breaker then self.breaker:hand_over(job, twin) end
   self.runtime.spawn(function()
     if twin.batch then return self.batch:expired(twin) end
     self:go_on(twin, failure.timeout(self.consumer.timeout))
@@ -308,7 +312,13 @@ function Runner:go_on(job, failed, asked)
     end
     local again = self:conclude(job, failed, asked)
     if not again then return self:finish(job) end
-    if not self:rest(job, again) then failed = STOPPED else failed, asked = self:attempt(job) end
+    if not self:rest(job, again) then
+      failed = STOPPED
+    elseif job.reclaim and not self:reclaimed(job) then
+      return
+    else
+      failed, asked = self:attempt(job)
+    end
   end
 end
 
@@ -336,6 +346,13 @@ function Runner:claimed(job)
   return claimed(self, job, self.dedupe:ask(job.message))
 end
 
+--- Claims a key again that was given back while the job waited to run once more; false: the job has its outcome.
+---@package
+function Runner:reclaimed(job)
+  job.reclaim = false
+  return self:claimed(job)
+end
+
 local function single(self, message, waited, problem)
   local job = self:job(message)
   self:acquire()
@@ -355,7 +372,7 @@ local function single(self, message, waited, problem)
     end
   end
   local failed, asked = self:attempt(job)
-  if failed or asked or job.trials or self.breaker then return self:go_on(job, failed, asked) end
+  if failed or asked or job.trials or self.breaker or self.joined then return self:go_on(job, failed, asked) end
   self:acked(job, "ok", self.settled and self.now() - job.started or 0)
   return self:finish(job)
 end
