@@ -178,6 +178,46 @@ describe("moonrabbit dlq", function()
     ok(bench.ch:queue_delete(letters))
   end)
 
+  it("replays an expired letter and one over a delivery limit, and both come home from two retries", function()
+    local home, letters, app = bench.name .. ".home-of-two", bench.name .. ".letters", bench.name .. ".app"
+    local ch = ok(broker.connect():channel { confirm = true })
+    ok(ch:queue_declare(letters, { durable = true }))
+    ok(ch:queue_declare(home, { durable = true, arguments = { ["x-queue-type"] = "quorum", ["x-delivery-limit"] = 1,
+      ["x-dead-letter-exchange"] = "", ["x-dead-letter-routing-key"] = letters } }))
+    ok(ch:publish("poison", { routing_key = home }))
+    local consumer = ok(ch:consume(home))
+    for _ = 1, 2 do ok(consumer:receive(10)):nack { requeue = true } end
+    ok(consumer:cancel())
+    ok(ch:publish("expired", { routing_key = home, expiration = "1" }))
+    broker.eventually(function() return bench:count(letters) == 2 end, 20, "both have died")
+    local reasons = {}
+    for _, letter in ipairs(json_lines(dlq("list", letters, "--json"))) do reasons[#reasons + 1] = letter.reason end
+    table.sort(reasons)
+    assert.same({ "delivery_limit", "expired" }, reasons)
+    local attempts, done = {}, {}
+    local running = moonrabbit.app {
+      name = app, log = function() end, queues = { [home] = { passive = true } },
+      consumers = { { queue = home, retry = moonrabbit.retry.steps { 0.1, 0.1 }, in_process = false,
+        handler = function(msg)
+          attempts[msg.body] = (attempts[msg.body] or 0) + 1
+          if attempts[msg.body] < 3 then return nil, "no" end
+          done[#done + 1] = msg.headers["moonrabbit-deaths"]["x-first-death-reason"]
+        end } },
+    }
+    ok(running:start { consume = broker.connect(), publish = broker.connect() })
+    assert.equal("2 replayed, 0 failed, 0 left in " .. letters .. "\n", dlq("replay", letters).out)
+    broker.eventually(function() return #done == 2 end, 20, "both came home")
+    assert.same({ poison = 3, expired = 3 }, attempts)
+    table.sort(done)
+    assert.same(reasons, done)
+    running:stop(5)
+    for _, queue in ipairs { app .. ".dead", app .. ".orphans", letters } do assert.equal(0, bench:count(queue)) end
+    for _, each in ipairs { home, letters, app .. ".dead", app .. ".orphans", app .. ".wait.100ms" } do
+      ok(ch:queue_delete(each))
+    end
+    for _, each in ipairs { ".home", ".orphans", ".wait.100ms" } do ok(ch:exchange_delete(app .. each)) end
+  end)
+
   it("keeps what cannot be delivered, and says why", function()
     park("gone", { message = "bad", kind = "error" })
     park("stays", { message = "bad", kind = "error" })

@@ -132,6 +132,22 @@ describe("a runner", function()
       assert.same({ 1, 2 }, { r.copies[1][5], r.copies[2][5] })
     end)
 
+    it("waits here for a retry whose step turns out to be unusable", function()
+      local runs, broken = 0, false
+      local r = handler(function()
+        runs = runs + 1
+        if runs == 1 then return nil, "no" end
+      end, { retry = function() return 10 end })
+      function r.disposal.in_process() return broken end
+      function r.disposal.retry()
+        broken = true
+        return nil, "somebody declared it otherwise"
+      end
+      local msg = r:handle({}, 11)
+      assert.same({ 2, "ack" }, { runs, msg.done })
+      assert.same({ "retry", "ok" }, r.outcomes)
+    end)
+
     it("parks what the policy gives up, and what has none", function()
       local r = handler(function() return nil, "no" end, { retry = function() end })
       assert.equal("ack", r:handle().done)

@@ -64,13 +64,19 @@ local function copy_failed(self, job, what, err)
   self:give_back(job, tostring(err), "reject")
 end
 
+local function stays(self, job, delay)
+  if self.order then return true end -- or a later message of its key would pass it
+  local in_process = self.disposal.in_process
+  return in_process ~= nil and in_process(self.disposal, job.message, delay) == true
+end
+
 -- The message's own headers leave no room for those of a copy.
 local function is_too_large(err)
   return type(err) == "table" and err.kind == "overflow" and not err.temporary
 end
 
 -- disposal answers true once the copy is confirmed and in a queue. Then, and only then, the original is acked. A retry
--- that no copy can be made for is waited for here: its delay is returned.
+-- that no copy can be made for, or whose step turns out to be unusable, is waited for here: its delay is returned.
 local function copy(self, job, what, detail, failed, seconds)
   if job.claim then self.dedupe:abort(job) end
   local ok, done, err = protect(self.disposal[what], self.disposal, job.message, detail, failed, job.attempt)
@@ -79,7 +85,7 @@ local function copy(self, job, what, detail, failed, seconds)
     done = nil
   end
   if not done then
-    if what == "retry" and is_too_large(err) then return detail end
+    if what == "retry" and (is_too_large(err) or stays(self, job, detail)) then return detail end
     return copy_failed(self, job, what, err)
   end
   self.bad_copies = 0
@@ -102,12 +108,6 @@ local function ask(self, job, failed)
   local delay, reason, told = retry.decide(self.consumer.retry, job.message, failed, job.attempt)
   if reason == "retry policy" then self.log("error", ("'%s': %s"):format(self.queue, told.message)) end
   return delay, reason, told or failed
-end
-
-local function stays(self, job, delay)
-  if self.order then return true end -- or a later message of its key would pass it
-  local in_process = self.disposal.in_process
-  return in_process ~= nil and in_process(self.disposal, job.message, delay) == true
 end
 
 -- ---- Failure ----------------------------------------------------------------------------------------
