@@ -401,6 +401,25 @@ describe("a dead letter", function()
     }, dead_letter.read(letter))
   end)
 
+  it("that somebody moves back to its queue begins anew, and counts again", function()
+    local d = start()
+    local msg = bench:deliver "moved"
+    ok(d:dead_letter(msg, "attempts", failure, 5))
+    msg:ack()
+    local letter = ok(bench:publisher():get(d.parking))
+    ok(letter:forward("", bench.queue)) -- as a shovel does
+    letter:ack()
+    for attempt = 1, 3 do
+      msg = bench:receive()
+      assert.equal(attempt, d:attempt(msg))
+      if attempt < 3 then ok(d:retry(msg, 0.1, failure)) end
+      msg:ack()
+    end
+    assert.is_nil(msg.headers["moonrabbit-reason"])
+    assert.is_nil(msg.headers["moonrabbit-dead-at"])
+    assert.equal(bench.queue, msg.headers["moonrabbit-key"])
+  end)
+
   it("that a route decided on tells of no error", function()
     local d = start()
     ok(d:dead_letter(bench:deliver(), "no route"))

@@ -192,6 +192,14 @@ describe("a runner", function()
       assert.equal(3, #r.copies)
     end)
 
+    it("fails of an outcome that cannot be", function()
+      for _, after in ipairs { -1, 1e9, math.huge, 0 / 0, "5" } do
+        local r = handler(function() return outcome.retry(after) end, { retry = function() return 1 end })
+        assert.equal("ack", r:handle().done)
+        assert.truthy(r.copies[1][4].message:find("outcome.retry: after must be", 1, true), r.copies[1][4].message)
+      end
+    end)
+
     it("takes nonsense for a failure that says so", function()
       local cases = {
         { function() return nil end, "a lone nil" },

@@ -333,6 +333,15 @@ describe("a copy", function()
     assert.same({ "expiration" }, got.remove_properties)
   end)
 
+  it("of a dead letter that was moved back counts from the beginning", function()
+    local all = { ["moonrabbit-attempts"] = 5, ["moonrabbit-first-failure"] = 1000 }
+    assert.equal(5, copy.attempts { headers = all })
+    assert.equal(1000, copy.first_failure { headers = all })
+    all["moonrabbit-dead-at"] = 2000
+    assert.equal(0, copy.attempts { headers = all })
+    assert.is_nil(copy.first_failure { headers = all })
+  end)
+
   it("believes no header that makes no sense", function()
     for _, junk in ipairs { -1, 1.5, "3", true, {}, 1e300, 0 / 0 } do
       assert.equal(0, copy.attempts { headers = { ["moonrabbit-attempts"] = junk } })

@@ -27,18 +27,26 @@ local DIRECT_REPLY_TO = "amq.rabbitmq.reply-to"
 
 -- ---- Reading ----------------------------------------------------------------------------------------
 
+-- A dead letter that was moved back by other means than a replay, a shovel say, begins anew as a replayed one does.
+local function was_dead(all) return all[headers.dead_at] ~= nil end
+
+--- Headers of a dead letter that a retry must not have.
+copy.of_the_dead = { headers.reason, headers.traceback, headers.dead_at }
+
 --- How many attempts at a message have failed, as it says.
 ---@param msg moonrabbit.Message
 ---@return integer
 function copy.attempts(msg)
-  return headers.count(msg.headers, headers.attempts) or 0
+  local all = msg.headers
+  return not was_dead(all) and headers.count(all, headers.attempts) or 0
 end
 
 --- When a message failed first: seconds since 1970, or nil when it never did.
 ---@param msg moonrabbit.Message
 ---@return number?
 function copy.first_failure(msg)
-  return headers.time(msg.headers, headers.first_failure)
+  local all = msg.headers
+  return not was_dead(all) and headers.time(all, headers.first_failure) or nil
 end
 
 --- Where a message was published to, whatever way it came: a retry comes from the ladder under its queue's name.

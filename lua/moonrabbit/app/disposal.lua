@@ -198,7 +198,8 @@ local function send_up(self, msg, step, notes)
     if not channel then return nil, err end
     exchange, err = self.ladder:exchange(channel.connection, step)
     if not exchange then return nil, err end
-    ok, err = copy.send(msg, exchange, self.queue, { channel = channel, notes = notes, ladder = self.ladder.name })
+    ok, err = copy.send(msg, exchange, self.queue, { channel = channel, notes = notes, ladder = self.ladder.name,
+      remove = copy.of_the_dead })
     if ok then return true end
     if err.code ~= 404 and err.kind ~= "unroutable" or round == 2 then return nil, err end
     self.ladder:forget(step)
