@@ -218,6 +218,24 @@ describe("moonrabbit dlq", function()
     for _, each in ipairs { ".home", ".orphans", ".wait.100ms" } do ok(ch:exchange_delete(app .. each)) end
   end)
 
+  it("sends a ladder's orphans home once their queue is there again", function()
+    local orphans = bench.d.ladder.orphans
+    local msg = bench:deliver "orphan"
+    ok(bench.d:retry(msg, 0.3, { message = "bad", kind = "error" }))
+    msg:ack()
+    ok(bench.consuming:cancel())
+    ok(bench.ch:queue_delete(bench.queue))
+    broker.eventually(function() return bench:count(orphans) == 1 end, 20, "an orphan")
+    local letter = json_lines(dlq("list", orphans, "--json"))[1]
+    assert.same({ "app", "orphaned", bench.queue, "bad" }, { letter.by, letter.reason, letter.queue, letter.error })
+    assert.equal(1, dlq("replay", orphans).code)
+    ok(bench.ch:queue_declare(bench.queue, { durable = true }))
+    local replayed = dlq("replay", orphans, "--reason", "orphaned")
+    assert.equal(0, replayed.code, replayed.err)
+    assert.equal("orphan", bench:take(bench.queue).body)
+    assert.equal(0, bench:count(orphans))
+  end)
+
   it("keeps what cannot be delivered, and says why", function()
     park("gone", { message = "bad", kind = "error" })
     park("stays", { message = "bad", kind = "error" })

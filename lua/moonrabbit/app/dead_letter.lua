@@ -1,7 +1,8 @@
 --- Dead letters: the queue where they are parked, and what they tell.
 --
 -- A dead letter of an app carries the headers of moonrabbit.app.headers. One that the broker made (rejected, expired,
--- over a length or delivery limit) carries the broker's `x-death` and the like; both are read here.
+-- over a length or delivery limit) carries the broker's `x-death` and the like; both are read here. So are a ladder's
+-- orphans, whose last death in a wait queue tells nothing: they come from the app, with the reason "orphaned".
 -- @module moonrabbit.app.dead_letter
 
 local headers = require "moonrabbit.app.headers"
@@ -81,6 +82,13 @@ local function last_death(all)
   return type(entry) == "table" and entry or nil
 end
 
+-- A retry that found no home.
+local function is_orphan(all)
+  local entry = last_death(all)
+  return entry ~= nil and all[headers.queue] ~= nil and type(entry.queue) == "string"
+    and entry.queue:find "%.wait%.%d+m?s$" ~= nil
+end
+
 local function of_broker(all, text)
   local entry = last_death(all)
   local keys = entry["routing-keys"]
@@ -103,6 +111,9 @@ function dead_letter.read(msg)
   local letter
   if all[headers.reason] ~= nil or (all[headers.queue] ~= nil and not last_death(all)) then
     letter = of_app(all, text)
+  elseif is_orphan(all) then
+    letter = of_app(all, text)
+    letter.reason = "orphaned"
   elseif last_death(all) then
     letter = of_broker(all, text)
   else
