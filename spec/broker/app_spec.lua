@@ -164,7 +164,8 @@ describe("an app #app", function()
     start {
       name = app, exchanges = { [exchange] = { type = "direct" } },
       queues = { [queue] = {}, [good] = { bind = { { exchange, "good" } } },
-        [full] = { bind = { { exchange, "full" } }, arguments = { ["x-max-length"] = 0, ["x-overflow"] = "reject-publish" } } },
+        [full] = { bind = { { exchange, "full" } },
+          arguments = { ["x-max-length"] = 0, ["x-overflow"] = "reject-publish" } } },
       consumers = {
         { queue = queue, route = route.first {
           route.key(queue, route.first {

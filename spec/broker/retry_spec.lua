@@ -226,7 +226,9 @@ describe("retry", function()
     msg:ack()
     local letter = bench:take(d.parking)
     local names = {}
-    for header in pairs(letter.headers) do names[#names + 1] = header end
+    for header in pairs(letter.headers) do
+      if header ~= "x-delivery-count" then names[#names + 1] = header end -- of the parking queue
+    end
     assert.same({ "big" }, names)
     assert.is_nil(letter.properties.expiration)
     -- No room for the number that a confirmed copy carries.

@@ -1,4 +1,4 @@
--- A proxy that sees AMQP frames: from the first message on (a delivery, or the answer to a get) it counts them in each
+-- A proxy that sees AMQP frames: from the first delivery, or get, on it counts them in each
 -- direction, and at the n-th calls a function instead of passing it on.
 local native = require "moonrabbit.runtime.native"
 
@@ -37,7 +37,7 @@ end
 -- Whether the frame is the one to stop at.
 local function counted(self, direction, frame)
   local kind = kind_of(frame)
-  if kind == "60.60" or kind == "60.71" then self.counting = true end
+  if kind == "60.60" or kind == "60.70" then self.counting = true end
   if not self.counting or kind == "heartbeat" then return false end
   self.counts[direction] = self.counts[direction] + 1
   self.seen[#self.seen + 1] = direction .. " " .. kind

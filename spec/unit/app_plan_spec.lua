@@ -99,11 +99,12 @@ describe("mr.app", function()
 
   it("refuses dead letters that come back, and consumers that send everything round", function()
     mistake("would come back to its own queue 'q'", nil, { dead_letter = "q" })
-    mistake("would come back to its own queue 'spec.dead'", { queues = { ["spec.dead"] = {} } }, { queue = "spec.dead" })
+    mistake("would come back to its own queue 'spec.dead'", { queues = { ["spec.dead"] = {} } },
+      { queue = "spec.dead" })
     local function round(last)
       return { exchanges = { e = { type = "fanout" } }, queues = { a = { bind = { { "e" } } }, b = {}, c = {} },
-        consumers = { { queue = "a", route = route.forward("", "b") }, { queue = "b", route = { h, route.publish("", "c") } },
-          { queue = "c", route = last } } }
+        consumers = { { queue = "a", route = route.forward("", "b") },
+          { queue = "b", route = { h, route.publish("", "c") } }, { queue = "c", route = last } } }
     end
     mistake("everything goes round by way of the queues 'a', 'b', 'c'", round(route.forward "e"))
     app(round(route.first { route.key("x", route.forward "e"), route.otherwise(h) }))
@@ -118,14 +119,16 @@ describe("mr.app", function()
       { ladder = { steps = { 5, 1 } } })
     mistake("a list of delays, each more than 0 s", nil, { ladder = { steps = { -1 } } })
     mistake("connect: unknown option 'hearbeat' (did you mean 'heartbeat'?)", { connect = { hearbeat = 5 } })
-    mistake("entry 1 has an unknown field 'argument'", { queues = { q = { bind = { { "amq.topic", argument = {} } } } } })
+    mistake("entry 1 has an unknown field 'argument'",
+      { queues = { q = { bind = { { "amq.topic", argument = {} } } } } })
     app({ ladder = { mode = "existing", steps = { 1, 5 } }, connect = { heartbeat = 5 } })
     app(nil, { ladder = require("moonrabbit.app.ladder").new "shared" })
   end)
 
   it("retries in the process only what comes from streams and exclusive queues", function()
     local function of(queue, consumer) return app({ queues = { q = queue } }, consumer).plan.consumers[1] end
-    for _, queue in ipairs { { type = "stream" }, { exclusive = true }, { arguments = { ["x-queue-type"] = "stream" } } } do
+    for _, queue in ipairs { { type = "stream" }, { exclusive = true },
+      { arguments = { ["x-queue-type"] = "stream" } } } do
       assert.is_true(of(queue).in_process)
       assert.is_true(of(queue, { in_process = 5 }).in_process)
     end

@@ -16,7 +16,8 @@ end
 
 -- name -> { a route in which the rule holds, one in which it does not }
 local rules = {
-  key = { function(t) return route.key("order.*.created", t) end, function(t) return route.key("order.created", t) end },
+  key = { function(t) return route.key("order.*.created", t) end,
+    function(t) return route.key("order.created", t) end },
   header = { function(t) return route.header({ type = "refund" }, t) end,
     function(t) return route.header({ type = "refund", amount = 1 }, t) end },
   header_any = { function(t) return route.header_any({ type = "refund", amount = 1 }, t) end,
@@ -49,7 +50,8 @@ local targets = {
   ["a list that fails"] = { { holds, function() error "no" end, route.forward "ex" }, "retry" },
   dead_letter = { route.dead_letter "odd", "dead_letter" },
   drop = { route.drop(), "drop" },
-  ["stable"] = { route.canary { weight = 0, stable = route.forward "ex", candidate = route.drop() }, "ok", "forward ex nil" },
+  ["stable"] = { route.canary { weight = 0, stable = route.forward "ex", candidate = route.drop() }, "ok",
+    "forward ex nil" },
   ["candidate"] = { route.canary { weight = 100, stable = holds, candidate = route.drop() }, "drop" },
   nested = { route.first { route.header({ type = "refund" }, route.drop()), route.otherwise(holds) }, "drop" },
   ["nested all"] = { route.all { route.key("order.#", holds), route.header({ type = "refund" }, route.forward "ex") },
@@ -83,7 +85,8 @@ describe("a route", function()
     for target_name, target in pairs(targets) do
       it(("by %s to %s"):format(rule_name, target_name), function()
         for _, kind in ipairs { "first", "all" } do
-          assert.same({ target[2] }, handle(route[kind] { pair[1](target[1]), route.otherwise(route.dead_letter "rest") }))
+          local rest = route.otherwise(route.dead_letter "rest")
+          assert.same({ target[2] }, handle(route[kind] { pair[1](target[1]), rest }))
           assert.equal(target[3] or "", sent())
           if target[2] == "dead_letter" then assert.equal("odd", r.copies[1][3]) end
           -- What does not hold leaves the message to the next.
@@ -101,7 +104,8 @@ describe("a route", function()
     local conditions = {
       route.when(broken, holds), route.header({ type = broken }, holds), route.header_any({ type = broken }, holds),
       route.property({ app_id = broken }, holds), route.json("customer", broken, holds),
-      route.key("#", route.first { route.when(broken, holds) }), route.key("#", { holds, route.all { route.when(broken, holds) } }),
+      route.key("#", route.first { route.when(broken, holds) }),
+      route.key("#", { holds, route.all { route.when(broken, holds) } }),
       route.key("#", route.canary { weight = 1, stable = holds, candidate = holds, sticky = broken }),
     }
     for _, rule in ipairs(conditions) do
@@ -114,8 +118,10 @@ describe("a route", function()
 
   it("by a field fails for good on a body that is not the JSON it claims, whatever the policy says", function()
     for _, body in ipairs { "", "{", "nul", '{"a":1}}', "\255", '{"a":' .. ("["):rep(5000) } do
-      local rule_list = route.first { route.key("other", holds), route.json("customer", 1, holds), route.otherwise(holds) }
-      assert.same({ "dead_letter" }, handle(rule_list, { body = body, properties = { content_type = "application/json" } }))
+      local rule_list = route.first { route.key("other", holds), route.json("customer", 1, holds),
+        route.otherwise(holds) }
+      local properties = { content_type = "application/json" }
+      assert.same({ "dead_letter" }, handle(rule_list, { body = body, properties = properties }))
       assert.equal("permanent", r.copies[1][3])
       assert.truthy(r.copies[1][4].message:find("not the JSON", 1, true))
       -- One that claims nothing has no such field.
@@ -125,7 +131,8 @@ describe("a route", function()
 
   it("that sends what nobody takes, or the broker refuses, has failed: its message is not acked as handled", function()
     local refused = require "moonrabbit.errors".new { kind = "unroutable", message = "no queue takes the message" }
-    for _, target in ipairs { route.forward "ex", route.publish("ex", "k", function() return "x" end), { holds, route.forward "ex" } } do
+    for _, target in ipairs { route.forward "ex", route.publish("ex", "k", function() return "x" end),
+      { holds, route.forward "ex" } } do
       r = rig.new { retry = function() return 5 end, route = target }
       r.app.fails = refused
       function r.app.publish() return nil, refused end

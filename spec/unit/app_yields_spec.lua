@@ -4,6 +4,7 @@ local mr = require "moonrabbit"
 local rig = require "support.runner_bench"
 
 local route, retry = mr.route, mr.retry
+local unpack = rawget(table, "unpack") or rawget(_G, "unpack")
 
 describe("what may wait in an app:", function()
   local r, waited
@@ -19,13 +20,14 @@ describe("what may wait in an app:", function()
 
   local function slowly(...)
     local n, values = select("#", ...), { ... }
-    return function() return slow((unpack or table.unpack)(values, 1, n)) end -- luacheck: ignore 143
+    return function() return slow(unpack(values, 1, n)) end
   end
 
   -- Handles one message with the consumer; its outcomes.
   local function outcomes_of(consumer, fields)
     r = rig.new(consumer)
-    local message = r:handle(fields or { headers = { h = 1 }, properties = { type = "t", message_id = "m" }, body = '{"a":1}' }, 60)
+    local message = r:handle(fields or { headers = { h = 1 }, properties = { type = "t", message_id = "m" },
+      body = '{"a":1}' }, 60)
     assert.is_truthy(message.done)
     assert.is_true(waited > 0)
     assert.same({ 0, 0 }, { r.runner.in_flight, r.runner.running })
@@ -68,7 +70,8 @@ describe("what may wait in an app:", function()
     assert.same({ "dead_letter" }, outcomes_of { handler = fails, retry = function() slow() error "broken" end })
     assert.same({ "retry" }, outcomes_of { handler = fails,
       retry = retry.by_error { { when = slowly(true), retry.constant { delay = 5 } } } })
-    assert.same({ "retry" }, outcomes_of { handler = fails, retry = setmetatable({}, { __call = function() return slow(5) end }) })
+    assert.same({ "retry" }, outcomes_of { handler = fails,
+      retry = setmetatable({}, { __call = function() return slow(5) end }) })
   end)
 
   it("keys and stores of de-duplication", function()

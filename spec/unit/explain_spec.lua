@@ -177,8 +177,8 @@ describe("loading a script", function()
     assert.equal("", result.err)
     assert.truthy(result.out:find("the handler at", 1, true), result.out)
     assert.equal(2, process.run({ "bin/moonrabbit", "explain", folder .. "/none.lua" }).code)
-    path = write("b.lua", "return require 'moonrabbit'.app { name = 'x', exchanges = { orders = {} }, queues = { q = {} }, "
-      .. "consumers = { { queue = 'q', handler = function() end } } }\n")
+    path = write("b.lua", "return require 'moonrabbit'.app { name = 'x', exchanges = { orders = {} }, "
+      .. "queues = { q = {} }, consumers = { { queue = 'q', handler = function() end } } }\n")
     result = process.run({ "bin/moonrabbit", "explain", path, "-e", "order" })
     assert.truthy(result.out:find("is not among the app's (did you mean orders?)", 1, true), result.out)
   end)

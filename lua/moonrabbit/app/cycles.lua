@@ -5,6 +5,8 @@
 local route = require "moonrabbit.app.route"
 local Trie = require "moonrabbit.app.route.trie"
 
+local unpack = rawget(table, "unpack") or rawget(_G, "unpack")
+
 local cycles = {}
 
 local function matches(exchange, bind, key)
@@ -67,7 +69,7 @@ function cycles.find(spec)
   local done = {}
   local function walk(queue, path)
     for i, name in ipairs(path) do
-      if name == queue then return { (unpack or table.unpack)(path, i) } end -- luacheck: ignore 143
+      if name == queue then return { unpack(path, i) } end
     end
     if done[queue] then return nil end
     path[#path + 1] = queue
