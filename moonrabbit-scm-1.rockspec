@@ -72,6 +72,7 @@ build = {
         "csrc/lua/publish.c",
         "csrc/lua/pump.c",
         "csrc/lua/queue.c",
+        "csrc/lua/random.c",
         "csrc/lua/state.c",
         "csrc/lua/typed.c",
         "csrc/lua/values.c",

@@ -4,7 +4,10 @@
 
 #include "core/engine.h"
 
-enum { FIRST_CAP = 16, LAST_CHANNEL = 65535 };
+/* A number that the broker has closed rests until it has closed so many others, or there is no other left:
+ * RabbitMQ closes a channel again at each look at its timeouts until it reads our answer, and on a channel that
+ * has just begun that would be taken for its own end. */
+enum { FIRST_CAP = 16, LAST_CHANNEL = 65535, RESTING = 256 };
 
 /* ---- numbers ---- */
 
@@ -12,23 +15,44 @@ mr_channel *mr_find_channel(const mr_engine *e, uint16_t id) {
   return id < e->cap_channels ? e->channels[id] : NULL;
 }
 
+bool mr_is_retired(const mr_engine *e, uint16_t id) {
+  return id < e->cap_channels && e->retired[id] != 0;
+}
+
+static bool rests(const mr_engine *e, uint32_t id) {
+  return e->retired[id] && e->retirements - e->retired[id] < RESTING;
+}
+
 static mr_status make_room(mr_engine *e, uint32_t id) {
   if (id < e->cap_channels) return MR_OK;
   size_t cap = e->cap_channels ? e->cap_channels * 2 : FIRST_CAP;
   mr_channel **channels = realloc(e->channels, cap * sizeof(mr_channel *));
   if (!channels) return MR_NO_MEMORY;
-  for (size_t i = e->cap_channels; i < cap; i++) channels[i] = NULL;
   e->channels = channels;
+  uint32_t *retired = realloc(e->retired, cap * sizeof(uint32_t));
+  if (!retired) return MR_NO_MEMORY;
+  e->retired = retired;
+  for (size_t i = e->cap_channels; i < cap; i++) {
+    channels[i] = NULL;
+    retired[i] = 0;
+  }
   e->cap_channels = cap;
   return MR_OK;
 }
 
+/* The lowest number that is free and does not rest; else the one that has rested longest. */
 static mr_status free_number(mr_engine *e, uint16_t *id) {
   uint32_t max = e->tuned.channel_max ? e->tuned.channel_max : LAST_CHANNEL;
-  uint32_t n = e->channel_hint;
-  while (n <= max && n < e->cap_channels && e->channels[n]) n++;
-  if (n > max) return MR_NO_CHANNELS;
-  e->channel_hint = n;
+  uint32_t n = e->channel_hint, lowest = 0, rested = 0;
+  for (; n <= max && n < e->cap_channels; n++) {
+    if (e->channels[n]) continue;
+    if (!lowest) lowest = n;
+    if (!rests(e, n)) break;
+    if (!rested || e->retired[n] < e->retired[rested]) rested = n;
+  }
+  if (n > max) n = rested;
+  if (!n) return MR_NO_CHANNELS;
+  e->channel_hint = lowest ? lowest : n;
   *id = (uint16_t)n;
   return make_room(e, n);
 }
@@ -49,6 +73,7 @@ void mr_channel_end(mr_channel *ch) {
   mr_engine *e = ch->engine;
   mr_forget_gathered(ch);
   e->channels[ch->id] = NULL;
+  if (ch->ended_by_broker) e->retired[ch->id] = ++e->retirements;
   e->open_channels--;
   if (ch->id < e->channel_hint) e->channel_hint = ch->id;
   if (e->delivering == ch) e->delivering = NULL;
@@ -85,6 +110,7 @@ mr_status mr_channel_open(mr_engine *e, mr_channel **channel) {
   }
   mr_calls_push(&ch->calls, (mr_call_entry){.reply = AMQP_CHANNEL_OPEN_OK_METHOD});
   e->channels[id] = ch;
+  e->retired[id] = 0;
   e->open_channels++;
   *channel = ch;
   return MR_OK;

@@ -136,6 +136,7 @@ void mr_engine_free(mr_engine *e) {
   if (!e) return;
   mr_detach_channels(e);
   free(e->channels);
+  free(e->retired);
   mr_calls_free(&e->calls);
   free(e->vhost.bytes);
   free(e->user.bytes);

@@ -97,13 +97,14 @@ static double silence_deadline(const mr_engine *e) { return e->last_rx + 2.0 * e
 
 static double sooner(double a, double b) { return a < 0 || (b >= 0 && b < a) ? b : a; }
 
+double mr_engine_silence_deadline(const mr_engine *e) {
+  return beats(e) && !e->paused ? silence_deadline(e) : -1;
+}
+
 double mr_engine_deadline(mr_engine *e, double now) {
   double deadline = -1;
   if (e->state == MR_ENDED) return deadline;
-  if (beats(e)) {
-    deadline = e->next_heartbeat;
-    if (!e->paused) deadline = sooner(deadline, silence_deadline(e));
-  }
+  if (beats(e)) deadline = sooner(e->next_heartbeat, mr_engine_silence_deadline(e));
   if (e->gathered && e->ack_deadline < 0) e->ack_deadline = now + e->ack_delay;
   return e->gathered ? sooner(deadline, e->ack_deadline) : deadline;
 }

@@ -69,6 +69,7 @@ struct mr_channel {
   uint16_t id;
   mr_channel_state state;
   bool released; /* the user gave the handle back: freed with its last frame */
+  bool ended_by_broker;
   bool confirm;
   bool flow_off;
   uint16_t prefetch;
@@ -119,6 +120,8 @@ struct mr_engine {
   double ack_deadline;   /* negative: no gathered ack waits */
 
   mr_channel **channels; /* by number; owned array; 0 is never used */
+  uint32_t *retired; /* by number; owned array: as the how-manieth the broker closed it; 0: no */
+  uint32_t retirements;
   size_t cap_channels;
   uint16_t open_channels;
   uint32_t channel_hint; /* the lowest number that may be free */
@@ -167,6 +170,9 @@ bool mr_greeting_ok(mr_engine *e);
 
 /* ---- channel.c ---- */
 mr_channel *mr_find_channel(const mr_engine *e, uint16_t id);
+/* Whether the broker has closed the last channel of this number: more may come that it sent before it
+ * had our answer. */
+bool mr_is_retired(const mr_engine *e, uint16_t id);
 /* Whether the channel is open, or will be, and not closing. */
 bool mr_takes_commands(const mr_channel *ch);
 /* The number becomes free; the handle is freed if the user gave it back, else it stays readable. */

@@ -62,6 +62,9 @@ static bool method_frame(mr_engine *e, mr_channel *ch, const frame *f, mr_event 
 
 static bool on_frame(mr_engine *e, const frame *f, mr_event *event) {
   mr_channel *ch = f->channel ? mr_find_channel(e, f->channel) : NULL;
+  /* Sent before the broker had our answer to its close. Another answer would be the first method of a new
+   * channel to it, which ends the connection. */
+  if (!ch && mr_is_retired(e, f->channel) && f->type != AMQP_FRAME_HEARTBEAT) return false;
   switch (f->type) {
     case AMQP_FRAME_METHOD: return method_frame(e, ch, f, event);
     case AMQP_FRAME_HEARTBEAT:

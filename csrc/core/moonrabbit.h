@@ -129,6 +129,9 @@ size_t mr_engine_tx_pending(const mr_engine *engine);
 /* When mr_engine_tick wants to be called, in seconds of the clock of `now`; a negative value:
  * never. Call it before sleeping: it starts the ack_delay of acks gathered since. */
 double mr_engine_deadline(mr_engine *engine, double now);
+/* When a peer that goes on saying nothing is taken for gone (a part of the deadline); a negative value:
+ * never. */
+double mr_engine_silence_deadline(const mr_engine *engine);
 /* Sends due heartbeats and gathered acks, notices a silent peer. */
 void mr_engine_tick(mr_engine *engine, double now);
 /* While reading is paused on purpose, silence is not the peer's fault. */
@@ -145,7 +148,8 @@ typedef enum {
   MR_EV_CONFIRM, /* confirm.first..last settled on `channel` as acked, or as confirm.outcome */
   MR_EV_CONSUMER_CANCEL, /* the broker cancelled consumer_tag (already answered) */
   MR_EV_FLOW,            /* the broker's channel.flow: `active` (already answered) */
-  MR_EV_CHANNEL_CLOSED,  /* the broker closed `channel`: `error` (already answered) */
+  MR_EV_CHANNEL_CLOSED,  /* the broker closed `channel`: `error` (already answered); what it still
+                            sends of it, another close too, is passed over */
   MR_EV_BLOCKED,         /* `text` is the reason */
   MR_EV_UNBLOCKED,
   MR_EV_CLOSED /* the end: `error`. Nothing follows but MR_EV_NONE; what tx_peek still

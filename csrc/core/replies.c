@@ -15,6 +15,7 @@ static bool closed_by_broker(mr_channel *ch, amqp_bytes_t args, mr_event *event)
   error->method_id = mr_read16(&r);
   amqp_channel_close_ok_t ok = {0};
   if (!mr_answer(e, ch->id, AMQP_CHANNEL_CLOSE_OK_METHOD, &ok)) return false;
+  ch->ended_by_broker = true;
   bool crossed = ch->state == MR_CH_CLOSING;
   bool tell = !ch->released;
   event->type = MR_EV_CHANNEL_CLOSED;

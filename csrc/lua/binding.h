@@ -83,6 +83,12 @@ typedef struct {
 /* Places of interned names: options of a publish, fields of a message. */
 enum { MR_KEYS_OPTIONS = 0, MR_KEYS_MESSAGE = 24, MR_MAX_KEYS = 48 };
 
+/* Numbers by chance: see random.c. */
+typedef struct {
+  uint64_t state, step;
+  int pid; /* of the process that seeded it */
+} mrl_random;
+
 typedef struct {
   const char *keys[MR_MAX_KEYS]; /* interned names, kept alive by the userdata's uservalue */
   const void *null;              /* core.null */
@@ -91,6 +97,7 @@ typedef struct {
   bool pool_busy;
   uint8_t *scratch; /* encoded properties; grows, malloc'ed */
   size_t scratch_size;
+  mrl_random random;
 } mrl_state;
 
 static inline mrl_state *mrl_get_state(lua_State *L) {
@@ -274,6 +281,8 @@ int mrl_conclude(lua_State *L);       /* core.conclude */
 int mrl_take_acked(lua_State *L);     /* core.take_acked */
 int mrl_encode_table(lua_State *L);   /* core.encode_table */
 int mrl_decode_table(lua_State *L);   /* core.decode_table */
+int mrl_random_number(lua_State *L);  /* core.random */
+int mrl_random_bytes(lua_State *L);   /* core.random_bytes */
 /* Pushes core.types; the upvalues are the MR_UP_COUNT values from `first_upvalue` on. */
 void mrl_push_types(lua_State *L, int first_upvalue);
 

@@ -41,6 +41,8 @@ const luaL_Reg mrl_core_functions[] = {{"engine", mrl_new_engine},
                                        {"encode_table", mrl_encode_table},
                                        {"decode_table", mrl_decode_table},
                                        {"codec_version", codec_version},
+                                       {"random", mrl_random_number},
+                                       {"random_bytes", mrl_random_bytes},
                                        {NULL, NULL}};
 
 /* ---- luaopen ---- */

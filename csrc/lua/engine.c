@@ -212,14 +212,21 @@ static int engine_eof(lua_State *L) {
 
 /* ---- time ---- */
 
-static int engine_deadline(lua_State *L) {
-  mrl_engine *e = mrl_check_engine(L, 1);
-  double deadline = mr_engine_deadline(e->handle, luaL_checknumber(L, 2));
+static int push_deadline(lua_State *L, double deadline) {
   if (deadline < 0)
     lua_pushnil(L);
   else
     lua_pushnumber(L, deadline);
   return 1;
+}
+
+static int engine_deadline(lua_State *L) {
+  mrl_engine *e = mrl_check_engine(L, 1);
+  return push_deadline(L, mr_engine_deadline(e->handle, luaL_checknumber(L, 2)));
+}
+
+static int engine_silence_deadline(lua_State *L) {
+  return push_deadline(L, mr_engine_silence_deadline(mrl_check_engine(L, 1)->handle));
 }
 
 static int engine_tick(lua_State *L) {
@@ -290,6 +297,7 @@ const luaL_Reg mrl_engine_functions[] = {{"start", engine_start},
                                          {"admit", engine_admit},
                                          {"eof", engine_eof},
                                          {"deadline", engine_deadline},
+                                         {"silence_deadline", engine_silence_deadline},
                                          {"tick", engine_tick},
                                          {"pause", engine_pause},
                                          {"is_open", engine_is_open},

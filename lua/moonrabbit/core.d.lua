@@ -21,6 +21,15 @@ local core = {}
 ---@field type string
 ---@field value any
 
+--- A number, 0 <= x < 1, of a generator that the system seeds, and seeds anew in a process that was forked.
+---@return number
+function core.random() end
+
+--- Bytes of the system's.
+---@param n integer 1 to 256
+---@return string
+function core.random_bytes(n) end
+
 ---@class moonrabbit.core.Config
 ---@field vhost string
 ---@field user string?
@@ -63,6 +72,9 @@ function Engine:admit() end
 --- When `tick` wants to be called, or nil for never.
 ---@return number?
 function Engine:deadline(now) end
+--- When a broker that goes on saying nothing is taken for gone (part of `deadline`), or nil for never.
+---@return number?
+function Engine:silence_deadline() end
 --- Does nothing when it is called by a finalizer within `pump`.
 function Engine:tick(now) end
 ---@param text string? how the transport ended

@@ -36,6 +36,8 @@ local LAST_WORDS = 1
 local MOST_ADMITTED = 64 * 1024 * 1024
 -- Passwords that are remembered, to keep them out of errors.
 local MOST_SECRETS = 4
+-- Seconds between two looks at a peer that takes nothing, at least.
+local SHORTEST_LOOK = 0.01
 -- What is left to write when a session ends has so long to leave.
 local LAST_FLUSH = 2
 
@@ -325,11 +327,14 @@ local function write_loop(self)
 end
 
 -- A flush may wait for as long as the socket is full: a peer that takes nothing and says nothing is
--- noticed here.
+-- noticed here, as soon as the writer would notice it. (The engine takes ticks that are further apart than three
+-- quarters of an interval for a standstill of this process.)
 local function watch_loop(self)
   local engine, now = self.engine, self.runtime.now
   while self.state ~= "closed" do
-    self.ended:wait(max(1, self.heartbeat / 2))
+    local silent_at, wait = engine:silence_deadline(), self.heartbeat / 4
+    if silent_at then wait = min(wait, max(SHORTEST_LOOK, silent_at - now())) end
+    self.ended:wait(wait)
     if self.flushing and self.state ~= "closed" then
       local deadline = engine:deadline(now())
       if deadline and deadline <= now() then

@@ -66,6 +66,34 @@ describe("health", function()
     end)
   end
 
+  -- Nobody reads what this side writes, either: no question can be asked, and the writer waits for the socket.
+  for _, health in ipairs {
+    false,
+    { strategy = "fixed", multiple = 1.25 },
+    { strategy = "adaptive", probe = 0.1, least = 0.3 },
+    { strategy = "consecutive", probe = 0.1, misses = 3 },
+  } do
+    local name = health and health.strategy or "two heartbeat intervals"
+    it("a half-open line with a full socket is noticed by '" .. name .. "'", function()
+      local conn, seen = connect_through(health, 1)
+      local ch = ok(conn:channel())
+      through.stuck = true
+      local body, timeout = ("x"):rep(131072), { routing_key = "nowhere", timeout = 0 }
+      broker.eventually(function()
+        for _ = 1, 20 do ch:publish(body, timeout) end
+        moonrabbit.sleep(0.02)
+        return conn._session.engine:pending() > 0 and conn._session.flushing
+      end, 20, "the socket is full")
+      broker.eventually(function() return seen.err and seen.strategy end, 20)
+      assert.equal("timeout", seen.err.kind)
+      assert.is_true(seen.err.temporary)
+      -- Where nothing can be asked adaptive has no more to go by than the core, until it knows some gaps.
+      local expected = { [false] = "fixed", fixed = "fixed", consecutive = "consecutive" }
+      local strategy = health and health.strategy
+      if strategy ~= "adaptive" then assert.equal(expected[strategy], seen.err.strategy) end
+    end)
+  end
+
   it("the broker answers probes, and a quiet connection lives on", function()
     local conn, seen = connect_through({ strategy = "adaptive", probe = 0.05, least = 2 }, 4)
     local detector = conn._session.detector

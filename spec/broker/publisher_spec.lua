@@ -402,6 +402,29 @@ describe("publisher", function()
     assert.equal("something else", process.slurp(path))
   end)
 
+  with_sqlite("says what a full outbox did not take, and goes on when there is room", function()
+    local name, path = declare(), outbox_path()
+    local p = ok(connect():publisher { routing_key = name, outbox = { kind = "sqlite", path = path } })
+    ok(p:send "1")
+    local db = p._keeper._outbox.store._db
+    local function may_have(pages) db:execute("PRAGMA max_page_count = " .. pages):close() end
+    may_have(1) -- no more than now
+    local large = ("x"):rep(100000)
+    local none, err = p:send_async(large)
+    assert.is_nil(none)
+    assert.equal("outbox", err.kind)
+    assert.matches("the disk is full", err.message)
+    none, err = p:send(large)
+    assert.is_nil(none)
+    assert.equal("outbox", err.kind)
+    may_have(100000)
+    ok(p:send "2")
+    ok(p:wait(10))
+    local bodies = {}
+    for i, msg in ipairs(drain(name)) do bodies[i] = msg.body end
+    assert.same({ "1", "2" }, bodies)
+  end)
+
   with_sqlite("sends what an outbox holds before anything new, in its order", function()
     local name, path, to = declare(), outbox_path(), broker.parsed()
     local line = proxy.start(to.host, to.port)

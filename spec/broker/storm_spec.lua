@@ -95,6 +95,75 @@ describe("a connection that is lost again and again", function()
     assert.same({}, seen.errors)
   end)
 
+  it("sends no ack of an earlier connection, or of a channel that was closed", function()
+    connect()
+    local ch = ok(conn:channel { prefetch = 10 })
+    local consumer = ok(ch:consume("q", { tag = "c" }))
+    local function settled()
+      local list = {}
+      for _, id in ipairs(other.heard) do
+        if id == "60.80" or id == "60.90" or id == "60.120" then list[#list + 1] = id end
+      end
+      return list
+    end
+    -- Three deliveries to the consumer, on whatever channel it has now.
+    local function deliver()
+      local messages = {}
+      for tag = 1, 3 do other:say(fake.deliver(ch._core:id(), consumer.tag, tag, "m", { routing_key = "q" })) end
+      for tag = 1, 3 do messages[tag] = ok(consumer:receive(5)) end
+      return messages
+    end
+    local function refused(messages)
+      for i, how in ipairs { "ack", "nack", "reject" } do
+        local done, err = messages[i][how](messages[i])
+        assert.is_nil(done)
+        assert.equal("closed", err.kind)
+      end
+      ok(conn:flush(5))
+      assert.same({}, settled())
+    end
+    local old = deliver()
+    other:cut()
+    eventually(function() return seen.recovered == 1 end)
+    refused(old)
+    local younger = deliver() -- the same tags
+    refused(old)
+    local back
+    conn:on("consumer_recovered", function() back = true end)
+    other:say(fake.method(ch._core:id(), 20, 40, fake.u16(406) .. fake.short "PRECONDITION_FAILED" .. fake.u16(0)
+      .. fake.u16(0)))
+    eventually(function() return back end)
+    refused(younger)
+    local newest = deliver()
+    refused(younger)
+    for _, message in ipairs(newest) do assert.is_true(message:ack()) end
+    ok(conn:flush(5))
+    assert.same({ "60.80" }, settled())
+  end)
+
+  it("passes over what the broker sends of a channel that it has closed, another close too", function()
+    connect()
+    local ch = ok(conn:channel { prefetch = 10 })
+    local consumer = ok(ch:consume("q", { tag = "c" }))
+    local old, lost, back = ch._core:id(), 0, 0
+    ch:on("lost", function() lost = lost + 1 end)
+    conn:on("consumer_recovered", function() back = back + 1 end)
+    local close = fake.method(old, 20, 40, fake.u16(406) .. fake.short "PRECONDITION_FAILED" .. fake.u16(0)
+      .. fake.u16(0))
+    other:say(close .. close)
+    eventually(function() return back == 1 end)
+    other:say(close .. fake.deliver(old, "c", 1, "stray", { routing_key = "q" }))
+    other:say(fake.deliver(ch._core:id(), consumer.tag, 1, "m", { routing_key = "q" }))
+    assert.equal("m", ok(consumer:receive(5)).body)
+    assert.are_not.equal(old, ch._core:id())
+    assert.same({ 1, 1, "open", 0 }, { lost, back, (conn:state()), seen.recovered })
+    local answers = 0
+    for _, id in ipairs(other.heard) do
+      if id == "20.41" then answers = answers + 1 end
+    end
+    assert.equal(1, answers)
+  end)
+
   it("meets a broker that accepts and drops with growing gaps", function()
     connect { first = 0.001, factor = 2, max = 0.05, jitter = 0 }
     for i = 1, 8 do

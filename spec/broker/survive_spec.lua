@@ -476,6 +476,27 @@ describe("a connection that survives", function()
       assert.equal("closed", err.kind)
     end)
 
+    -- RabbitMQ closes the channel at each look at its timeouts until it has our answer.
+    it("come back alone, without the connection, when the loop stood still meanwhile", function()
+      if not broker.name then pending "the broker is not ours" return end
+      broker.ctl("eval", "application:set_env(rabbit, channel_tick_interval, 100), "
+        .. "application:set_env(rabbit, consumer_timeout, 300).")
+      local slow = ok(conn:channel { confirm = true })
+      local consumer = ok(slow:consume(queue, { prefetch = 1 }))
+      ok(slow:publish("late", { routing_key = queue }))
+      ok(consumer:receive(5))
+      os.execute "sleep 1.5"
+      broker.ctl("eval", "application:set_env(rabbit, channel_tick_interval, 60000), "
+        .. "application:set_env(rabbit, consumer_timeout, 1800000).")
+      local again = ok(consumer:receive(20))
+      assert.equal("late", again.body)
+      assert.is_true(again:ack())
+      ok(conn:channel()):close()
+      assert.is_nil(seen.recovered)
+      assert.equal("open", (conn:state()))
+      ok(slow:close())
+    end)
+
     it("exclusive ones take over when the other lets go", function()
       local first = ok(ch:consume(queue, { exclusive = true }))
       through.held = true

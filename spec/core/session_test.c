@@ -473,16 +473,16 @@ static void numbers_are_used_again(void) {
   peer_free(p);
 }
 
-static void the_number_of_a_channel_the_broker_closed_is_free(void) {
+static void a_channel_that_the_broker_closes_has_ended(void) {
   peer *p = peer_open();
   mr_channel *a = peer_confirm_channel(p), *b;
-  for (int i = 0; i < 50; i++) {
+  for (uint16_t id = 1; id <= 50; id++) {
     mr_event *ev;
     CHECK(peer_publish(a, true, "b", NULL) >= 0);
     peer_consume((peer_discard(p), p), a, "c", 1, false);
     CHECK(call(a, QUEUE_PURGE, queue_purge, .queue = BYTES("none")) >= 0);
     peer_discard(p);
-    peer_send(p, 1, CHANNEL_CLOSE, channel_close, .reply_code = 404,
+    peer_send(p, id, CHANNEL_CLOSE, channel_close, .reply_code = 404,
               .reply_text = BYTES("NOT_FOUND - no queue 'none'"), .class_id = 50, .method_id = 30);
     ev = expect_event(p, MR_EV_CHANNEL_CLOSED);
     CHECK(ev->channel == a);
@@ -491,14 +491,14 @@ static void the_number_of_a_channel_the_broker_closed_is_free(void) {
     CHECK_EQ(ev->error.class_id, 50);
     CHECK_EQ(ev->error.method_id, 30);
     CHECK(strstr(ev->error.text, "no queue 'none'"));
-    expect(p, 1, CHANNEL_CLOSE_OK, channel_close_ok);
+    expect(p, id, CHANNEL_CLOSE_OK, channel_close_ok);
     CHECK(!mr_channel_is_open(a));
     CHECK_EQ(call(a, QUEUE_PURGE, queue_purge, .queue = BYTES("none")), MR_CLOSED);
     CHECK_EQ(mr_get(a, BYTES("q"), false), MR_CLOSED);
     CHECK_EQ(mr_channel_close(a, 200, ""), MR_CLOSED);
-    CHECK_EQ(mr_channel_id(a), 1);
-    b = peer_confirm_channel(p); /* the same number, and nothing of the old one's */
-    CHECK_EQ(mr_channel_id(b), 1);
+    CHECK_EQ(mr_channel_id(a), id);
+    b = peer_confirm_channel(p); /* nothing of the old one's, nor its number */
+    CHECK_EQ(mr_channel_id(b), id + 1);
     CHECK_EQ(mr_confirm_next(b), 1);
     CHECK_EQ(mr_unsettled(b), 0);
     mr_channel_release(a);
@@ -530,9 +530,93 @@ static void closes_that_cross(void) {
   peer_send(p, 2, CHANNEL_CLOSE_OK, channel_close_ok, .dummy = 0);
   expect_no_event(p);
   b = peer_channel(p);
-  CHECK_EQ(mr_channel_id(b), 1);
+  CHECK_EQ(mr_channel_id(b), 2); /* 1 rests: the broker closed it */
   mr_channel_release(a);
   mr_channel_release(b);
+  peer_free(p);
+}
+
+static void broker_closes(peer *p, uint16_t id) {
+  peer_send(p, id, CHANNEL_CLOSE, channel_close, .reply_code = 406,
+            .reply_text = BYTES("PRECONDITION_FAILED - delivery acknowledgement timed out"));
+}
+
+/* RabbitMQ closes a channel again at each look at its ack timeouts until it has read our answer. A
+ * second close-ok would be the first method of a new channel to it, and that ends the connection. */
+static void further_closes_of_a_channel_are_passed_over(void) {
+  peer *p = peer_open();
+  mr_channel *a = peer_channel(p), *b;
+  peer_consume(p, a, "c", 1, false);
+  peer_discard(p);
+  broker_closes(p, 1);
+  broker_closes(p, 1);
+  expect_event(p, MR_EV_CHANNEL_CLOSED);
+  expect(p, 1, CHANNEL_CLOSE_OK, channel_close_ok);
+  expect_no_event(p);
+  b = peer_channel(p);
+  CHECK_EQ(mr_channel_id(b), 2);
+  broker_closes(p, 1);
+  peer_send(p, 1, BASIC_CONSUME_OK, basic_consume_ok, .consumer_tag = BYTES("d"));
+  peer_deliver(p, 1, "c", 1, "b");
+  expect_no_event(p);
+  expect_nothing(p);
+  CHECK(mr_engine_is_open(p->engine));
+  CHECK(mr_channel_is_open(b));
+  mr_channel_release(a);
+  broker_closes(p, 1);
+  expect_no_event(p);
+  broker_closes(p, 2);
+  CHECK(expect_event(p, MR_EV_CHANNEL_CLOSED)->channel == b);
+  expect(p, 2, CHANNEL_CLOSE_OK, channel_close_ok);
+  mr_channel_release(b);
+  broker_closes(p, 3); /* which was never open */
+  CHECK_EQ(expect_event(p, MR_EV_CLOSED)->error.code, 504);
+  peer_free(p);
+}
+
+static void the_number_of_a_channel_that_the_broker_closed_rests(void) {
+  mr_config config = peer_config();
+  mr_channel *channels[3], *more;
+  peer *p;
+  config.channel_max = 3;
+  p = peer_open_with(&config);
+  for (int i = 0; i < 2; i++) channels[i] = peer_channel(p);
+  for (uint16_t id = 2; id >= 1; id--) {
+    broker_closes(p, id);
+    expect_event(p, MR_EV_CHANNEL_CLOSED);
+    expect(p, id, CHANNEL_CLOSE_OK, channel_close_ok);
+    mr_channel_release(channels[id - 1]);
+  }
+  channels[2] = peer_channel(p);
+  CHECK_EQ(mr_channel_id(channels[2]), 3);
+  more = peer_channel(p); /* none else is left: the one that has rested longest */
+  CHECK_EQ(mr_channel_id(more), 2);
+  broker_closes(p, 2); /* now it is this one's */
+  CHECK(expect_event(p, MR_EV_CHANNEL_CLOSED)->channel == more);
+  expect(p, 2, CHANNEL_CLOSE_OK, channel_close_ok);
+  mr_channel_release(more);
+  more = peer_channel(p);
+  CHECK_EQ(mr_channel_id(more), 1);
+  mr_channel_release(channels[2]);
+  mr_channel_release(more);
+  peer_free(p);
+}
+
+/* A program whose channels are closed again and again does not use ever higher numbers. */
+static void numbers_do_not_rest_for_ever(void) {
+  peer *p = peer_open();
+  uint16_t highest = 0;
+  for (int i = 0; i < 2000; i++) {
+    mr_channel *a = peer_channel(p);
+    uint16_t id = mr_channel_id(a);
+    if (id > highest) highest = id;
+    broker_closes(p, id);
+    expect_event(p, MR_EV_CHANNEL_CLOSED);
+    peer_discard(p);
+    mr_channel_release(a);
+  }
+  CHECK(highest > 200);
+  CHECK(highest <= 257);
   peer_free(p);
 }
 
@@ -567,7 +651,7 @@ static void nothing_is_told_of_a_channel_whose_end_was_told(void) {
   expect_no_event(p);
   mr_channel_release(a);
   a = peer_channel(p);
-  CHECK_EQ(mr_channel_id(a), 1);
+  CHECK_EQ(mr_channel_id(a), 3); /* 1 rests: the broker closed it */
   mr_channel_release(a);
   mr_channel_release(b);
   peer_free(p);
@@ -1186,7 +1270,10 @@ int main(int argc, char **argv) {
   RUN(a_caller_that_stops_asking_stops_reading);
   RUN(answers_to_a_flood_are_bounded);
   RUN(numbers_are_used_again);
-  RUN(the_number_of_a_channel_the_broker_closed_is_free);
+  RUN(a_channel_that_the_broker_closes_has_ended);
+  RUN(further_closes_of_a_channel_are_passed_over);
+  RUN(the_number_of_a_channel_that_the_broker_closed_rests);
+  RUN(numbers_do_not_rest_for_ever);
   RUN(closes_that_cross);
   RUN(nothing_is_told_of_a_channel_whose_end_was_told);
   RUN(a_channel_refused_at_open);

@@ -1,4 +1,4 @@
--- A TCP proxy in this process, between a client and a broker: it can fall silent or cut the line.
+-- A TCP proxy in this process, between a client and a broker: it can fall silent, stop reading, or cut the line.
 local native = require "moonrabbit.runtime.native"
 
 local proxy = {}
@@ -8,15 +8,18 @@ Proxy.__index = Proxy
 
 local function copy(self, from, to)
   while true do
+    while self.stuck do native.sleep(0.02) end
     local bytes = from:read(65536)
     if not bytes then break end
+    while self.stuck do native.sleep(0.02) end
     if not self.silent and not to:write(bytes) then break end
   end
   from:close()
   to:close()
 end
 
---- Starts one; proxy.port is where it listens: `at`, or a free port. `silent = true` swallows everything.
+--- Starts one; proxy.port is where it listens: `at`, or a free port. `silent = true` swallows everything,
+--- `stuck = true` reads nothing, so that the sockets before it become full.
 function proxy.start(host, port, at)
   local server = assert(native.listen("127.0.0.1", at or 0))
   local self = setmetatable({ server = server, port = server:port(), silent = false, lines = {} }, Proxy)
@@ -45,6 +48,7 @@ function Proxy:cut()
 end
 
 function Proxy:stop()
+  self.stuck = false
   self:cut()
   self.server:close()
 end

@@ -1,7 +1,6 @@
 -- The pure parts of clusters: quarantine, what is learned from the management API, random order.
 local Quarantine = require "moonrabbit.cluster.quarantine"
 local discovery = require "moonrabbit.cluster.discovery"
-local random = require "moonrabbit.cluster.random"
 
 describe("quarantine", function()
   it("grows with each failure in a row, to a limit", function()
@@ -91,16 +90,4 @@ describe("discovery", function()
     assert.is_false(discovery.same({ path = "/run/x" }, where, "r@one"))
     assert.is_true(discovery.same({ host = "localhost", port = 1 }, { host = "127.0.0.1", port = 1 }, "r@localhost"))
   end)
-end)
-
-describe("random order", function()
-  it("is one of all orders", function()
-    local draw, seen = random.new(3), {}
-    for _ = 1, 200 do seen[table.concat(random.shuffle({ "a", "b", "c" }, draw))] = true end
-    local count = 0
-    for _ in pairs(seen) do count = count + 1 end
-    assert.equal(6, count)
-  end)
-
-  it("differs between generators", function() assert.are_not.equal(random.new()(), random.new()()) end)
 end)

@@ -1,6 +1,6 @@
 -- SRV records: messages, their order, and the asking, with a name server of our own.
 local dns = require "moonrabbit.cluster.dns"
-local random = require "moonrabbit.cluster.random"
+local chance = require "support.chance"
 local resolver = require "moonrabbit.cluster.resolver"
 local native = require "moonrabbit.runtime.native"
 local dns_server = require "support.dns_server"
@@ -50,7 +50,7 @@ describe("DNS messages", function()
   end)
 
   it("survive any bytes", function()
-    local draw = random.new(20240607)
+    local draw = chance(20240607)
     local good = message(7, 0, question, { { 10, 5, 5672, "a.example.com" }, { 10, 5, 5672, "b.example.com" } })
     for _ = 1, 5000 do
       local at = math.floor(draw() * #good) + 1
@@ -71,7 +71,7 @@ describe("SRV records", function()
   local function record(priority, weight, target) return { priority = priority, weight = weight, target = target } end
 
   it("are tried by priority, and within one by weight", function()
-    local draw, firsts = random.new(1), {}
+    local draw, firsts = chance(1), {}
     for _ = 1, 2000 do
       local ordered = dns.order({ record(20, 0, "backup"), record(10, 30, "big"), record(10, 10, "small") }, draw)
       assert.equal("backup", ordered[3].target)
@@ -81,7 +81,7 @@ describe("SRV records", function()
   end)
 
   it("of weight 0 have their turn", function()
-    local draw, seen = random.new(1), {}
+    local draw, seen = chance(1), {}
     for _ = 1, 200 do seen[dns.order({ record(1, 0, "a"), record(1, 1, "b") }, draw)[1].target] = true end
     assert.same({ a = true, b = true }, seen)
   end)
@@ -102,7 +102,7 @@ describe("the resolver", function()
   local function lookup(text, list, more)
     local opts = { servers = list, search = {}, timeout = 5 }
     for key, value in pairs(more or {}) do opts[key] = value end
-    return resolver.srv(native, text, opts, random.new(1))
+    return resolver.srv(native, text, opts, chance(1))
   end
 
   it("reads resolv.conf", function()

@@ -250,6 +250,15 @@ describe("health", function()
           assert.is_true(at and at - gone <= 20.1, tostring(at))
         end
       end)
+
+      it("notices it in that time too where nothing can be asked, for the socket is full", function()
+        for gone = 50, 60 do
+          for from = gone - 15, gone + 5 do
+            local at = live(strategy, { heartbeat = 10, trip = quick, gone = gone, blocked = { from, 400 } }, 300)
+            assert.is_true(at and at - gone <= 20.1, tostring(at))
+          end
+        end
+      end)
     end)
   end
 

@@ -190,6 +190,66 @@ describe("an outbox in a file", function()
     store:close()
   end)
 
+  -- Fills the outbox at arg[1] until it refuses; with arg[2], a file that takes up room, goes on without that.
+  local filler = [[
+    local Sqlite = require "moonrabbit.outbox.sqlite"
+    local record = { exchange = "", routing_key = "q", mandatory = true, props = "\0\0", body = ("x"):rep(2000) }
+    local store = assert(Sqlite.open { path = arg[1] })
+    local kept, row, err = 0
+    repeat
+      row, err = store:add(record)
+      if row then kept = kept + 1 end
+    until not row or kept == 100000
+    print(err.kind, err.temporary, err.message)
+    if arg[2] then
+      os.remove(arg[2])
+      print("room again", store:add(record) and store:count() == kept + 1)
+    end
+    store:close()
+    print("kept", kept)
+  ]]
+
+  -- Runs it in a shell that has made the disk small, with mounts of its own if `apart`; answers what it printed.
+  local function fill(prepare, words, apart)
+    local script = process.file(filler)
+    table.insert(words, 1, script)
+    local shell = { "sh", "-c", prepare:format(process.command(words)) }
+    if apart then shell = { "unshare", "-rm", "sh", "-c", shell[3] } end
+    local result = process.run(shell, { raw = true })
+    os.remove(script)
+    return result.out, result.err
+  end
+
+  local function holds(name)
+    local store = assert(Sqlite.open { path = name })
+    local count = store:count()
+    store:close()
+    return count
+  end
+
+  it("keeps what it has when a file may not grow any more", function()
+    local name = path()
+    local out, err = fill("trap '' XFSZ && ulimit -f 200 && %s", { name })
+    assert.matches("^outbox%s+true%s+.*the disk", out, err)
+    local kept = tonumber(out:match "kept%s+(%d+)")
+    assert.is_true(kept > 0 and kept < 100000)
+    assert.equal(kept, holds(name))
+  end)
+
+  local may_mount = process.run({ "unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt" }, { raw = true }).code == 0
+  local on_a_disk = may_mount and it or function(what) it(what, function() pending "may not mount a disk" end) end
+
+  on_a_disk("says so when the disk is full, keeps what it has, and goes on once there is room", function()
+    local copy = path()
+    local out, err = fill("mount -t tmpfs -o size=2m tmpfs /mnt && head -c 1000000 /dev/zero > /mnt/filler && %s "
+      .. "&& cp /mnt/outbox.db " .. copy, { "/mnt/outbox.db", "/mnt/filler" }, true)
+    assert.matches("^outbox%s+true%s+outbox '/mnt/outbox.db': the disk is full", out, err)
+    assert.matches("room again%s+true", out, err)
+    local kept = tonumber(out:match "kept%s+(%d+)")
+    assert.is_true(kept > 0 and kept < 100000)
+    assert.equal(kept + 1, holds(copy))
+  end)
+
   it("says so where it may not write", function()
     local none, err = Sqlite.open { path = "/nonexistent/folder/outbox.db" }
     assert.is_nil(none)

@@ -199,15 +199,6 @@ describe("message ids of a publisher #smoke", function()
       assert.equal(("%012x"):format(n), ids.stamp(n))
     end
   end)
-
-  it("do not hang on /dev/urandom", function()
-    local open = io.open
-    io.open = function() return nil end -- luacheck: ignore 122
-    local one, other = ids.prefix(), ids.prefix()
-    io.open = open -- luacheck: ignore 122
-    assert.equal(17, #one)
-    assert.is_true(one ~= other)
-  end)
 end)
 
 -- ---- What becomes of messages -------------------------------------------------------------------------

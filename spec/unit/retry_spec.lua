@@ -62,21 +62,6 @@ describe("retry policies", function()
     assert.equal(11, capped(msg, failure, 1))
   end)
 
-  it("draw different numbers", function()
-    local random = require "moonrabbit.app.retry.jitter".random
-    local seen, low, high = {}, 1, 0
-    for _ = 1, 1000 do
-      local x = random()
-      assert.is_true(x >= 0 and x < 1)
-      seen[x] = true
-      low, high = math.min(low, x), math.max(high, x)
-    end
-    local count = 0
-    for _ in pairs(seen) do count = count + 1 end
-    assert.equal(1000, count)
-    assert.is_true(low < 0.1 and high > 0.9)
-  end)
-
   it("give up some time after the first failure", function()
     local policy = retry.constant { delay = 1, attempts = math.huge, within = 60 }
     local late = { headers = { ["moonrabbit-first-failure"] = 1000 }, properties = {} }

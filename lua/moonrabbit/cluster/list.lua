@@ -2,7 +2,7 @@
 -- target, tried again and again.
 -- @module moonrabbit.cluster.list
 
-local random = require "moonrabbit.cluster.random"
+local random = require "moonrabbit.random"
 local targets = require "moonrabbit.cluster.targets"
 
 ---@class moonrabbit.cluster.List
@@ -15,7 +15,7 @@ List.__index = List
 function List.new(listed, opts, context)
   return setmetatable({
     targets = listed, shuffle = opts.shuffle,
-    context = { runtime = context.runtime, log = context.log, dns = opts.dns, draw = random.new() },
+    context = { runtime = context.runtime, log = context.log, dns = opts.dns },
   }, List)
 end
 
@@ -24,7 +24,7 @@ function List:round()
   if not all or not self.shuffle then return all, err end
   local copy = {}
   for i, target in ipairs(all) do copy[i] = target end
-  return random.shuffle(copy, self.context.draw)
+  return random.shuffle(copy)
 end
 
 function List.attach() end

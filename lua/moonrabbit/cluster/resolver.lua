@@ -6,7 +6,7 @@
 
 local dns = require "moonrabbit.cluster.dns"
 local options = require "moonrabbit.options"
-local random = require "moonrabbit.cluster.random"
+local random = require "moonrabbit.random"
 
 local resolver = {}
 
@@ -144,11 +144,11 @@ end
 ---@param runtime table
 ---@param name string
 ---@param opts moonrabbit.DnsOptions?
----@param draw (fun(): number)?   randomness
+---@param draw (fun(): number)?   random.number by default
 ---@return { host: string, port: integer }[]|nil, string? text   why there is none
 function resolver.srv(runtime, name, opts, draw)
   opts = opts or {}
-  draw = draw or random.new()
+  draw = draw or random.number
   if not dns.is_name(name) then return nil, "'" .. name .. "' is no name that DNS can have" end
   local conf = configuration(opts)
   local why

@@ -10,7 +10,7 @@ local management = require "moonrabbit.management"
 local protect = require "moonrabbit.protect"
 local Quarantine = require "moonrabbit.cluster.quarantine"
 local discovery = require "moonrabbit.cluster.discovery"
-local random = require "moonrabbit.cluster.random"
+local random = require "moonrabbit.random"
 local targets = require "moonrabbit.cluster.targets"
 
 ---@class moonrabbit.cluster.Smart
@@ -245,7 +245,7 @@ end
 
 local function in_order(self, all)
   local now = self.runtime.now()
-  if self.shuffle then random.shuffle(all, self.context.draw) end
+  if self.shuffle then random.shuffle(all) end
   local free, held = {}, {}
   for i, each in ipairs(all) do
     each.at, each.rank, each.left = i, rank(self, each.node), self.quarantine:left(each.key, now)
@@ -331,7 +331,7 @@ function Smart.new(listed, opts, context, level)
     shuffle = opts.shuffle, given = given_apis(opts.management, listed, context, level + 1),
     discover = tuning.discover ~= false, follow = tuning.follow, address = tuning.address,
     every = tuning.refresh or 30, wait = tuning.wait or 1, quarantine = Quarantine.new(tuning.quarantine),
-    context = { runtime = runtime, log = context.log, dns = opts.dns, draw = random.new() },
+    context = { runtime = runtime, log = context.log, dns = opts.dns },
     nodes = {}, members = {}, said = {}, learned = runtime.condition(), closing = runtime.condition(),
     emit = function() end, move = function() end,
   }, Smart)

@@ -42,7 +42,7 @@ local function belongs(target, host)
 end
 
 local function look_up(target, context)
-  local found, text = resolver.srv(context.runtime, target.srv, context.dns, context.draw)
+  local found, text = resolver.srv(context.runtime, target.srv, context.dns)
   if not found then
     return nil, errors.new { kind = "dns", message = text, endpoint = target.srv, temporary = true }
   end
@@ -61,7 +61,7 @@ end
 --- The targets with every service replaced by its hosts. What cannot be looked up is left out; nil, err when nothing
 --- remains. May yield when there is a service.
 ---@param list table[]
----@param context { runtime: table, dns: table?, draw: function, log: function }
+---@param context { runtime: table, dns: table?, log: function }
 ---@return table[]|nil, moonrabbit.Error?
 function targets.expand(list, context)
   local all, err = {}, nil

@@ -6,6 +6,7 @@
 -- @module moonrabbit.connection.backoff
 
 local options = require "moonrabbit.options"
+local chance = require "moonrabbit.random"
 
 ---@class moonrabbit.ReconnectOptions
 ---@field first number?     seconds before the first attempt; 0.1 by default
@@ -37,13 +38,13 @@ Backoff.options = {
 
 --- A new one.
 ---@param policy moonrabbit.ReconnectOptions  checked
----@param random (fun(): number)?  math.random by default
+---@param random (fun(): number)?  moonrabbit.random's by default
 ---@return table backoff
 function Backoff.new(policy, random)
   return setmetatable({
     first = policy.first or 0.1, factor = policy.factor or 2, max = policy.max or 30,
     jitter = policy.jitter or 0.2, attempts = policy.attempts or math.huge, stable = policy.stable or 5,
-    random = random or math.random, attempt = 0,
+    random = random or chance.number, attempt = 0,
   }, Backoff)
 end
 

@@ -11,6 +11,7 @@
 -- @module moonrabbit.publisher.keeper
 
 local core = require "moonrabbit.core"
+local random = require "moonrabbit.random"
 local Ring = require "moonrabbit.publisher.ring"
 local Waiters = require "moonrabbit.publisher.waiters"
 
@@ -333,7 +334,7 @@ function Keeper:_failed(outcome, confirmation, err)
   local record, now = self.ring:record(n), self.runtime.now()
   record.attempts = (record.attempts or 0) + 1
   if self._policy.deadline < huge then record.give_up = record.give_up or now + self._policy.deadline end
-  local delay = self._policy:delay(outcome, record.attempts, math.random())
+  local delay = self._policy:delay(outcome, record.attempts, random.number())
   if not delay or now + delay > (record.give_up or huge) then
     self:_conclude(n, outcome, err)
     return true

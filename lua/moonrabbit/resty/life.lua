@@ -6,6 +6,7 @@
 -- @module moonrabbit.resty.life
 
 local runtime = require "moonrabbit.runtime.resty"
+local random = require "moonrabbit.random"
 
 local life = { exiting = false }
 
@@ -77,7 +78,7 @@ function Keeper:overdue() return life.exiting and now() >= (self.leave_by or 0) 
 function Keeper:backoff()
   local backoff = self.config.backoff
   local delay = math.min(backoff.max, backoff.first * backoff.factor ^ math.max(0, self.attempt - 1))
-  return delay * (1 + backoff.jitter * (2 * math.random() - 1))
+  return delay * (1 + backoff.jitter * (2 * random.number() - 1))
 end
 
 local function serve(self, conn)

@@ -11,7 +11,7 @@
 -- @module moonrabbit.app.dedupe.redis
 
 local options = require "moonrabbit.options"
-local random = require "moonrabbit.app.dedupe.random"
+local random = require "moonrabbit.random"
 
 local redis = {}
 

@@ -19,7 +19,7 @@
 
 local errors = require "moonrabbit.errors"
 local options = require "moonrabbit.options"
-local random = require "moonrabbit.app.dedupe.random"
+local random = require "moonrabbit.random"
 
 local sql = {}
 
@@ -192,7 +192,7 @@ local function affected(result) return tonumber(result) or 0 end
 
 -- A number unlike those of other claims, of this and other processes; 0 is what is done.
 local function claim_number()
-  return ("%.0f"):format(1 + random.number())
+  return ("%.0f"):format(1 + random.integer())
 end
 
 local function insert(self, key, claim, ends)

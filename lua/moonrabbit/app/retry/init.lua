@@ -23,6 +23,7 @@
 local options = require "moonrabbit.options"
 local failures = require "moonrabbit.app.failure"
 local jitter = require "moonrabbit.app.retry.jitter"
+local random = require "moonrabbit.random"
 local protect = require "moonrabbit.protect"
 
 local retry = {}
@@ -84,7 +85,7 @@ end
 local function policy(given, text, base)
   return setmetatable({
     attempts = given.attempts or 5, within = given.within, max = given.max, jitter = given.jitter or "none",
-    random = jitter.random, now = os.time, _base = base, _text = text,
+    random = random.number, now = os.time, _base = base, _text = text,
   }, Policy)
 end
 

@@ -18,6 +18,7 @@
 -- @module moonrabbit.app.route.canary
 
 local options = require "moonrabbit.options"
+local chance = require "moonrabbit.random"
 local Window = require "moonrabbit.app.route.window"
 
 ---@class moonrabbit.CanaryOptions
@@ -30,7 +31,7 @@ local Window = require "moonrabbit.app.route.window"
 ---@field window number?         seconds; 60 by default
 ---@field rollback moonrabbit.CanaryRollbackOptions?  without it the candidate stays, whatever it does
 ---@field on_rollback fun(report: table)?  called in a task of its own
----@field random (fun(): number)?  from 0 to 1; math.random by default
+---@field random (fun(): number)?  from 0 to 1; moonrabbit.random's by default
 
 ---@class moonrabbit.CanaryRollbackOptions
 ---@field error_rate number?  how much higher the candidate's share of failures may be, 0 to 1
@@ -86,7 +87,7 @@ function Canary.new(spec, no_target, level)
   return setmetatable({
     name = spec.name, version = spec.version, weight = spec.weight, sticky = sticky, window = window,
     limits = limits, min = limits and limits.min or 100, on_rollback = spec.on_rollback,
-    random = spec.random or math.random, rolled_back = false,
+    random = spec.random or chance.number, rolled_back = false,
     stable = Window.new(window), candidate = Window.new(window),
   }, Canary)
 end
