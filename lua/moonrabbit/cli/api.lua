@@ -40,14 +40,19 @@ local function settings(args)
   }
 end
 
+--- A client, or nil and what is wrong.
+function api.client(args)
+  local opts, problem = settings(args)
+  if not opts then return nil, problem end
+  return require("moonrabbit.management").new(opts)
+end
+
 --- A client, or nil and an exit code, with the complaint made.
 function api.open(args)
-  local opts, problem = settings(args)
-  if not opts then
-    output.complain(problem)
-    return nil, exit.usage
-  end
-  return require("moonrabbit.management").new(opts)
+  local client, problem = api.client(args)
+  if client then return client end
+  output.complain(problem)
+  return nil, exit.usage
 end
 
 --- Complains about an error and returns its exit code.

@@ -2,6 +2,7 @@
 
 local connect = require "moonrabbit.cli.connect"
 local credentials = require "moonrabbit.cli.credentials"
+local doctor_cluster = require "moonrabbit.cli.doctor_cluster"
 local exit = require "moonrabbit.cli.exit"
 local output = require "moonrabbit.cli.output"
 local uri = require "moonrabbit.uri"
@@ -9,12 +10,14 @@ local uri = require "moonrabbit.uri"
 local doctor = {
   summary = "Connect step by step, and say what is wrong where and what to do.",
   epilog = "Looks at the URL, DNS, TCP, TLS, the protocol, the login, the vhost, permissions (with a temporary "
-    .. "exclusive queue), versions and the round trip. Changes nothing on the broker.",
+    .. "exclusive queue), versions and the round trip; with --cluster at the other nodes too. Changes nothing on the "
+    .. "broker.",
 }
 
 function doctor.build(command, common)
   command:option "--rounds" :argname "<n>" :default "11" :description "How many round trips are timed."
     :convert(require "moonrabbit.cli.values".integer(1, 10000))
+  doctor_cluster.build(command)
   common(command)
 end
 
@@ -380,6 +383,7 @@ function doctor.run(args)
     if not steps[name](report, patient, args) then break end
   end
   if patient.conn then patient.conn:close(patient.timeout) end
+  if args.cluster and patient.parsed then doctor_cluster.look(report, patient, args) end
   return report:finish()
 end
 
