@@ -94,6 +94,24 @@ describe("health", function()
     end)
   end
 
+  it("a suspicion ends the session, and the connection comes back at once", function()
+    local conn = broker.connect { uri = broker.uri { host = "127.0.0.1", port = through.port }, heartbeat = 60,
+      health = { strategy = "consecutive", probe = 0.1, misses = 3 }, reconnect = { first = 0.01 }, timeout = 3,
+      log = function() end }
+    local ch = ok(conn:channel { confirm = true, prefetch = 10 })
+    local queue = ok(ch:queue_declare("", { exclusive = true })).queue
+    local consumer = ok(ch:consume(queue))
+    local why, back
+    conn:on("suspect", function() through.silent = false end)
+    conn:on("recovering", function(err) why = why or err end)
+    conn:on("recovered", function() back = true end)
+    through.silent = true
+    broker.eventually(function() return back end, 20)
+    assert.same({ "timeout", "consecutive" }, { why.kind, why.strategy })
+    ok(ch:publish("x", { routing_key = consumer.queue }))
+    assert.equal("x", ok(consumer:receive(5)).body)
+  end)
+
   it("the broker answers probes, and a quiet connection lives on", function()
     local conn, seen = connect_through({ strategy = "adaptive", probe = 0.05, least = 2 }, 4)
     local detector = conn._session.detector

@@ -95,6 +95,26 @@ describe("a connection that is lost again and again", function()
     assert.same({}, seen.errors)
   end)
 
+  it("asks for consumers again as they were: tags, arguments, flags, in their order", function()
+    connect()
+    local asked = {}
+    local consume = other.answers["60.20"]
+    other.answers["60.20"] = function(frame)
+      asked[#asked + 1] = frame.args
+      local queue = frame.args:byte(3)
+      local tag = frame.args:sub(5 + queue, 4 + queue + frame.args:byte(4 + queue))
+      return (consume and consume(frame)) or fake.method(frame.channel, 60, 21, fake.short(tag))
+    end
+    local ch = ok(conn:channel { prefetch = 10 })
+    ok(ch:consume("q", { tag = "first", arguments = { ["x-priority"] = 3, list = { 1, "two" } } }))
+    ok(ch:consume("q", { no_ack = true, exclusive = true }))
+    ok(ch:consume("r", { tag = "last", arguments = { ["x-cancel-on-ha-failover"] = true } }))
+    other:cut()
+    eventually(function() return seen.recovered == 1 end)
+    assert.equal(6, #asked)
+    for i = 1, 3 do assert.is_true(asked[i] == asked[i + 3], "consumer " .. i) end
+  end)
+
   it("sends no ack of an earlier connection, or of a channel that was closed", function()
     connect()
     local ch = ok(conn:channel { prefetch = 10 })
