@@ -52,6 +52,10 @@ function Channel._failure(_, confirmation)
   return errors.new { kind = "closed", message = (core.outcome(confirmation)) }
 end
 function Channel.close() return true end
+function Channel:_renew(err)
+  self.renewed = (self.renewed or 0) + 1
+  if self.leaves then self.leaves(err) end
+end
 
 -- A core channel whose events lead to this owner.
 local function core_channel(b, owner, window)
@@ -335,6 +339,57 @@ describe("a publisher #smoke", function()
     assert.same({ 1, "nacked" }, { result[2].failed[1].seq, result[2].failed[1].outcome })
     w.runtime.run(function() result = { p:wait(1) } end)
     assert.is_true(result[1])
+  end)
+
+  it("goes by another channel when the broker refuses again and again on this one, and nothing is under way", function()
+    start { routing_key = "k", retry = { first = 0.1, factor = 1, jitter = 0, attempts = math.huge } }
+    local sequence, renewed = 0, {}
+    -- Another channel of the same connection, a moment later.
+    w.channel.leaves = function(err)
+      renewed[#renewed + 1] = w.runtime.now()
+      assert.equal("nacked", err.kind)
+      assert.equal(0, w.channel._core:unconfirmed())
+      w.channel._core:close(200, "Goodbye")
+      w.channel.hooks.lost(errors.new { kind = "closed", message = "left", temporary = true })
+      w.runtime.spawn(function()
+        w.runtime.sleep(0.01)
+        w.channel._core, sequence = core_channel(w.broker, w.channel, w.window), 0
+        w.channel.hooks.recovered()
+      end)
+    end
+    local function refuse(n)
+      sequence = sequence + n
+      w:say(fake.nack(w.channel._core:id(), sequence, true))
+    end
+    local c = { p:send_async "1", p:send_async "2" }
+    for _ = 1, 3 do
+      assert.equal(2, #w:published())
+      refuse(2)
+      assert.same({}, renewed)
+      w.runtime.advance(0.11)
+    end
+    assert.equal(1, #renewed)
+    w.runtime.advance(0.02)
+    assert.same({ "!1", "!2" }, w:published())
+    -- Something under way, of which nobody knows what became: the channel stays.
+    refuse(1)
+    w.runtime.advance(0.6)
+    assert.same({ "!1" }, w:published())
+    assert.equal(1, #renewed)
+    -- A full queue refuses on every channel: they are left ever more seldom.
+    for _ = 1, 1000 do
+      refuse(w.channel._core:unconfirmed())
+      w.runtime.advance(0.11)
+      w:published()
+    end
+    assert.truthy(#renewed >= 6 and #renewed <= 9, #renewed)
+    for i = 3, #renewed - 1 do
+      assert.truthy(renewed[i + 1] - renewed[i] > renewed[i] - renewed[i - 1], i)
+    end
+    w.runtime.advance(0.2)
+    w:say(fake.ack(w.channel._core:id(), sequence + 2, true))
+    assert.same({ "acked", "acked" }, outcomes(c))
+    assert.same({ 0, 0 }, { p:unconfirmed(), p._keeper._due })
   end)
 
   it("keeps strict order with a window of one", function()

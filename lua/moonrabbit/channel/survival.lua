@@ -110,6 +110,21 @@ function Channel:_closed_by_broker(err)
   connection._repairs:add("channel", self, err)
 end
 
+--- Leaves its core channel for another one, as if the broker had closed it. Does nothing where it does not survive.
+---@package
+---@param why moonrabbit.Error
+function Channel:_renew(why)
+  local connection = self.connection
+  if self._closed or not self._lasting or connection._state ~= "open" then return end
+  local session = self._session
+  self._core:close(200, "Goodbye")
+  session:touch()
+  local meanwhile = require("moonrabbit.connection.recovery").meanwhile
+  local err = meanwhile(why, "the channel is left for another one")
+  detach(self, err, err)
+  connection._repairs:add("channel", self, err)
+end
+
 --- The channel is over. `quiet`: by this side, so it is no event.
 ---@package
 function Channel:_ended(err, quiet)

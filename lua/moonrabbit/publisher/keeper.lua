@@ -12,6 +12,7 @@
 
 local core = require "moonrabbit.core"
 local random = require "moonrabbit.random"
+local Renewal = require "moonrabbit.publisher.renewal"
 local Ring = require "moonrabbit.publisher.ring"
 local Waiters = require "moonrabbit.publisher.waiters"
 
@@ -57,7 +58,7 @@ function Keeper.new(config)
     _unsent = nil,                    -- the oldest number that is to be sent (again); nil: none
     _troubled = {},                   -- number -> record with a `due` or a `give_up`
     _due = 0,                         -- how many have a `due`
-    _failures = {},
+    _failures = {}, _renewal = Renewal.new(),
     _room = runtime.condition(),      -- who has a message to give
     _settled = runtime.condition(),   -- who waits for all of them
     _alarm = runtime.condition(),     -- the task that keeps the times
@@ -376,8 +377,22 @@ local function given_up(self, record)
     err and { code = err.code, class = err.class, method = err.method })
 end
 
+-- Leaves the channel where another one may do better by a message that is due. Only while nothing is under way on it,
+-- whose outcome would be unknown then: so nothing is sent twice for it.
+local function renew(self, now)
+  if not self._up or self.channel._core:unconfirmed() > 0 then return end
+  for _, record in pairs(self._troubled) do
+    if record.due and record.due <= now and self._renewal:helps(record, now) then
+      self._renewal:done(now)
+      self.channel:_renew(record.err)
+      return
+    end
+  end
+end
+
 -- Does what is due, the oldest first; when there is something again, or nil.
 local function tend(self)
+  renew(self, self.runtime.now())
   local numbers, now, next_time = {}, self.runtime.now(), huge
   for n in pairs(self._troubled) do numbers[#numbers + 1] = n end
   table.sort(numbers)

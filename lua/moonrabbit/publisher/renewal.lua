@@ -1,0 +1,38 @@
+--- When a publisher leaves its channel for another one: the broker refuses again and again what is sent on it.
+--
+-- RabbitMQ (seen on 3.10) remembers for each channel where a quorum queue's leader is. A channel whose first publish
+-- meets the moment in which the leader's node is gone refuses everything for that queue until the node is back, while
+-- every other channel is served. A full queue refuses on every channel: there another one changes nothing, so channels
+-- are left ever more seldom.
+-- @module moonrabbit.publisher.renewal
+
+local min, huge = math.min, math.huge
+
+-- A message that was refused so often has given the cluster time to choose another leader.
+local REFUSALS = 3
+-- Seconds between two renewals: the first, each twice the one before, and after so long without one the first again.
+local FIRST, MOST, QUIET = 0.5, 60, 120
+
+---@class moonrabbit.publisher.Renewal
+local Renewal = {}
+Renewal.__index = Renewal
+
+function Renewal.new() return setmetatable({ at = -huge, pause = FIRST }, Renewal) end
+
+--- Whether this message, whose time has come, should rather go by another channel.
+---@param record table   of the publisher's ring
+---@param now number
+---@return boolean
+function Renewal:helps(record, now)
+  return record.outcome == "nacked" and record.attempts >= REFUSALS and now >= self.at
+end
+
+--- The channel is left.
+---@param now number
+function Renewal:done(now)
+  if now - self.at > QUIET then self.pause = FIRST end
+  self.at = now + self.pause
+  self.pause = min(MOST, 2 * self.pause)
+end
+
+return Renewal
