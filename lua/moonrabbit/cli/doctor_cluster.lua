@@ -72,8 +72,8 @@ local function look_at(report, patient, node, found)
   end
   for field, what in pairs { mem_alarm = "memory", disk_free_alarm = "disk" } do
     if node[field] == true then
-      report:fail("node", exit.failed, ("%s has a %s alarm: nobody can publish in the whole cluster"):format(name, what),
-        nil, { node = name })
+      report:fail("node", exit.failed, ("%s has a %s alarm: nobody can publish in the whole cluster"):format(name,
+        what), nil, { node = name })
     end
   end
   local kind = patient.parsed.tls and "tls" or "plain"
