@@ -80,10 +80,8 @@ describe("the management API in nginx #resty", function()
   end)
 
   it("may be missing: the connection goes on with what it knows, and says so", function()
-    assert.equal("0 unknown\n", get("/smart?near=" .. queue .. "&api=http://guest:hunter22@127.0.0.1:1"))
-    local log = server:log()
-    assert.matches("the nodes of the cluster cannot be learned: .*going on with what is known", log)
-    assert.not_matches("hunter22", log)
+    assert.equal("0 unknown\n", get("/smart?near=" .. queue .. "&api=http://127.0.0.1:1"))
+    assert.matches("the nodes of the cluster cannot be learned: .*going on with what is known", server:log())
   end)
 
   it("serves a worker's own connections", function()
