@@ -64,6 +64,29 @@ describe("moonrabbit topology", function()
     assert.is_nil((ch:exchange_declare(bench.name .. ".x", { passive = true })))
   end)
 
+  it("warns of what would disturb retries: limits in the script, policies in the broker", function()
+    assert.equal("", topology("plan").err)
+    local limited = "type = 'quorum', arguments = { ['x-delivery-limit'] = 3 }, bind = {"
+    bench:write("app.lua", (script:gsub("bind = {", limited)))
+    local plan = topology "plan"
+    assert.equal(0, plan.code)
+    assert.truthy(plan.err:find("gives a message up after 3 returns", 1, true), plan.err)
+    local url = os.getenv "AMQP_MANAGEMENT_URL"
+    if not url then return end
+    bench:write("app.lua", script)
+    assert.equal(0, topology("apply").code)
+    local api = broker.management()
+    broker.ok(api:set_policy("/", bench.name, { pattern = "^" .. bench.name:gsub("%p", "."), apply_to = "queues",
+      definition = { ["message-ttl"] = 1000 } }))
+    finally(function() api:delete_policy("/", bench.name) end)
+    broker.eventually(function()
+      plan = topology("plan", "--management", url)
+      return plan.err:find(bench.name .. ".wait.5s", 1, true)
+    end, 20, "the policy is seen")
+    assert.truthy(plan.err:find("message-ttl", 1, true), plan.err)
+    assert.equal(0, plan.code)
+  end)
+
   it("sees bindings by the management API, and repeats no password", function()
     local url = os.getenv "AMQP_MANAGEMENT_URL"
     if not url then return pending "needs AMQP_MANAGEMENT_URL" end

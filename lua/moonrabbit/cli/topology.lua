@@ -46,6 +46,16 @@ local function summary(count)
     count.differs + count.refused, count.unknown)
 end
 
+-- Policies and limits that would disturb retries. Without the management API only the script's own limits are known.
+local function warn(app, api, vhost)
+  local queues, err
+  if api then queues, err = api:queues { vhost = vhost } end
+  if err then return nil, err end
+  local list = require("moonrabbit.life.warnings").of(app, queues)
+  for _, text in ipairs(list) do output.complain("warning: " .. text) end
+  return list
+end
+
 local function apply(conn, list)
   local channel, err = conn:channel()
   if not channel then return nil, err end
@@ -69,10 +79,14 @@ local function run(app, conn, args)
   local steps = explain.topology(app, server and server.version)
   local list, err = compare.run(conn, steps, api, conn._target.vhost)
   if not list then return nil, err end
+  local warned
+  warned, err = warn(app, api, conn._target.vhost)
+  if not warned then return nil, err end
   local count, lines = report(explain, list)
   local different = count.differs + count.refused
   if args.plan then
-    output.result({ app = app.name, entities = lines, missing = count.missing, different = different }, summary(count))
+    output.result({ app = app.name, entities = lines, missing = count.missing, different = different,
+      warnings = warned }, summary(count))
     return args.check and count.missing + different > 0 and exit.failed or exit.ok
   end
   if different > 0 then
