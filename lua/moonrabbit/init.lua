@@ -33,6 +33,7 @@
 ---@field queue table                     the module moonrabbit.queue
 ---@field metrics table                   the module moonrabbit.metrics
 ---@field log table                       the module moonrabbit.log
+---@field trace table                     the module moonrabbit.trace
 ---@field retry table                     retry policies: the module moonrabbit.app.retry
 local moonrabbit = { _VERSION = "moonrabbit scm" }
 
@@ -105,7 +106,8 @@ local lazy = {
   null = function() return require("moonrabbit.core").null end,
   types = function() return require("moonrabbit.core").types end,
 }
-for _, name in ipairs { "errors", "uri", "options", "management", "queue", "metrics", "log", "testing" } do
+for _, name in ipairs { "errors", "uri", "options", "management", "queue", "metrics", "log", "testing",
+  "trace" } do
   lazy[name] = function() return require("moonrabbit." .. name) end
 end
 for _, name in ipairs { "route", "retry", "dedupe", "outcome" } do

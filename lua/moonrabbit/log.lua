@@ -10,6 +10,7 @@
 
 local json = require "moonrabbit.cli.json"
 local options = require "moonrabbit.options"
+local trace = require "moonrabbit.trace"
 
 local log = {}
 
@@ -134,7 +135,7 @@ end
 function log.of(message, fields)
   local all = {
     message_id = message.properties.message_id, exchange = message.exchange, routing_key = message.routing_key,
-    traceparent = message.headers.traceparent,
+    traceparent = trace.parse(message.headers.traceparent) and message.headers.traceparent or nil,
   }
   for name, value in pairs(fields or {}) do all[name] = value end
   return all

@@ -5,6 +5,7 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
+local trace = require "moonrabbit.trace"
 
 local core_ack, core_settle, core_owner = core.ack, core.settle, core.owner
 local boolean, shortstr, seconds = options.boolean, options.shortstr, options.seconds
@@ -117,6 +118,13 @@ function methods:reply(body, opts)
     for key, value in pairs(opts) do all[key] = value end
   end
   return channel:publish(body, all)
+end
+
+--- Headers that pass this message's trace on: `headers = msg:trace()`. What an app's handler publishes has them by itself.
+--- nil: it has no valid `traceparent`. See moonrabbit.trace.
+---@return { traceparent: string, tracestate: string? }|nil
+function methods:trace()
+  return (trace.of(self))
 end
 
 ---@class moonrabbit.ForwardOptions

@@ -17,6 +17,7 @@ local Keeper = require "moonrabbit.publisher.keeper"
 local Outbox = require "moonrabbit.publisher.outbox"
 local Policy = require "moonrabbit.publisher.policy"
 local ids = require "moonrabbit.publisher.ids"
+local trace = require "moonrabbit.trace"
 
 local min, huge = math.min, math.huge
 
@@ -172,6 +173,13 @@ local function offer(self, body, overrides, level)
   return confirmation, err
 end
 
+-- The overrides, with the trace of what is handled; the publisher's own headers come first.
+local function traced(self, overrides)
+  local headers = self._base.headers
+  if headers and headers.traceparent ~= nil then return overrides end
+  return trace.add(self.channel._runtime, overrides)
+end
+
 local function send_once(self, body, overrides)
   local channel = self.channel
   if overrides then
@@ -189,6 +197,7 @@ end
 ---@param overrides moonrabbit.PublishOptions? as for Channel:publish, for this message; headers are merged
 ---@return moonrabbit.Confirmation|nil, moonrabbit.Error?
 function Publisher:send_async(body, overrides)
+  if trace.on then overrides = traced(self, overrides) end
   local keeper = self._keeper
   if not keeper then
     local confirmation, err = send_once(self, body, overrides)
@@ -228,6 +237,7 @@ end
 ---@return true|nil, moonrabbit.Error?
 function Publisher:send(body, overrides)
   options.argument("Publisher:send", "body", body, options.string)
+  if trace.on then overrides = traced(self, overrides) end
   local keeper = self._keeper
   if not keeper then
     local channel = self.channel

@@ -24,6 +24,7 @@ local broker = require "moonrabbit.testing.broker"
 local clock = require "moonrabbit.testing.clock"
 local disposal = require "moonrabbit.app.disposal"
 local options = require "moonrabbit.options"
+local trace = require "moonrabbit.trace"
 
 local testing = {}
 
@@ -51,7 +52,10 @@ Bench.__name = "moonrabbit.testing.Bench"
 -- The app's own functions, but those that need a broker.
 local function app_for(self)
   return setmetatable({
-    publish = function(_, body, opts) return self:_publish(body, opts) end,
+    publish = function(_, body, opts)
+      if trace.on then opts = trace.add(self.runtime, opts) end
+      return self:_publish(body, opts)
+    end,
     _channel = function() return self.channel end, -- what App:forward sends on
   }, { __index = self.app })
 end

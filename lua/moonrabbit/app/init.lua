@@ -28,6 +28,7 @@ local plan = require "moonrabbit.app.plan"
 local protect = require "moonrabbit.protect"
 local runtimes = require "moonrabbit.runtime"
 local topology = require "moonrabbit.app.topology"
+local trace = require "moonrabbit.trace"
 
 ---@class moonrabbit.App
 ---@field name string
@@ -125,7 +126,8 @@ end
 
 -- ---- Publishing -------------------------------------------------------------------------------------
 
---- Publishes on the app's publishing connection and waits for the confirm, as Channel:publish.
+--- Publishes on the app's publishing connection and waits for the confirm, as Channel:publish. In a handler it carries
+--- the message's trace (moonrabbit.trace).
 ---@param body string
 ---@param opts moonrabbit.PublishOptions?
 ---@return true|nil, moonrabbit.Error?
@@ -137,7 +139,7 @@ end
 
 --- Sends a message on, on the app's publishing connection, and waits for the confirm, as Message:forward. What
 --- would deliver it elsewhere too, or be refused, stays behind: the headers CC and BCC, and user_id. So does what tells of
---- its retries here.
+--- its retries here. Its `traceparent` gets a new parent id.
 ---@param message moonrabbit.Message
 ---@param exchange string
 ---@param key string? the one that it was published with, by default
@@ -155,6 +157,7 @@ function App:forward(message, exchange, key, opts)
       all[name] = value
     end
   end
+  if self.plan.trace then all.set = trace.renew(message, all.set, all.remove) end
   return message:forward(exchange, key or copy.routing_key(message), all)
 end
 

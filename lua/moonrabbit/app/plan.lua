@@ -21,6 +21,7 @@ local shortstr, boolean, integer = options.shortstr, options.boolean, options.in
 ---@field connect (string|moonrabbit.ConnectOptions)?         where `start` without an argument connects to; "amqp://" by default
 ---@field log fun(level: string, text: string)?               the connection's by default
 ---@field observer table?                                     functions that are told what happens: docs/app.md
+---@field trace boolean?                                      what handlers publish carries the trace of the message: moonrabbit.trace; true by default
 
 ---@class moonrabbit.AppExchangeOptions
 ---@field type string?        "direct", "fanout", "topic" (the default), "headers", or a plugin's
@@ -121,7 +122,7 @@ end
 plan.app = {
   name = shortstr, exchanges = options.table, queues = options.table, consumers = options.table,
   ladder = options.either(shortstr, options.table), connect = options.either(options.string, options.table),
-  log = options.callback, observer = options.table,
+  log = options.callback, observer = options.table, trace = boolean,
 }
 
 plan.exchange = {
@@ -351,7 +352,7 @@ local function compile_consumer(what, spec, given)
   local queue = spec.queues[given.queue]
   local compiled = {}
   for key, value in pairs(given) do compiled[key] = value end
-  compiled.app = spec.name
+  compiled.app, compiled.trace = spec.name, spec.trace ~= false
   compiled.kind = kind_of(queue)
   compiled.exclusive = queue.exclusive or false
   keep_in_process(compiled)
@@ -399,7 +400,7 @@ local function compile_all(spec)
   check_cycles(spec)
   local made = {
     name = spec.name, exchanges = copy(spec.exchanges), queues = copy(spec.queues), consumers = {},
-    ladder = spec.ladder,
+    ladder = spec.ladder, trace = spec.trace ~= false,
   }
   for _, consumer in ipairs(compiled) do
     local parts = consumer.partitions and partitions.expand(made, consumer) or { consumer }

@@ -3,6 +3,7 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
+local trace = require "moonrabbit.trace"
 
 local core_acked, core_outcome = core.acked, core.outcome
 local huge = math.huge
@@ -133,6 +134,7 @@ end
 ---@param opts moonrabbit.PublishOptions? as for Channel:publish
 ---@return moonrabbit.Confirmation|true|nil confirmation, moonrabbit.Error?
 function Channel:publish_async(body, opts)
+  if trace.on then opts = trace.add(self._runtime, opts) end
   local confirmation, flush = core_publish(self._core, body, opts)
   if confirmation then
     local session = self._session
@@ -158,6 +160,7 @@ end
 ---@return true|nil, moonrabbit.Error?
 function Channel:publish(body, opts)
   check_publish(body, opts, 2)
+  if trace.on then opts = trace.add(self._runtime, opts) end
   local timeout = opts and opts.timeout
   if timeout then argument("Channel:publish", "option 'timeout'", timeout, seconds) end
   local confirmation, flush = core_publish(self._core, body, opts)

@@ -3,6 +3,7 @@
 -- @module moonrabbit.testing.broker
 
 local errors = require "moonrabbit.errors"
+local trace = require "moonrabbit.trace"
 
 ---@class moonrabbit.testing.Message
 ---@field body string
@@ -43,6 +44,8 @@ end
 function Message:ack() return settle(self, "ack", "ack") end
 function Message:nack(opts) return settle(self, "nack", opts and opts.requeue == false and "reject" or "back") end
 function Message:reject(opts) return settle(self, "reject", opts and opts.requeue and "back" or "reject") end
+
+function Message:trace() return (trace.of(self)) end
 
 function Message:reply(body, opts)
   local to = self.properties.reply_to

@@ -31,6 +31,7 @@ local compile = require "moonrabbit.app.route.compile"
 local conclude = require "moonrabbit.app.runner.conclude"
 local failure = require "moonrabbit.app.failure"
 local protector = require "moonrabbit.app.protected"
+local trace = require "moonrabbit.trace"
 
 local type, select = type, select
 
@@ -68,6 +69,7 @@ function Runner.new(consumer, env)
     in_flight = 0, stuck = 0, stopping = false, stopped = false, spare = {}, bad_copies = 0,
     jobs = setmetatable({}, { __mode = "k" }), -- all there are
   }, Runner)
+  if consumer.trace ~= false and runtime.current then self.handling = trace.follow() end
   if consumer.timeout then
     self.watch = Watch.new(runtime, consumer.timeout, function(job) self:expire(job) end)
   end
@@ -246,8 +248,9 @@ end
 ---@package
 function Runner:attempt(job, n)
   if (self.breaker or self.rate) and not admitted(self, job, n or 1) or self.stopped then return STOPPED end
-  local started, watch = self.now(), self.watch
-  job.started, job.over, job.task = started, false, self.current()
+  local started, watch, task, handling = self.now(), self.watch, self.current(), self.handling
+  job.started, job.over, job.task = started, false, task
+  if handling and task then handling[task] = job end
   if watch then
     job.serial = job.serial + 1
     watch:add(job, started)
