@@ -33,13 +33,14 @@ describe("the command line on a cluster", function()
     local ch = ok(broker.connect { uri = cluster.urls[1] }:channel())
     local queue = unique "seen"
     ok(ch:queue_declare(queue, moonrabbit.queue.quorum()))
+    finally(function() api:delete_queue("/", queue) end)
     local status, doctor
     broker.eventually(function() -- the API's figures are some seconds old
       status = run { "cluster", "status" }
       return status.code == 0
     end, 60, "all is well")
     assert.same({ "✓ 1", "✓ 2", "✓ 3" }, nodes_in(status.out))
-    assert.matches("leaders: .*1 at " .. broker.name:gsub("%p", "%%%0"), status.out)
+    assert.matches("leaders: .*%d at " .. broker.name:gsub("%p", "%%%0"), status.out)
     doctor = run { "doctor", "--cluster", "--rounds", "1" }
     assert.equal(0, doctor.code, doctor.out .. doctor.err)
     assert.matches("✓ cluster +3 nodes", doctor.out)
@@ -59,7 +60,6 @@ describe("the command line on a cluster", function()
 
     cluster.node("restart", 3)
     broker.eventually(function() return run({ "cluster", "status" }).code == 0 end, 120, "it is back")
-    ok(api:delete_queue("/", queue))
   end)
 
   it("says when the management API does not tell of the nodes", function()
@@ -70,7 +70,8 @@ describe("the command line on a cluster", function()
     ok(api:set_user(user, { password = "hunter22", tags = "management" }))
     ok(api:set_permissions("/", user))
     doctor = run({ "doctor", "--cluster", "--rounds", "1" },
-      { AMQP_URL = cluster.uri(1, user .. ":hunter22") })
+      { AMQP_URL = cluster.uri(1, user .. ":hunter22"),
+        MOONRABBIT_MANAGEMENT_URL = (cluster.management[1]:gsub("//.-@", "//")) })
     assert.equal(4, doctor.code, doctor.out)
     assert.matches("✗ cluster .*\n +→ the user needs the tag 'monitoring'", doctor.out)
     assert.not_matches("hunter22", doctor.out .. doctor.err)
