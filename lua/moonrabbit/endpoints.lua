@@ -1,6 +1,6 @@
 --- Where to connect: a source of targets, asked anew for every round of attempts.
 --
--- A source is any table with the methods of this one, which gives the same list each time, in its order.
+-- A source is any table with the methods of this one.
 -- A target is what `moonrabbit.connection.target` makes of a URI and the options.
 --
 -- | method | |
@@ -19,18 +19,29 @@
 local Endpoints = {}
 Endpoints.__index = Endpoints
 
---- A list of targets that never changes.
+--- A list of targets, tried in its order. But one that has fallen silent, or let an attempt run into its timeout, goes to
+-- the end until another one is found: a frozen node takes connections and says nothing, and waiting for that would be a
+-- part of every failover.
 ---@param targets table[]
 function Endpoints.new(targets)
   return setmetatable({ targets = targets }, Endpoints)
 end
 
-function Endpoints:round() return self.targets end
+function Endpoints:round()
+  local silent = self.silent
+  if not silent then return self.targets end
+  local list = {}
+  for _, target in ipairs(self.targets) do
+    if target ~= silent then list[#list + 1] = target end
+  end
+  list[#list + 1] = silent
+  return list
+end
 
+function Endpoints:failed(target, err) self.silent = err.kind == "timeout" and target or self.silent end
+function Endpoints:lost(target, err) self.silent = err.kind == "timeout" and target or nil end
+function Endpoints:connected() self.silent = nil end
 function Endpoints.attach() end
-function Endpoints.failed() end
-function Endpoints.connected() end
-function Endpoints.lost() end
 function Endpoints.close() end
 
 return Endpoints

@@ -19,18 +19,31 @@ function List.new(listed, opts, context)
   }, List)
 end
 
-function List:round()
-  local all, err = targets.expand(self.targets, self.context)
-  if not all or not self.shuffle then return all, err end
-  local copy = {}
-  for i, target in ipairs(all) do copy[i] = target end
-  return random.shuffle(copy)
+-- As in moonrabbit.endpoints: one that is silent goes last. Services of DNS make other tables for each round.
+local function silent_last(self, all)
+  local list, silent = {}, nil
+  for _, target in ipairs(all) do
+    if targets.key(target) == self.silent then silent = target else list[#list + 1] = target end
+  end
+  list[#list + 1] = silent
+  return list
 end
 
+function List:round()
+  local all, err = targets.expand(self.targets, self.context)
+  if not all then return nil, err end
+  if self.shuffle then
+    local copy = {}
+    for i, target in ipairs(all) do copy[i] = target end
+    all = random.shuffle(copy)
+  end
+  return silent_last(self, all)
+end
+
+function List:failed(target, err) self.silent = err.kind == "timeout" and targets.key(target) or self.silent end
+function List:lost(target, err) self.silent = err.kind == "timeout" and targets.key(target) or nil end
+function List:connected() self.silent = nil end
 function List.attach() end
-function List.failed() end
-function List.connected() end
-function List.lost() end
 function List.close() end
 
 return List
