@@ -171,6 +171,26 @@ describe("moonrabbit.testing", function()
     assert.equal(1, #b.log)
   end)
 
+  it("goes on, as the app does, though an observer throws", function()
+    local function broken() error(setmetatable({}, { __tostring = error })) end
+    for _, metrics in ipairs { false, mr.metrics.new() } do
+      local own, said = { delivered = broken, settled = broken, failed = broken, in_flight = broken }, {}
+      own = require("moonrabbit.app.observer").guard(own, function(_, text) said[#said + 1] = text end)
+      local b = testing.new(mr.app { name = "shop", queues = { work = {} },
+        observer = metrics and metrics:observer(own) or own, log = function() end,
+        consumers = { { queue = "work", concurrency = 1, retry = mr.retry.constant { delay = 0.05, attempts = 2 },
+          handler = function(msg) if msg.body == "bad" then return nil, "no" end end } } })
+      for _ = 1, 3 do
+        assert.equal("ok", b:deliver("work", "").outcome)
+        local bad = b:deliver("work", "bad")
+        b:advance(1)
+        assert.equal("dead_letter", bad.outcome)
+      end
+      assert.same({ 0, 0 }, { b.runners.work.in_flight, b.runners.work.running })
+      assert.equal(4, #said) -- each once
+    end
+  end)
+
   it("says what is wrong", function()
     local b = bench { handler = function() end }
     local function fails(fn, text)

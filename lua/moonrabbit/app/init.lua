@@ -23,6 +23,7 @@
 local copy = require "moonrabbit.app.copy"
 local Runner = require "moonrabbit.app.runner"
 local errors = require "moonrabbit.errors"
+local observers = require "moonrabbit.app.observer"
 local options = require "moonrabbit.options"
 local plan = require "moonrabbit.app.plan"
 local protect = require "moonrabbit.protect"
@@ -42,6 +43,12 @@ App.__name = "moonrabbit.App"
 
 local app = { App = App }
 
+local function default_log(level, text)
+  if level == "warn" or level == "error" then
+    io.stderr:write("moonrabbit: ", level == "warn" and "warning: " or "", text, "\n")
+  end
+end
+
 --- Checks and compiles an app. See moonrabbit.app.plan for the fields.
 ---@param spec moonrabbit.AppOptions
 ---@return moonrabbit.App
@@ -49,10 +56,12 @@ function app.new(spec)
   if type(spec) ~= "table" then error("mr.app: a table expected, not a " .. type(spec), 2) end
   local compiled, problem = plan.compile(spec)
   if not compiled then error("mr.app: " .. problem, 2) end
-  return setmetatable({
+  local self = setmetatable({
     name = spec.name, plan = compiled, state = "ready", runners = {},
-    _spec = spec, _observer = spec.observer or {}, _log = spec.log, _channels = {}, _consumers = {},
+    _spec = spec, _log = spec.log, _channels = {}, _consumers = {},
   }, App)
+  self._observer = observers.guard(spec.observer or {}, function(...) (self._log or default_log)(...) end)
+  return self
 end
 
 --- Whether a value is an app.
@@ -64,12 +73,6 @@ function app.is(value) return getmetatable(value) == App end
 
 local function is_connection(value)
   return type(value) == "table" and type(value.channel) == "function" and type(value.consume) == "function"
-end
-
-local function default_log(level, text)
-  if level == "warn" or level == "error" then
-    io.stderr:write("moonrabbit: ", level == "warn" and "warning: " or "", text, "\n")
-  end
 end
 
 -- Options for one of the two connections: the same, but for its name.

@@ -3,6 +3,8 @@
 -- The series of a queue are found once and kept; after that a message costs additions only.
 -- @module moonrabbit.metrics.observer
 
+local guard = require "moonrabbit.app.observer".guard
+
 local observer = {}
 
 -- Queues and canaries that are remembered; more are looked up each time.
@@ -109,13 +111,14 @@ function observer.new(families, also)
     if known then known(families, fields) else families.events_total:with(name):inc() end
   end
 
-  for name, theirs in pairs(also or {}) do
+  for name, theirs in pairs(guard(also or {})) do
     local ours = self[name]
     self[name] = ours and function(...)
       ours(...)
       return theirs(...)
     end or theirs
   end
+  self.guarded = true
   return self
 end
 
