@@ -167,7 +167,7 @@ describe("an app #app", function()
         [full] = { bind = { { exchange, "full" } },
           arguments = { ["x-max-length"] = 0, ["x-overflow"] = "reject-publish" } } },
       consumers = {
-        { queue = queue, route = route.first {
+        { queue = queue, concurrency = 1, route = route.first {
           route.key(queue, route.first {
             route.header({ to = "good" }, { route.forward(exchange, "good"), route.publish(exchange, "good", make) }),
             route.header({ to = "nowhere" }, { route.forward(exchange, "good"), route.forward(exchange, "nowhere") }),
