@@ -273,7 +273,7 @@ int mrl_ack(lua_State *L);            /* core.ack */
 int mrl_acker(lua_State *L);          /* core.acker */
 int mrl_settle(lua_State *L);         /* core.settle */
 int mrl_outstanding(lua_State *L);    /* core.outstanding */
-int mrl_has_header(lua_State *L);     /* core.has_header */
+int mrl_key_without(lua_State *L);    /* core.key_without */
 int mrl_is_message(lua_State *L);     /* core.is_message */
 int mrl_outcome(lua_State *L);        /* core.outcome */
 int mrl_acked(lua_State *L);          /* core.acked */

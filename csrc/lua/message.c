@@ -312,12 +312,16 @@ static void push_message_id(lua_State *L, const mrl_message *m) {
     lua_pushnil(L);
 }
 
-/* core.has_header(message, name) */
-int mrl_has_header(lua_State *L) {
-  const mrl_message *m = check_message(L);
+/* core.key_without(message, name): its routing key, where it has no header of that name; else nil, and so for what is no
+ * message. The router asks it of every message, so it is one call. */
+int mrl_key_without(lua_State *L) {
+  const mrl_message *m = mrl_test_tag(L, 1, MR_IS_MESSAGE, sizeof(mrl_message));
   size_t len;
   const char *name = luaL_checklstring(L, 2, &len);
-  lua_pushboolean(L, mr_props_has_header(mrl_message_props(m), mrl_bytes(name, len)));
+  if (m && !mr_props_has_header(mrl_message_props(m), mrl_bytes(name, len)))
+    lua_pushlstring(L, m->data + m->exchange_len, m->key_len);
+  else
+    lua_pushnil(L);
   return 1;
 }
 

@@ -246,10 +246,12 @@ function core.settle(message, kind, requeue) end
 --- Whether a message is still to be settled: true, or nil and what `ack` would answer.
 ---@return true|nil, string? status
 function core.outstanding(message) end
---- Whether a message has a header, without making the table of all.
+--- The routing key of a message that has no header of that name, without making the table of all; nil for one that has
+--- it, and for what is no message.
+---@param message any
 ---@param name string
----@return boolean
-function core.has_header(message, name) end
+---@return string?
+function core.key_without(message, name) end
 --- "pending" "acked" "nacked" "unroutable" "lost"
 ---@param confirmation moonrabbit.core.Confirmation
 ---@return string outcome, integer seq, integer? number of a held one

@@ -457,6 +457,37 @@ describe("a runner", function()
       assert.same({ "retry" }, r.outcomes)
     end)
 
+    it("of one run is forgotten when the message is run again in the process", function()
+      local r
+      local runs = 0
+      r = handler(function()
+        runs = runs + 1
+        if runs == 1 then r.runtime.sleep(1e6) end
+      end, { timeout = 30, order_by = function() return "key" end, retry = function() return 1 end })
+      local msg = r:handle({}, 40)
+      assert.equal("ack", msg.done)
+      assert.same({ "retry", "ok" }, r.outcomes)
+      assert.equal(1, #r.failures)
+    end)
+
+    it("is looked at by one task, which ends when nothing runs", function()
+      local r
+      r = handler(function(msg) r.runtime.sleep(msg.seconds) end, { timeout = 30, retry = function() return 1 end })
+      assert.is_true(r.runner.watch.idle)
+      r:handle({ seconds = 1 }, 10)
+      assert.is_false(r.runner.watch.idle)
+      r.runtime.advance(25)
+      assert.is_true(r.runner.watch.idle)
+      local late = r:handle({ seconds = 29 }, 20)
+      local later = r:give { seconds = 100 }
+      r.runtime.advance(29)
+      assert.same({ "ok", "ok" }, r.outcomes)
+      assert.equal("ack", late.done)
+      assert.is_nil(later.done)
+      r.runtime.advance(1.5)
+      assert.same({ "ok", "ok", "retry" }, r.outcomes)
+    end)
+
     it("is each run's own", function()
       local r
       r = handler(function() r.runtime.sleep(20) end, { timeout = 30, concurrency = 2 })

@@ -212,17 +212,19 @@ describe("core, of a message", function()
     return queue:pop()
   end
 
-  it("tells its message id and whether it has a header, without their tables", function()
+  it("tells its message id, and its key unless it has a header, without their tables", function()
     local table_of = core.encode_table { a = 1, ["moonrabbit-x"] = "y" }
     -- content_type, headers, message_id
     local full = delivered { properties = fake.u16(0x8000 + 0x2000 + 0x0080) .. fake.short "text/plain" .. table_of
       .. fake.short "id-7" }
     assert.equal("id-7", full.message_id)
-    assert.is_true(core.has_header(full, "moonrabbit-x"))
-    assert.is_false(core.has_header(full, "moonrabbit"))
+    assert.is_nil(core.key_without(full, "moonrabbit-x"))
+    assert.equal(full.routing_key, core.key_without(full, "moonrabbit"))
     local bare = delivered()
     assert.is_nil(bare.message_id)
-    assert.is_false(core.has_header(bare, "a"))
+    assert.equal(bare.routing_key, core.key_without(bare, "a"))
+    assert.is_nil(core.key_without({ routing_key = "k" }, "a"))
+    assert.has_error(function() core.key_without(bare) end)
   end)
 
   it("tells whether it is to be settled", function()

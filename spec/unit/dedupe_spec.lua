@@ -103,10 +103,84 @@ describe("dedupe.memory", function()
       store:begin("key " .. i, 5)
       store:commit("key " .. i)
     end
-    local places = 0
-    for _ in pairs(store.order) do places = places + 1 end
-    assert.is_true(places <= 101)
+    local known, places = 0, 0
+    for _ in pairs(store.known) do known = known + 1 end
+    local block = store.oldest
+    while block do
+      places = places + #block
+      block = block.after
+    end
+    assert.is_true(known <= 101)
     assert.is_true(store.count <= 101)
+    assert.is_true(places <= 512, places)
+  end)
+
+  it("stays small over many keys that are never forgotten in time", function()
+    local store = memory.new { ttl = 1e6, max = 1000, now = clock }
+    for i = 1, 10000 do
+      store:begin("key " .. i, 5)
+      store:commit("key " .. i)
+    end
+    assert.equal(1000, store.count)
+    assert.equal(9000, store.evicted)
+    assert.equal("done", store:begin("key 9001", 5))
+    assert.equal("new", store:begin("key 9000", 5))
+    local blocks, block = 0, store.oldest
+    while block do
+      blocks = blocks + 1
+      block = block.after
+    end
+    assert.is_true(blocks <= 6, blocks)
+  end)
+
+  it("forgets claims whose owners have died before keys that are done, once in a while", function()
+    local store = memory.new { ttl = 1000, max = 10, now = clock }
+    for i = 1, 5 do store:begin("dead " .. i, 50) end
+    time = time + 50
+    for i = 1, 100 do
+      store:begin("key " .. i, 50)
+      store:commit("key " .. i)
+    end
+    assert.equal(10, store.count)
+    assert.equal(0, store.running)
+  end)
+
+  it("does what a plain one does, whatever is asked of it", function()
+    local ttl, lease, max = 10, 4, 5000 -- never full
+    local store, done, claims = memory.new { ttl = ttl, max = max, now = clock }, {}, {}
+    local seed = 4711
+    local function random(n)
+      seed = seed * 16807 % 2147483647
+      return seed % n + 1
+    end
+    for _ = 1, 20000 do
+      local key = "key " .. random(40)
+      local what = random(4)
+      if what == 1 then
+        store:commit(key)
+        done[key], claims[key] = time + ttl, nil
+      elseif what == 2 then
+        store:abort(key)
+        claims[key] = nil
+      else
+        local expected = (done[key] or 0) > time and "done" or (claims[key] or 0) > time and "running" or "new"
+        if expected == "new" then done[key], claims[key] = nil, time + lease end
+        assert.equal(expected, store:begin(key, lease))
+      end
+      time = time + random(100) / 500
+    end
+  end)
+
+  it("takes the time from its caller, unless it has a clock of its own", function()
+    local store = memory.new { ttl = 10 }
+    store:attach { now = clock }
+    store:begin("a", 5, 2000)
+    store:commit("a", 2000)
+    assert.equal("done", store:begin("a", 5, 2009))
+    assert.equal("new", store:begin("a", 5, 2010))
+    store = memory.new { ttl = 10, now = clock }
+    store:commit("a", 1)
+    assert.equal("done", store:begin("a", 5, 5000))
   end)
 
   it("refuses options that cannot be", function()

@@ -115,7 +115,7 @@ describe("the observer", function()
     local heard = 0
     local o = m:observer { settled = function() heard = heard + 1 end }
     o.delivered("q", {})
-    o.in_flight("q", 1)
+    o.runner { queue = "q", in_flight = 1, stuck = 2 }
     o.settled("q", "ok", 0.02)
     o.settled("q", "duplicate", 0)
     o.failed("q", { kind = "timeout" })
@@ -136,10 +136,30 @@ describe("the observer", function()
       'moonrabbit_canary_rollbacks_total{route="pay"} 1', 'moonrabbit_breaker_open{queue="q"} 1',
       'moonrabbit_copies_failed_total{queue="q",what="dead_letter",then="tried_again"} 1',
       'moonrabbit_copies_failed_total{queue="q",what="retry",then="given_back"} 1',
-      'moonrabbit_events_total{event="reloaded"} 1',
+      'moonrabbit_events_total{event="reloaded"} 1', 'moonrabbit_handlers_stuck{queue="q"} 2',
     } do
       assert.truthy(text:find(line .. "\n", 1, true), line .. "\n" .. text)
     end
+  end)
+end)
+
+describe("what is in flight", function()
+  it("is looked at when the page is written, over all runners of a queue that are left", function()
+    local m = metrics.new()
+    local old, new = { queue = "q", in_flight = 2, stuck = 1 }, { queue = "q", in_flight = 3, stuck = 0 }
+    m:observer().runner(old)
+    m:observer().runner(new)
+    local function page()
+      local text = m:text()
+      return text:match 'in_flight{queue="q"} (%d+)', text:match 'stuck{queue="q"} (%d+)'
+    end
+    assert.same({ "5", "1" }, { page() })
+    new.in_flight = 4
+    assert.same({ "6", "1" }, { page() })
+    old = nil -- luacheck: ignore 311
+    collectgarbage()
+    collectgarbage()
+    assert.same({ "4", "0" }, { page() })
   end)
 end)
 
@@ -151,8 +171,9 @@ describe("the sum of pages", function()
       o.delivered("a } b", {})
       o.settled("a } b", "ok", 0.25)
     end
-    o.in_flight("a } b", n)
-    return m:text()
+    local runner = { queue = "a } b", in_flight = n, stuck = 0 }
+    o.runner(runner)
+    return (m:text())
   end
 
   it("is the page of one that did it all, in any order", function()

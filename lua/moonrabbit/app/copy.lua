@@ -21,6 +21,8 @@ local errors = require "moonrabbit.errors"
 local headers = require "moonrabbit.app.headers"
 local deaths = require "moonrabbit.app.deaths"
 
+local key_without = core.key_without
+
 local copy = {}
 
 local DIRECT_REPLY_TO = "amq.rabbitmq.reply-to"
@@ -61,14 +63,15 @@ function copy.origin(msg)
   return msg.exchange, msg.routing_key
 end
 
---- The routing key that a message was published with. It costs a look at the headers only where the message may be a
---- copy: it comes from a ladder's home, or straight to its queue, as a replay does.
+--- The routing key that a message was published with. A copy has it in a header, which counts only where the message may
+--- be one: it comes from a ladder's home, or straight to its queue, as a replay does.
 ---@param msg moonrabbit.Message
 ---@return string
 function copy.routing_key(msg)
+  local key = key_without(msg, headers.routing_key)
+  if key then return key end
   local exchange = msg.exchange
   if exchange ~= nil and exchange ~= "" and exchange:sub(-5) ~= ".home" then return msg.routing_key end
-  if type(msg) == "userdata" and not core.has_header(msg, headers.routing_key) then return msg.routing_key end
   local all = msg.headers
   return all and headers.text(all, headers.routing_key, 255) or msg.routing_key
 end

@@ -14,17 +14,19 @@ local function caught(value)
   return setmetatable({ value = value, traceback = debug.traceback(text_of(value), 2) }, Thrown)
 end
 
---- A function (fn, a, b) -> true | false, Thrown. `cancelled` is passed on as it is.
+local function without_traceback(cancelled, ok, ...)
+  if ok then return true, ... end
+  local value = ...
+  if value == cancelled and cancelled ~= nil then return false, value end
+  return false, setmetatable({ value = value }, Thrown)
+end
+
+--- A function (fn, a, b) -> true and what fn returned | false, Thrown. `cancelled` is passed on as it is.
 ---@param cancelled any what the runtime throws in a cancelled task
----@return fun(fn: function, a: any, b: any): boolean, any
+---@return fun(fn: function, a: any, b: any): boolean, ...
 local function protector(cancelled)
   if yielding_pcall ~= pcall then
-    return function(fn, a, b)
-      local ok, err = yielding_pcall(fn, a, b)
-      if ok then return true end
-      if err == cancelled and cancelled ~= nil then return false, err end
-      return false, setmetatable({ value = err }, Thrown)
-    end
+    return function(fn, a, b) return without_traceback(cancelled, yielding_pcall(fn, a, b)) end
   end
   local function handle(value)
     if value == cancelled and cancelled ~= nil then return value end

@@ -17,7 +17,7 @@ families.list = {
     "Runs of handlers that failed: error, permanent, timeout, nonsense, asked." },
   { "moonrabbit_messages_in_flight", "gauge", { "queue" }, "Messages that have come and have no outcome yet." },
   { "moonrabbit_handlers_stuck", "gauge", { "queue" },
-    "Handlers that run on although their time was over, when last seen." },
+    "Handlers that run on although their time was over." },
   { "moonrabbit_copies_failed_total", "counter", { "queue", "what", "then" },
     "Copies (what: retry, dead_letter) that failed; then: tried_again, or given_back, the original that is." },
   { "moonrabbit_breaker_open", "gauge", { "queue" }, "1 while the breaker of a consumer is open." },

@@ -11,6 +11,7 @@
 
 local Registry = require "moonrabbit.metrics.registry"
 local families = require "moonrabbit.metrics.families"
+local observer = require "moonrabbit.metrics.observer"
 local options = require "moonrabbit.options"
 local sum = require "moonrabbit.metrics.sum"
 
@@ -35,6 +36,7 @@ function metrics.new(opts)
   return setmetatable({
     registry = registry, families = all, checks = { ready = {}, health = {} },
     _connections = require("moonrabbit.metrics.connections").new(all, registry),
+    _watch_runner = observer.runners(all, registry),
   }, Metrics)
 end
 
@@ -42,7 +44,7 @@ end
 ---@param also table? another observer, which hears the same
 ---@return table
 function Metrics:observer(also)
-  return require("moonrabbit.metrics.observer").new(self.families, also)
+  return observer.new(self.families, self._watch_runner, also)
 end
 
 --- Watches a connection. Several of one name are added up.
@@ -96,7 +98,7 @@ end
 function Metrics:watch_app(app)
   local offs = {}
   for _, runner in ipairs(app.runners) do
-    require("moonrabbit.metrics.observer").prepare(self.families, runner.queue)
+    observer.prepare(self.families, runner.queue)
     for _, canary in ipairs(runner.canaries) do self.families.canary_rollbacks_total:with(canary.name) end
   end
   for role, connection in pairs { consume = app._consuming, publish = app._publishing } do

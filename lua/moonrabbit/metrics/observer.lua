@@ -10,7 +10,7 @@ local observer = {}
 -- Queues and canaries that are remembered; more are looked up each time.
 local MOST = 1000
 
--- A function (key) -> what make(key) gave first.
+-- A function (key) -> what make(key) gave first; and what it remembers: all[key] saves the call.
 local function remembered(make)
   local all, count = {}, 0
   return function(key)
@@ -19,7 +19,7 @@ local function remembered(make)
     found = make(key)
     if count < MOST then all[key], count = found, count + 1 end
     return found
-  end
+  end, all
 end
 
 local OUTCOMES = { "ok", "retry", "dead_letter", "drop", "duplicate", "requeue" }
@@ -37,13 +37,15 @@ end
 local function queue_series(families)
   return remembered(function(queue)
     observer.prepare(families, queue)
-    return {
+    local series = {
       delivered = families.messages_delivered_total:with(queue),
-      in_flight = families.messages_in_flight:with(queue),
       seconds = families.handler_seconds:with(queue),
-      outcome = remembered(function(outcome) return families.messages_settled_total:with(queue, outcome) end),
       kind = remembered(function(kind) return families.handler_failures_total:with(queue, kind) end),
     }
+    series.outcome, series.outcomes = remembered(function(outcome)
+      return families.messages_settled_total:with(queue, outcome)
+    end)
+    return series
   end)
 end
 
@@ -58,6 +60,29 @@ local function version_series(families, route)
   end)
 end
 
+--- What is in flight and stuck is looked at when the page is written, and costs a message nothing. One for all
+--- observers of a registry, for several runners may consume one queue: after a reload the old one drains.
+---@param families table<string, moonrabbit.metrics.Family>
+---@param registry moonrabbit.metrics.Registry
+---@return fun(runner: moonrabbit.app.Runner) watch
+function observer.runners(families, registry)
+  local runners, queues = setmetatable({}, { __mode = "k" }), {}
+  registry:collect(function()
+    for _, series in pairs(queues) do series.in_flight.value, series.stuck.value = 0, 0 end
+    for runner in pairs(runners) do
+      local series = queues[runner.queue]
+      series.in_flight:inc(runner.in_flight)
+      series.stuck:inc(runner.stuck)
+    end
+  end)
+  return function(runner)
+    local queue = runner.queue
+    runners[runner] = true
+    queues[queue] = queues[queue] or
+      { in_flight = families.messages_in_flight:with(queue), stuck = families.handlers_stuck:with(queue) }
+  end
+end
+
 -- What did not run its handler.
 local without_run = { duplicate = true, requeue = true }
 
@@ -69,7 +94,7 @@ local events = {
     families.breaker_openings_total:with(fields.queue):inc()
   end,
   breaker_closed = function(families, fields) families.breaker_open:with(fields.queue):set(0) end,
-  handler_stuck = function(families, fields) families.handlers_stuck:with(fields.queue):set(fields.stuck) end,
+  handler_stuck = function() end, -- as the runners tell
   dedupe_away = function(families, fields) families.dedupe_away_total:with(fields.queue):inc() end,
   copy_failed = function(families, fields)
     -- The disposal gives the error itself, and tries again; the runner its text, and gives the original back.
@@ -79,22 +104,25 @@ local events = {
   end,
 }
 
---- `also`: another observer, which hears the same.
+--- `also`: another observer, which hears the same. `watch`: what `observer.runners` gave.
 ---@param families table<string, moonrabbit.metrics.Family>
+---@param watch fun(runner: moonrabbit.app.Runner)
 ---@param also table?
 ---@return table
-function observer.new(families, also)
-  local of_queue = queue_series(families)
+function observer.new(families, watch, also)
+  local of_queue, queues = queue_series(families)
   local of_route = remembered(function(route) return version_series(families, route) end)
-  local self = {}
+  local self = { runner = watch }
 
-  function self.delivered(queue) of_queue(queue).delivered:inc() end
-
-  function self.in_flight(queue, n) of_queue(queue).in_flight.value = n end
+  function self.delivered(queue)
+    local counter = (queues[queue] or of_queue(queue)).delivered
+    counter.value = counter.value + 1
+  end
 
   function self.settled(queue, outcome, seconds)
-    local series = of_queue(queue)
-    series.outcome(outcome):inc()
+    local series = queues[queue] or of_queue(queue)
+    local counter = series.outcomes[outcome] or series.outcome(outcome)
+    counter.value = counter.value + 1
     if not without_run[outcome] then series.seconds:observe(seconds) end
   end
 

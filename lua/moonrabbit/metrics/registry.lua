@@ -55,7 +55,7 @@ Histogram.__index = Histogram
 ---@param value number
 function Histogram:observe(value)
   local bounds, counts = self.bounds, self.counts
-  local low, high = 1, #counts
+  local low, high = 1, value <= self.least and 1 or #counts -- most values are small ones
   while low < high do
     local middle = (low + high - (low + high) % 2) / 2
     if value <= bounds[middle] then high = middle else low = middle + 1 end
@@ -102,7 +102,8 @@ local function new_series(self)
   if self.type == "gauge" then return setmetatable({ value = 0 }, Gauge) end
   local counts = {}
   for i = 1, #self.bounds + 1 do counts[i] = 0 end
-  return setmetatable({ bounds = self.bounds, counts = counts, sum = 0 }, Histogram)
+  return setmetatable({ bounds = self.bounds, least = self.bounds[1] or -math.huge, counts = counts, sum = 0 },
+    Histogram)
 end
 
 local function add(self, values)

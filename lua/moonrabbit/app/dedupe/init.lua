@@ -17,7 +17,9 @@
 --   handled; "refused", err: it must never be handled; nil, err: the store is away.
 -- * `commit(self, key)`, `abort(self, key)`: true, or nil, err.
 --
--- and, where it needs one, `attach(self, runtime)`, which the app calls before the first `begin`.
+-- and, where it needs one, `attach(self, runtime)`, which the app calls before the first `begin`. `quick = true` says that
+-- they never wait and never throw, which saves a pcall; they are then given the runtime's time too: `begin(self, key, lease,
+-- now)`, `commit(self, key, now)`.
 -- @module moonrabbit.app.dedupe
 
 local dedupe = {}

@@ -5,6 +5,10 @@
 -- When it is full, the keys that were done longest ago are forgotten before their time; the first time that happens is
 -- worth a larger `max`, and `evicted` counts them. Claims are never forgotten before their lease ends: with nothing but
 -- claims it refuses new ones, with an error of kind `overflow`.
+--
+-- One table has a number for each key: until when it is remembered as done, or, below zero, until when it is claimed. What
+-- is done also stands in the order of its commits, in blocks that are used again; a key there counts only where it
+-- was not committed again since.
 -- @module moonrabbit.app.dedupe.memory
 
 local errors = require "moonrabbit.errors"
@@ -14,10 +18,17 @@ local memory = {}
 
 ---@class moonrabbit.dedupe.Memory
 ---@field evicted integer keys that were forgotten before their time
+---@field count integer   keys that are done
+---@field running integer keys that are claimed
+---@field quick boolean   nothing in it waits or throws: it is called without a pcall
 local Store = {}
 Store.__index = Store
+Store.quick = true
 
 local TTL, MAX = 3600, 100000
+--- Keys of a block.
+local BLOCK = 256
+local huge = math.huge
 
 ---@class moonrabbit.dedupe.MemoryOptions
 ---@field ttl number?   seconds that a key is remembered after its commit; 3600 by default
@@ -25,6 +36,8 @@ local TTL, MAX = 3600, 100000
 ---@field now (fun(): number)?  a clock, in seconds; the runtime's by default
 
 local store_options = { ttl = options.seconds, max = options.integer(1, 1000000000), now = options.callback }
+
+local function new_block() return { first = 1, last = 0, ends = -huge, after = false } end
 
 --- Makes one.
 ---@param opts moonrabbit.dedupe.MemoryOptions?
@@ -34,11 +47,13 @@ function memory.new(opts, level)
   level = (level or 1) + 1
   opts = options.check("dedupe.memory", opts, store_options, level)
   if opts.ttl == 0 then error("dedupe.memory: option 'ttl' must be more than 0", level) end
+  local block = new_block()
   return setmetatable({
     ttl = opts.ttl or TTL, max = opts.max or MAX, now = opts.now or os.time, own_clock = opts.now ~= nil, evicted = 0,
-    claims = {}, running = 0,          -- key -> when its lease ends
-    done = {}, order = {}, first = 1, last = 0, count = 0, -- key -> its place in the order of commits; place -> key, time
-    times = {},
+    known = {}, count = 0, running = 0,
+    oldest = block, newest = block, spare = false, -- blocks, each with the one after it
+    forget_at = huge,                              -- when the first key is to be forgotten
+    look_at = 0,                                   -- of `evicted`: when to look for claims whose owners have died
   }, Store)
 end
 
@@ -48,86 +63,150 @@ function Store:attach(runtime)
   if not self.own_clock then self.now = runtime.now end
 end
 
-local function drop_oldest(self)
-  local key = self.order[self.first]
-  self.order[self.first], self.times[self.first] = nil, nil
-  if key ~= nil and self.done[key] == self.first then
-    self.done[key] = nil
-    self.count = self.count - 1
-  end
-  self.first = self.first + 1
+-- ---- The order of commits ---------------------------------------------------------------------------
+
+local function next_block(self)
+  local block = self.spare or new_block()
+  self.spare = false
+  block.first, block.last, block.ends, block.after = 1, 0, -huge, false
+  self.newest.after = block
+  self.newest = block
+  return block
 end
 
+local function append(self, key, ends)
+  local block = self.newest
+  if block.last == BLOCK then block = next_block(self) end
+  local last = block.last + 1
+  block[last], block.last = key, last
+  if ends > block.ends then block.ends = ends end
+  if self.forget_at == huge then self.forget_at = ends end
+end
+
+-- The block with the key that was committed longest ago; nil when there is none.
+local function oldest_block(self)
+  local block = self.oldest
+  while block.first > block.last do
+    if not block.after then return nil end
+    self.oldest, self.spare = block.after, block
+    block = self.oldest
+  end
+  return block
+end
+
+-- The first key of a block, and until when it is remembered; no time where it was claimed, given up or committed since.
+local function first_of(self, block)
+  local key = block[block.first]
+  local ends = self.known[key]
+  if ends and ends > 0 and ends <= block.ends then return key, ends end
+end
+
+local function drop_first(self, block, key)
+  block.first = block.first + 1
+  if key == nil then return end
+  self.known[key] = nil
+  self.count = self.count - 1
+end
+
+-- ---- Forgetting -------------------------------------------------------------------------------------
+
 local function forget_old(self, now)
-  while self.first <= self.last and self.times[self.first] <= now do drop_oldest(self) end
+  local block = oldest_block(self)
+  while block do
+    local key, ends = first_of(self, block)
+    if key ~= nil and ends > now then
+      self.forget_at = ends
+      return
+    end
+    drop_first(self, block, key)
+    block = oldest_block(self)
+  end
+  self.forget_at = huge
+end
+
+-- Forgets the key that was done longest ago.
+local function evict(self)
+  local block = oldest_block(self)
+  while block do
+    local key = first_of(self, block)
+    drop_first(self, block, key)
+    if key ~= nil then
+      self.evicted = self.evicted + 1
+      return
+    end
+    block = oldest_block(self)
+  end
 end
 
 local function forget_dead_claims(self, now)
-  for key, ends in pairs(self.claims) do
-    if ends <= now then
-      self.claims[key] = nil
+  local known = self.known
+  for key, ends in pairs(known) do
+    if ends <= 0 and -ends <= now then
+      known[key] = nil
       self.running = self.running - 1
     end
   end
 end
 
+-- Looking at all keys is for when nothing else is left, and once for so many keys that were evicted.
 local function make_room(self, now)
-  if self.count + self.running < self.max then return true end
-  forget_dead_claims(self, now)
-  while self.count + self.running >= self.max and self.count > 0 do
-    local before = self.count
-    drop_oldest(self)
-    self.evicted = self.evicted + before - self.count
+  if self.running > 0 and (self.count == 0 or self.evicted >= self.look_at) then
+    forget_dead_claims(self, now)
+    self.look_at = self.evicted + self.max
   end
+  while self.count > 0 and self.count + self.running >= self.max do evict(self) end
   return self.count + self.running < self.max
+end
+
+-- ---- The store --------------------------------------------------------------------------------------
+
+local function overflow(self)
+  return errors.new { kind = "overflow",
+    message = ("the de-duplication store is full of messages that are being handled (max = %d)"):format(self.max) }
 end
 
 --- Claims a key for `lease` seconds: "new", "running" or "done".
 ---@param key string
 ---@param lease number seconds
+---@param now number?  the runtime's time, where the caller has it
 ---@return "new"|"running"|"done"|nil state, moonrabbit.Error?
-function Store:begin(key, lease)
-  local now = self.now()
-  local oldest = self.times[self.first]
-  if oldest and oldest <= now then forget_old(self, now) end
-  if self.done[key] then return "done" end
-  local ends = self.claims[key]
-  if ends then
-    if ends > now then return "running" end
-  else
-    if self.count + self.running >= self.max and not make_room(self, now) then
-      return nil, errors.new { kind = "overflow",
-        message = ("the de-duplication store is full of messages that are being handled (max = %d)"):format(self.max) }
-    end
+function Store:begin(key, lease, now)
+  if not now or self.own_clock then now = self.now() end
+  if now >= self.forget_at then forget_old(self, now) end
+  local known = self.known
+  local ends = known[key]
+  if not ends then
+    if self.count + self.running >= self.max and not make_room(self, now) then return nil, overflow(self) end
     self.running = self.running + 1
+  elseif ends > 0 then
+    if ends > now then return "done" end
+    self.count, self.running = self.count - 1, self.running + 1
+  elseif -ends > now then
+    return "running"
   end
-  self.claims[key] = now + lease
+  known[key] = -now - lease
   return "new"
 end
 
-local function unclaim(self, key)
-  if self.claims[key] then
-    self.claims[key] = nil
-    self.running = self.running - 1
+local function remember(self, key, ends, now)
+  local before = self.known[key]
+  if not before then
+    if self.count + self.running >= self.max then make_room(self, now) end
+    self.count = self.count + 1
+  elseif before <= 0 then
+    self.count, self.running = self.count + 1, self.running - 1
   end
+  self.known[key] = ends
+  append(self, key, ends)
 end
 
 --- Remembers a key as done.
 ---@param key string
+---@param now number?  the runtime's time, where the caller has it
 ---@return true
-function Store:commit(key)
-  local claims, now = self.claims, self.now()
-  if claims[key] then
-    claims[key] = nil
-    self.running = self.running - 1
-  end
-  if not self.done[key] then
-    if self.count + self.running >= self.max then make_room(self, now) end
-    self.count = self.count + 1
-  end
-  local place = self.last + 1
-  self.last = place
-  self.done[key], self.order[place], self.times[place] = place, key, now + self.ttl
+function Store:commit(key, now)
+  if not now or self.own_clock then now = self.now() end
+  remember(self, key, now + self.ttl, now)
   return true
 end
 
@@ -135,9 +214,15 @@ end
 ---@param key string
 ---@return true
 function Store:abort(key)
-  unclaim(self, key)
+  local ends = self.known[key]
+  if ends and ends <= 0 then
+    self.known[key] = nil
+    self.running = self.running - 1
+  end
   return true
 end
+
+-- ---- Reload -----------------------------------------------------------------------------------------
 
 --- What it knows, for a store that takes its place (a reload of the script).
 ---@return table
@@ -155,17 +240,20 @@ end
 --- Takes over what another store knew; the age of each key counts on with this one's `ttl` from its commit.
 ---@param other moonrabbit.dedupe.Memory
 function Store:restore(other)
-  local shift = self.ttl - other.ttl
-  for place = other.first, other.last do
-    local key = other.order[place]
-    if other.done[key] == place and not self.done[key] then
-      self:commit(key)
-      self.times[self.last] = other.times[place] + shift
+  local shift, now = self.ttl - other.ttl, self.now()
+  local block = other.oldest
+  while block do
+    for i = block.first, block.last do
+      local key = block[i]
+      local ends = other.known[key]
+      local last = ends and ends > 0 and ends <= block.ends
+      if last and not self.known[key] then remember(self, key, ends + shift, now) end
     end
+    block = block.after
   end
-  for key, ends in pairs(other.claims) do
-    if not self.claims[key] and not self.done[key] then
-      self.claims[key] = ends
+  for key, ends in pairs(other.known) do
+    if ends <= 0 and not self.known[key] then
+      self.known[key] = ends
       self.running = self.running + 1
     end
   end

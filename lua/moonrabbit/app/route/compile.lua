@@ -5,15 +5,18 @@
 -- function, or a table with `run(self, message, app, job)`, which gives what a handler returns.
 -- @module moonrabbit.app.route.compile
 
+local core = require "moonrabbit.core"
 local Trie = require "moonrabbit.app.route.trie"
 local failure = require "moonrabbit.app.failure"
 local copy = require "moonrabbit.app.copy"
+local headers = require "moonrabbit.app.headers"
 local outcome = require "moonrabbit.app.outcome"
 local route = require "moonrabbit.app.route"
 
 local Route = route.Route
 local type = type
 local published_with = copy.routing_key -- a retry's own key is the name of its queue
+local key_without, KEY_HEADER = core.key_without, headers.routing_key -- the same for what is no copy, in one call
 
 local compile = {}
 
@@ -111,8 +114,9 @@ local function keys_step(trie, targets)
   local constants = {}
   for i = 1, #targets do constants[i] = targets[i].constant or false end
   return function(message, job)
-    local key = published_with(message)
-    local rule = trie:first(key, 0)
+    local key = key_without(message, KEY_HEADER) or published_with(message)
+    local rule = trie.known[key]
+    if rule == nil then rule = trie:first(key, 0) end
     while rule do
       local target = constants[rule] or targets[rule].resolve(message, job)
       if target then return target end

@@ -11,6 +11,7 @@
 local find, sub = string.find, string.sub
 
 ---@class moonrabbit.app.Trie
+---@field known table<string, integer|false>  the answers of first(key, 0) that are remembered
 local Trie = {}
 Trie.__index = Trie
 

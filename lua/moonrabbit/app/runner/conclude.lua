@@ -20,12 +20,13 @@ end
 
 -- What the store has undone with its commit (see Dedupe:commit) is not acked: that is returned.
 ---@package
-function Runner:acked(job, outcome, seconds, detail)
+---@param now number?  the time, where it has just been looked at
+function Runner:acked(job, outcome, seconds, detail, now)
   if job.claim then
-    local undone = self.dedupe:commit(job)
+    local undone = self.dedupe:commit(job, now)
     if undone then return undone end
   end
-  local ok, why = self.settle.ack(job.message)
+  local ok, why = self.ack(job.message)
   if not ok and why == "settled" and not self.said_settled then
     self.said_settled = true
     self.log("warn", ("a handler of '%s' settles its messages itself: the app does it when it returns"):format(

@@ -30,11 +30,15 @@ Dedupe.__index = Dedupe
 
 local FIRST_WAIT, LONGEST_WAIT = 0.05, 2
 
+local function by_message_id(message)
+  local id = message.message_id
+  if id or type(message) == "userdata" then return id end
+  return message.properties.message_id
+end
+
 local function by_header(name)
   return function(message) return message.headers[name] end
 end
-
-local function by_message_id(message) return message.message_id or message.properties.message_id end
 
 local function key_function(key)
   if type(key) == "function" then return key end
@@ -50,10 +54,12 @@ function Dedupe.new(consumer, runner)
   local store = given.store or given
   local plain = given.store and given or {}
   if store.attach then store:attach(runner.runtime) end
+  local key = key_function(plain.key)
   return setmetatable({
-    store = store, runner = runner, key = key_function(plain.key),
+    store = store, runner = runner, key = key,
     lease = plain.lease or math.max(300, (consumer.timeout or 0) + 60),
     go_on = plain.away == "go_on", missing = plain.missing or "handle", joined = store.joined or false,
+    quick = store.quick == true and key == by_message_id, -- nothing of it throws or waits
   }, Dedupe)
 end
 
@@ -114,8 +120,14 @@ end
 --- Asks the store about a message, without a throw: whether that went well, and then the key, what the store says
 --- ("new": it is the caller's now), and why.
 ---@param message moonrabbit.Message
+---@param now number?  the runtime's time, where the caller has it
 ---@return boolean ok, any key_or_problem, string? state, any err
-function Dedupe:ask(message) return protect(begin, self, message) end
+function Dedupe:ask(message, now)
+  if not self.quick then return protect(begin, self, message) end
+  local key = by_message_id(message)
+  if key == nil or key == "" then return true end
+  return true, key, self.store:begin(key, self.lease, now)
+end
 
 --- Claims a job's key, with the first answer of `ask`. "go": handle it; "duplicate": it was handled before; "stopped":
 --- the runner stops, or the message has gone back meanwhile; or a failure.
@@ -173,10 +185,15 @@ end
 --- It was handled. Nil; or, where the store has undone the handler's work with its own (`joined`): the failure that this
 --- is, or "again" when the database was away, and it is to be handled once more.
 ---@param job table
+---@param now number?  the runtime's time, where the caller has it
 ---@return moonrabbit.Failure|"again"|nil
-function Dedupe:commit(job)
+function Dedupe:commit(job, now)
   local key, wait = job.claim, FIRST_WAIT
   job.claim = false
+  if self.quick then
+    self.store:commit(key, now)
+    return nil
+  end
   local done, committed, why = protect(self.store.commit, self.store, key)
   if done and committed and not self.said then return end
   if self.joined then

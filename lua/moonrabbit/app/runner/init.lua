@@ -57,21 +57,23 @@ local function nothing() end
 ---@return moonrabbit.app.Runner
 function Runner.new(consumer, env)
   local runtime, observer = env.runtime, env.observer or {}
+  local settle = env.settle or require "moonrabbit.app.runner.settle"
   local self = setmetatable({
     consumer = consumer, queue = consumer.queue, runtime = runtime, now = runtime.now, app = env.app,
-    disposal = env.disposal, settle = env.settle or require "moonrabbit.app.runner.settle", log = env.log or nothing,
+    disposal = env.disposal, settle = settle, ack = settle.ack, log = env.log or nothing,
     resolve = consumer.target.resolve, constant = consumer.target.constant, canaries = consumer.target.canaries,
     protect = protector(runtime.cancelled), current = runtime.current or nothing,
     delivered = observer.delivered, settled = observer.settled, failed = observer.failed,
     gauge = observer.in_flight, canary = observer.canary, on_event = observer.event,
     limit = consumer.concurrency, running = 0, waiting = 0, slot = runtime.condition(),
     wake = runtime.condition(), quiet = runtime.condition(),
-    in_flight = 0, stuck = 0, stopping = false, stopped = false, spare = {}, bad_copies = 0,
+    in_flight = 0, stuck = 0, stopping = false, stopped = false, draining = false, bad_copies = 0,
     jobs = setmetatable({}, { __mode = "k" }), -- all there are
+    spare = false, spares = 0,                 -- those that are free, each with the next one, and how many
   }, Runner)
   if consumer.trace ~= false and runtime.current then self.handling = trace.follow() end
   if consumer.timeout then
-    self.watch = Watch.new(runtime, consumer.timeout, function(job) self:expire(job) end)
+    self.watch = Watch.new(runtime, consumer.timeout, self.jobs, function(job) self:expire(job) end)
   end
   if consumer.dedupe then
     self.dedupe = Dedupe.new(consumer, self)
@@ -81,6 +83,7 @@ function Runner.new(consumer, env)
   if consumer.breaker then self.breaker = Breaker.new(consumer.breaker) end
   if consumer.order_by then self.order = Order.new(consumer.order_by) end
   if consumer.batch then self.batch = Batch.new(consumer.batch, self) end
+  if observer.runner then observer.runner(self) end
   return self
 end
 
@@ -150,21 +153,21 @@ end
 
 ---@package
 function Runner:job(message)
-  local spare = self.spare
-  local job = spare[#spare]
+  local job = self.spare
   if job then
-    spare[#spare] = nil
+    self.spare, self.spares = job.spare, self.spares - 1
   else
     job = {
       message = false, target = false, trials = nil, claim = false, attempt = nil, slot = false, started = 0,
-      expired = false, abandoned = false, over = true, task = false, due = false, before = false, after = false,
-      n = 0, value = nil, reason = nil, serial = 0, batch = false, of = false, first = false, reclaim = false,
+      expired = false, abandoned = false, over = true, task = false, serial = 0, batch = false, of = false,
+      first = false, reclaim = false, spare = false,
     }
     self.jobs[job] = true
   end
   job.message = message
-  self.in_flight = self.in_flight + 1
-  if self.gauge then self.gauge(self.queue, self.in_flight) end
+  local in_flight, gauge = self.in_flight + 1, self.gauge
+  self.in_flight = in_flight
+  if gauge then gauge(self.queue, in_flight) end
   return job
 end
 
@@ -173,24 +176,21 @@ end
 function Runner:finish(job)
   if job.slot then
     job.slot = false
-    self:release()
+    if self.waiting > 0 then self:release() else self.running = self.running - 1 end
   end
-  self.in_flight = self.in_flight - 1
-  if self.gauge then self.gauge(self.queue, self.in_flight) end
-  if self.in_flight == 0 then self.quiet:broadcast() end
-  job.message, job.target, job.trials, job.attempt, job.value, job.reason = false, false, nil, nil, nil, nil
-  job.claim, job.expired, job.task, job.of, job.first, job.reclaim = false, false, false, false, false, false
+  local in_flight, gauge = self.in_flight - 1, self.gauge
+  self.in_flight = in_flight
+  if gauge then gauge(self.queue, in_flight) end
+  if in_flight == 0 and self.draining then self.quiet:broadcast() end
+  job.message, job.target, job.trials, job.attempt = false, false, nil, nil
+  job.claim, job.task, job.of, job.first, job.reclaim = false, false, false, false, false
   if job.abandoned then return end -- its handler still has it
-  local spare = self.spare
-  if #spare < SPARE_JOBS then spare[#spare + 1] = job end
+  local spares = self.spares
+  if spares == SPARE_JOBS then return end
+  job.spare, self.spare, self.spares = self.spare, job, spares + 1
 end
 
 -- ---- Runs -------------------------------------------------------------------------------------------
-
-local function note(job, ...)
-  job.n = select("#", ...)
-  job.value, job.reason = ...
-end
 
 local function execute(self, job)
   local message, target = job.message, self.constant or job.target
@@ -199,13 +199,11 @@ local function execute(self, job)
     if not target then error(compile.no_route(message), 0) end
     job.target = target
   end
-  if type(target) == "function" then return note(job, target(message, self.app)) end
-  return note(job, target:run(message, self.app, job))
+  if type(target) == "function" then return target(message, self.app) end
+  return target:run(message, self.app, job)
 end
 
-local function execute_batch(self, job)
-  return note(job, self.constant(job.message, self.app))
-end
+local function execute_batch(self, job) return self.constant(job.message, self.app) end
 
 -- Whether the breaker and the rate let a job run; they may make it wait.
 local function admitted(self, job, n)
@@ -233,39 +231,55 @@ local function wait_once(self) self.runtime.condition():wait(0) end
 ---@package
 function Runner:swallow() self.protect(wait_once, self) end
 
-local function judge(self, job, ok, thrown)
+-- Somebody else has concluded the job of a run meanwhile.
+local function left(self)
+  self.stuck = self.stuck - 1
+  return LEFT
+end
+
+-- After a run: a failure, or nil and the outcome that its handler asked for; nothing after success.
+local function ran(self, job, ok, ...)
+  job.over = true
+  if job.abandoned then return left(self) end
   if job.expired then
     if ok then self:swallow() end
     return failure.timeout(self.consumer.timeout)
   end
-  if ok then return failure.of_results(job.n, job.value, job.reason) end
+  if ok then
+    local n = select("#", ...)
+    if n == 0 then return end
+    return failure.of_results(n, ...)
+  end
+  local thrown = ...
   if thrown == self.runtime.cancelled and thrown ~= nil then return STOPPED end
   return failure.of_thrown(thrown)
 end
 
---- Runs a job's handler once: a failure, or nil and the outcome that it asked for, or both nil. STOPPED:
---- it did not run to its end; LEFT: somebody else has concluded the job meanwhile.
----@package
-function Runner:attempt(job, n)
-  if (self.breaker or self.rate) and not admitted(self, job, n or 1) or self.stopped then return STOPPED end
-  local started, watch, task, handling = self.now(), self.watch, self.current(), self.handling
-  job.started, job.over, job.task = started, false, task
-  if handling and task then handling[task] = job end
-  if watch then
-    job.serial = job.serial + 1
-    watch:add(job, started)
-  end
-  local ok, thrown = self.protect(n and execute_batch or execute, self, job)
+local function batch_ran(self, job, ok, ...)
   job.over = true
-  if watch then
-    watch:remove(job)
-    if job.abandoned then
-      self.stuck = self.stuck - 1
-      return LEFT
-    end
+  if job.abandoned then return left(self) end
+  job.n = select("#", ...)
+  job.value, job.reason = ...
+  return ok, ...
+end
+
+--- Runs a job's handler once: a failure, or nil and the outcome that it asked for, or nothing. STOPPED: it did not
+--- run to its end; LEFT: somebody else has concluded the job meanwhile. `n`: of a batch, how many messages; then what
+--- `protect` says is returned, and in the run what its handler did. `now`: the time, where it has just been looked at.
+---@package
+function Runner:attempt(job, n, now)
+  if self.breaker or self.rate then
+    if not admitted(self, job, n or 1) then return STOPPED end
+    now = nil
   end
-  if n then return ok, thrown end
-  return judge(self, job, ok, thrown)
+  if self.stopped then return STOPPED end
+  local watch, task, handling = self.watch, self.current(), self.handling
+  job.started, job.task, job.over, job.expired = now or self.now(), task, false, false
+  job.serial = job.serial + 1
+  if handling and task then handling[task] = job end
+  if watch and watch.idle then watch:start() end
+  if n then return batch_ran(self, job, self.protect(execute_batch, self, job)) end
+  return ran(self, job, self.protect(execute, self, job))
 end
 
 -- ---- Time is over -----------------------------------------------------------------------------------
@@ -281,7 +295,7 @@ local function abandon(self, job)
   local twin = {}
   for key, value in pairs(job) do twin[key] = value end
   self.jobs[twin] = true
-  twin.abandoned, twin.expired, twin.over, twin.due = false, false, true, false
+  twin.abandoned, twin.expired, twin.over = false, false, true
   job.slot, job.claim = false, false
   if self.breaker then self.breaker:hand_over(job, twin) end
   self.runtime.spawn(function()
@@ -358,25 +372,27 @@ end
 
 local function single(self, message, waited, problem)
   local job = self:job(message)
-  self:acquire()
+  if self.running < self.limit then self.running = self.running + 1 else self:acquire() end
   job.slot = true
   if waited and not self.settle.outstanding(message) then return self:go_on(job, STOPPED) end
   if problem then
     job.started = self.now()
     return self:go_on(job, failure.new("error", problem))
   end
-  local dedupe = self.dedupe
+  local dedupe, now = self.dedupe, self.now()
   if dedupe then
-    local ok, key, state, err = dedupe:ask(message)
+    local ok, key, state, err = dedupe:ask(message, now)
     if ok and state == "new" and not dedupe.said then
       job.claim = key
     elseif not claimed(self, job, ok, key, state, err) then
       return
     end
+    if not dedupe.quick or state ~= "new" then now = nil end -- that may have waited
   end
-  local failed, asked = self:attempt(job)
+  local failed, asked = self:attempt(job, nil, now)
   if failed or asked or job.trials or self.breaker or self.joined then return self:go_on(job, failed, asked) end
-  self:acked(job, "ok", self.settled and self.now() - job.started or 0)
+  now = self.now()
+  self:acked(job, "ok", now - job.started, nil, now)
   return self:finish(job)
 end
 
@@ -406,10 +422,11 @@ end
 ---@param deadline number
 ---@return boolean
 function Runner:drained(deadline)
+  self.draining = true
   while self.in_flight > 0 do
-    local left = deadline - self.now()
-    if left <= 0 then return false end
-    self.quiet:wait(left)
+    local seconds = deadline - self.now()
+    if seconds <= 0 then return false end
+    self.quiet:wait(seconds)
   end
   return true
 end

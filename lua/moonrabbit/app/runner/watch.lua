@@ -1,64 +1,70 @@
---- Runs that take too long. All runs of a consumer have the same time, so the one that began first is due
--- first: a list in the order of their start, and one task that sleeps until its head is due.
+--- Runs that take too long.
+--
+-- A run costs nothing here: its job says when it started and whether it is over. One task looks at the jobs when the first
+-- of those that run is due. While none runs it looks once in the time that a run has, for what starts after a look is not due
+-- before that; and a look that finds none ends the task, until the next run.
 -- @module moonrabbit.app.runner.watch
 
 ---@class moonrabbit.app.Watch
+---@field idle boolean  `start` is to be called with the next run
 local Watch = {}
 Watch.__index = Watch
 
---- `expired(job)` is called in the watch's task; it must not wait.
+--- `jobs`: a set of those that there are. `expired(job)` is called in the watch's task; it must not wait.
 ---@param runtime table
 ---@param seconds number
+---@param jobs table<table, true>
 ---@param expired fun(job: table)
 ---@return moonrabbit.app.Watch
-function Watch.new(runtime, seconds, expired)
-  return setmetatable({ runtime = runtime, now = runtime.now, seconds = seconds, expired = expired,
-    wake = runtime.condition(), over = false, first = false, last = false, watching = false }, Watch)
+function Watch.new(runtime, seconds, jobs, expired)
+  return setmetatable({ runtime = runtime, now = runtime.now, seconds = seconds, jobs = jobs, expired = expired,
+    wake = runtime.condition(), over = false, idle = true }, Watch)
+end
+
+local function by_start(a, b) return a.started < b.started end
+
+-- The runs that are due, and when the next one is; nil: none is running.
+local function look(self, now)
+  local late, next_due = {}, nil
+  for job in pairs(self.jobs) do
+    if not job.over and not job.expired then
+      local due = job.started + self.seconds
+      if due <= now then
+        late[#late + 1] = job
+      elseif not next_due or due < next_due then
+        next_due = due
+      end
+    end
+  end
+  table.sort(late, by_start)
+  return late, next_due
 end
 
 local function watch(self)
-  while self.first and not self.over do
-    local left = self.first.due - self.now()
+  local due = self.now() + self.seconds
+  while due and not self.over do
+    local left = due - self.now()
     if left > 0 then
       self.wake:wait(left)
     else
-      local job = self.first
-      self:remove(job)
-      self.expired(job)
+      local late
+      late, due = look(self, self.now())
+      for i = 1, #late do self.expired(late[i]) end
     end
   end
-  self.watching = false
+  self.idle = true
 end
 
---- A run has started.
----@param job table
----@param now number
-function Watch:add(job, now)
-  job.due = now + self.seconds
-  local last = self.last
-  job.before, job.after = last, false
-  if last then last.after = job else self.first = job end
-  self.last = job
-  if not self.watching then
-    self.watching = true
-    self.runtime.spawn(watch, self)
-  end
+--- A run starts, and nobody watches.
+function Watch:start()
+  self.idle = false
+  self.runtime.spawn(watch, self)
 end
 
 --- No run is watched any more.
 function Watch:stop()
   self.over = true
   self.wake:broadcast()
-end
-
---- It is over.
----@param job table
-function Watch:remove(job)
-  if not job.due then return end
-  local before, after = job.before, job.after
-  if before then before.after = after else self.first = after end
-  if after then after.before = before else self.last = before end
-  job.due, job.before, job.after = false, false, false
 end
 
 return Watch
