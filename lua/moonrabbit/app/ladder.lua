@@ -307,6 +307,10 @@ function Ladder:broken(step)
   self._broken[step] = nil
 end
 
+--- The steps that this process has used and not forgotten: milliseconds -> name of exchange and queue.
+---@return table<integer, string>
+function Ladder:used() return self._ready end
+
 --- Forgets that a step is there: the next use declares it again.
 ---@param step integer
 function Ladder:forget(step)

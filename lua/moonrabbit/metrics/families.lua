@@ -6,6 +6,12 @@ local families = {}
 --- Labels whose values are words of our own: a family that is full keeps them.
 families.closed = { "outcome", "kind", "result", "what", "strategy", "version", "then" }
 
+--- What the broker has, and every process that looks sees: not to be added up.
+families.shared = {
+  moonrabbit_ladder_known = true, moonrabbit_ladder_waiting = true, moonrabbit_ladder_stuck = true,
+  moonrabbit_ladder_orphans = true,
+}
+
 --- In the order of the page: name, type, labels, help.
 families.list = {
   -- What an app handles
@@ -29,6 +35,13 @@ families.list = {
   { "moonrabbit_canary_seconds", "histogram", { "route", "version" }, "How long each version of a canary took." },
   { "moonrabbit_canary_rollbacks_total", "counter", { "route" }, "Canaries that were rolled back." },
   { "moonrabbit_events_total", "counter", { "event" }, "Other events of an app." },
+  -- What waits in the broker
+  { "moonrabbit_ladder_known", "gauge", { "ladder" }, "1 when the last look at the ladder succeeded, else 0." },
+  { "moonrabbit_ladder_waiting", "gauge", { "ladder", "step" },
+    "Messages that wait on a step for their next attempt." },
+  { "moonrabbit_ladder_stuck", "gauge", { "ladder", "step" },
+    "Messages whose wait is over and that cannot go home; only with the management API." },
+  { "moonrabbit_ladder_orphans", "gauge", { "ladder" }, "Messages whose consumer queue is gone." },
   -- Publishing
   { "moonrabbit_publishes_total", "counter", { "publisher" }, "Messages that a publisher took." },
   { "moonrabbit_publish_errors_total", "counter", { "publisher", "kind" },

@@ -92,11 +92,22 @@ local function connection_is_ready(connection)
   return nil, state .. (reason and ": " .. tostring(reason) or "")
 end
 
---- Watches the two connections of an app that has started, and makes `/readyz` tell whether it runs.
+--- Looks at the ladders of an app that has started, every so often: what waits, what is stuck, what is orphaned.
 ---@param app moonrabbit.App
+---@param opts moonrabbit.LadderWatchOptions?
+---@return function off stops looking, and takes its series off the page
+function Metrics:watch_ladders(app, opts)
+  local ladders = require "moonrabbit.metrics.ladders"
+  opts = options.check("Metrics:watch_ladders", opts, ladders.options)
+  return ladders.watch(self.families, app, opts)
+end
+
+--- Watches the two connections of an app that has started, and its ladders, and makes `/readyz` tell whether it runs.
+---@param app moonrabbit.App
+---@param opts moonrabbit.LadderWatchOptions?
 ---@return function off
-function Metrics:watch_app(app)
-  local offs = {}
+function Metrics:watch_app(app, opts)
+  local offs = { self:watch_ladders(app, opts) }
   for _, runner in ipairs(app.runners) do
     observer.prepare(self.families, runner.queue)
     for _, canary in ipairs(runner.canaries) do self.families.canary_rollbacks_total:with(canary.name) end

@@ -1,9 +1,11 @@
 --- The sum of several pages of metrics: what a parent of workers serves, or any worker of nginx.
 --
 -- Samples with the same name and labels are added; gauges too, so "in flight" is that of all workers, and
--- `moonrabbit_connection_up` says how many of `moonrabbit_connections` are up.
+-- `moonrabbit_connection_up` says how many of `moonrabbit_connections` are up. What is the broker's own and every worker
+-- sees (families.shared) is not added: the largest counts.
 -- @module moonrabbit.metrics.sum
 
+local families = require "moonrabbit.metrics.families"
 local numbers = require "moonrabbit.metrics.numbers"
 
 local sum = {}
@@ -66,8 +68,9 @@ local function read_line(page, line)
     local sample, key, value = split(line)
     if not value then return end
     local family = family_of(page, sample)
-    if family.samples[key] then
-      family.samples[key] = family.samples[key] + value
+    local before = family.samples[key]
+    if before then
+      family.samples[key] = families.shared[family.name] and math.max(before, value) or before + value
     else
       family.samples[key] = value
       family.order[#family.order + 1] = key
