@@ -36,7 +36,9 @@ describe("an app with de-duplication in Redis #app", function()
       for _ = 1, 2 do broker.ok(ch:publish("x", { routing_key = queue, message_id = "m" .. i })) end
       if i == 30 then redis.process:signal "STOP" end
     end
-    broker.eventually(function() return said[1] and said[1]:find("cannot be reached", 1, true) end, 20, "it says so")
+    broker.eventually(function()
+      return table.concat(said, "\n"):find("cannot be reached", 1, true)
+    end, 20, "it says so")
     local before = outcomes.ok
     redis.process:signal "CONT"
     broker.eventually(function() return outcomes.ok + outcomes.duplicate == 2 * total end, 60, "all is handled")

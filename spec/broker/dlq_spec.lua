@@ -274,7 +274,7 @@ describe("moonrabbit dlq", function()
   it("killed in the middle of a replay, has lost nothing, and sends hardly anything twice", function()
     for i = 1, 60 do park("m" .. i, { message = "bad", kind = "error" }) end
     ok(bench.consuming:cancel())
-    local running = process.start({ "bin/moonrabbit", "dlq", "replay", parking, "--rate", "100" },
+    local running = process.start({ "bin/moonrabbit", "dlq", "replay", parking, "--rate", "20" },
       { env = { AMQP_URL = broker.url } })
     broker.eventually(function() return bench:count(bench.queue) >= 10 end, 20, "some are replayed")
     running:signal "KILL"

@@ -152,6 +152,33 @@ describe("dedupe.redis", function()
     assert.equal("done", other:begin(key, 30))
   end)
 
+  it("knows it again too where several tasks tried", function()
+    local hanging = redis_server.start()
+    finally(function() hanging:stop() end)
+    local store, key = new { url = hanging:url(), timeout = 0.3 }, unique()
+    store.server.password = nil
+    moonrabbit.run(function()
+      assert.equal("new", store:begin("first", 30))
+      hanging.process:signal "STOP"
+      local left = 3
+      for _ = 1, 3 do
+        moonrabbit.spawn(function()
+          assert.is_nil((store:begin(key, 30)))
+          left = left - 1
+        end)
+      end
+      eventually(function() return left == 0 end)
+      hanging.process:signal "CONT"
+      local other = new { url = hanging:url() }
+      other.server.password = nil
+      eventually(function() return other:begin(key, 30) == "running" end)
+      assert.equal("new", store:begin(key, 30))
+      assert.equal("running", store:begin(key, 30))
+      assert.is_true(store:commit(key))
+      assert.equal("done", other:begin(key, 30))
+    end)
+  end)
+
   it("gives up on a server that says nothing", function()
     local silent = assert(native.listen("127.0.0.1", 0))
     finally(function() silent:close() end)

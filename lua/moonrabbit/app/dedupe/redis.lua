@@ -88,7 +88,7 @@ function redis.new(opts, level)
   return setmetatable({
     server = server, ttl = opts.ttl or 86400, prefix = opts.prefix or "moonrabbit:",
     connections = opts.connections or 8, tokens = {}, serial = 0,
-    unsure = {}, how_many_unsure = 0, -- key -> token of a claim that Redis did not answer to
+    unsure = {}, how_many_unsure = 0, -- key -> tokens of claims that Redis did not answer to, as a set
   }, Store)
 end
 
@@ -114,17 +114,28 @@ local function new_token(self)
   return "claim:" .. self.identity .. ":" .. self.serial
 end
 
--- One claim that had no answer is made again as it was: it may have come through, and would else be somebody else's
--- until its lease ends. Only one task gets it.
-local function token_for(self, key)
-  local token = self.unsure[key]
-  self.unsure[key] = nil
-  return token or new_token(self)
+-- A claim that had no answer may have come through, and would else be somebody else's until its lease ends. Several
+-- tasks may have tried: whose claim it was does not matter, as long as one of them has it.
+local function remember_unsure(self, key, token)
+  if self.how_many_unsure >= MOST_UNSURE then self.unsure, self.how_many_unsure = {}, 0 end
+  local tokens = self.unsure[key] or {}
+  tokens[token], self.unsure[key] = true, tokens
+  self.how_many_unsure = self.how_many_unsure + 1
+end
+
+-- Takes a token out of those without an answer: this one, or any.
+local function take_unsure(self, key, token)
+  local tokens = self.unsure[key]
+  if not tokens then return nil end
+  token = token or next(tokens)
+  if not token or not tokens[token] then return nil end
+  tokens[token] = nil
+  if next(tokens) == nil then self.unsure[key] = nil end
+  return token
 end
 
 local function unanswered(self, key, token, err)
-  if self.how_many_unsure >= MOST_UNSURE then self.unsure, self.how_many_unsure = {}, 0 end
-  self.unsure[key], self.how_many_unsure = token, self.how_many_unsure + 1
+  remember_unsure(self, key, token)
   return nil, err
 end
 
@@ -133,15 +144,15 @@ end
 ---@param lease number seconds
 ---@return "new"|"running"|"done"|nil state, moonrabbit.Error?
 function Store:begin(key, lease)
-  local name, token = self.prefix .. key, token_for(self, key)
+  local name, token = self.prefix .. key, take_unsure(self, key) or new_token(self)
   for _ = 1, TRIES do
     local ok, set = clients(self):command("set", name, token, "NX", "PX", milliseconds(lease))
     if not ok then return unanswered(self, key, token, set) end
     local got, value = true, set and token
     if not set then got, value = clients(self):command("get", name) end
     if not got then return unanswered(self, key, token, value) end
-    if value == token then
-      self.tokens[key] = token
+    if value and (value == token or take_unsure(self, key, value)) then
+      self.tokens[key] = value
       return "new"
     end
     if value then return value == DONE and "done" or "running" end
@@ -155,7 +166,7 @@ end
 function Store:commit(key)
   local ok, err = clients(self):command("set", self.prefix .. key, DONE, "PX", milliseconds(self.ttl))
   if not ok then return nil, err end
-  self.tokens[key] = nil
+  self.tokens[key], self.unsure[key] = nil, nil
   return true
 end
 
