@@ -59,6 +59,51 @@ describe("cqueues", function()
     assert.matches("another cqueue", err)
   end)
 
+  it_cqueues("looks names up by the system, and by cqueues.dns where it is told to", function()
+    local dns, hosts = require "cqueues.dns", require "cqueues.dns.hosts"
+    local config, resolvers = require "cqueues.dns.config", require "cqueues.dns.resolvers"
+    local runtime = require "moonrabbit.runtime.cqueues"
+    local known = hosts.new()
+    known:insert("127.0.0.1", "rabbit.only-in-cqueues.example")
+    local server = require "moonrabbit.runtime.native".listen("127.0.0.1", 0)
+    local endpoint, none = { host = "rabbit.only-in-cqueues.example", port = server:port() }, { port = 1 }
+    none.host = "none.only-in-cqueues.example"
+    local before = dns.setpool(resolvers.new(config.new { lookup = { "file" } }, known, require "cqueues.dns.hints".new(
+      config.new {})))
+    local by_system, by_dns, unknown, cancelled
+    loops.run("cqueues", function()
+      by_system = select(2, runtime.open(endpoint, nil, 20))
+      runtime.dns = true
+      by_dns = runtime.open(endpoint, nil, 20)
+      unknown = { runtime.open(none, nil, 20) }
+      local query = dns.query
+      local silence = require "cqueues.condition".new()
+      dns.query = function() -- of a name server that says nothing
+        silence:wait()
+        return nil, "given up"
+      end
+      local task = runtime.spawn(function()
+        local _, err = on().pcall(runtime.open, none, nil, 60)
+        cancelled = err == runtime.cancelled
+      end)
+      runtime.sleep(0.01)
+      runtime.cancel(task)
+      local late = { runtime.open(none, nil, 0.01) }
+      dns.query = query
+      assert.equal("timeout", late[2])
+      by_dns:close()
+      silence:signal()
+    end)
+    runtime.dns = nil
+    if before then dns.setpool(before) end
+    server:close()
+    assert.equal("dns", by_system)
+    assert.truthy(by_dns)
+    assert.equal("dns", unknown[2])
+    assert.matches("cqueues.dns", unknown[3])
+    assert.is_true(cancelled)
+  end)
+
   it_cqueues("may be stepped, and goes on beside what fails", function()
     local cqueues = require "cqueues"
     local runtime, cq, errors, slept = require "moonrabbit.runtime.cqueues", cqueues.new(), {}, 0

@@ -1,24 +1,19 @@
 --- The runtime for Copas: tasks are threads of Copas, beside the user's own, timers and servers.
 --
--- Copas waits by LuaSocket's select(2), for sockets or what looks like them: an object with `getfd`, and
--- `dirty`, which says that it can be read whatever its descriptor says. Each descriptor that is waited
--- for is one such object. So none may be over 1023, and a turn costs as much as there are such waits.
+-- Copas waits by LuaSocket's select(2): for each descriptor that is waited for, it is given an object that looks
+-- like a socket (copas/selected.lua). So none may be over 1023, and a turn costs as much as there are such waits.
 --
 -- Copas 2 and later have a clock (sleep, wakeup). Copas 1 (Debian's lua-copas) has none: there every
 -- wait is such an object, and an alarm (a descriptor) ends the select when the next deadline has come.
 --
 -- Names are looked up by the system (getaddrinfo, in threads of ours): Copas would block.
 
-local found, copas = pcall(require, "copas")
-if not found then
-  error("the runtime 'copas' needs the module copas (luarocks install copas; Debian: lua-copas): "
-    .. (tostring(copas):match "[^\n]+"), 0)
-end
 local net = require "moonrabbit.net"
 local hosted = require "moonrabbit.runtime.shared.hosted"
+local copas = hosted.library "copas"
+local selected = require "moonrabbit.runtime.copas.selected"
 
-local now = net.now
-local receive, send = copas.receivepartial or copas.receivePartial, copas.send
+local now, new_object, select_for = net.now, selected.new, selected.wait
 local pause, pause_forever, wakeup = copas.pause, copas.pauseforever, copas.wakeup
 
 if copas.sleep and not pause_forever then -- before 4.0
@@ -33,62 +28,6 @@ local host = {
     .. "server's handler, while copas.loop runs",
   home = function() return hosted.coroutine() and true end,
 }
-
--- ---- Objects that Copas selects ---------------------------------------------------------------------------------------------
-
-local socket = require "socket"
-local writable = (socket.udp4 or socket.udp)() -- can always be written to
-
-local arm -- Copas 1: the alarm for a deadline
-
-local function due(side)
-  if not side.waiting then return false end
-  if side.woken then return true end
-  local deadline = side.deadline
-  if not deadline then return false end
-  if now() >= deadline then return true end
-  arm(deadline)
-  return false
-end
-
---- A descriptor and who waits for it: one task to read, one to write.
-local Object = {}
-Object.__index = Object
-
-local function new_object(fd)
-  return setmetatable({ fd = fd, r = { waiting = false }, w = { waiting = false } }, Object)
-end
-
--- Both are asked before each select. `dirty` speaks for reading only.
-function Object:getfd() return due(self.w) and writable:getfd() or self.fd end
-
-function Object:dirty() return due(self.r) end
-
--- Copas tries first, then waits until the object is ready, and tries again.
-local function try(side)
-  if side.asked then return true end
-  side.asked = true
-  return nil, "timeout"
-end
-
-function Object:receive() return try(self.r) end
-
-function Object:send()
-  local done, err = try(self.w)
-  return done, err, 0
-end
-
-function Object:settimeout() end -- luacheck: ignore 212
-function Object:close() end      -- luacheck: ignore 212
-
---- Waits for one side of an object. False: it was woken, or the deadline has come.
-local function select_for(object, events, deadline)
-  local side = object[events]
-  side.deadline, side.asked, side.woken, side.waiting = deadline, false, false, true
-  if events == "w" then send(object, "") else receive(object, 1) end
-  side.waiting = false
-  return not side.woken and not (deadline and now() >= deadline)
-end
 
 -- ---- Copas 1 ----------------------------------------------------------------------------------------------------------------
 
@@ -111,7 +50,7 @@ local function watch_alarm()
   end
 end
 
-function arm(deadline)
+function selected.arm(deadline)
   if alarm_at and alarm_at <= deadline then return end
   alarm_at = deadline
   alarm:set(deadline - now())
@@ -177,12 +116,10 @@ function host.wake(task)
   end
 end
 
-function host.start(fn, ...)
-  local arguments, n = { ... }, select("#", ...)
-  local unpack = table.unpack or unpack -- luacheck: ignore 143 113
+function host.start(fn)
   copas.addthread(function()
     if not has_clock then pause_without_clock({}, 0) end -- Copas 1 runs it at once
-    fn(unpack(arguments, 1, n))
+    fn()
   end)
 end
 

@@ -2,18 +2,16 @@
 --
 -- A connection belongs to the cqueue that it was opened in: what waits for it is woken there, and a
 -- call from another one throws. `spawn` starts tasks in the cqueue that runs. Names are looked up by
--- the system (getaddrinfo, in threads of ours) and not by cqueues.dns, which knows nothing of
--- nsswitch.conf, and so not of what containers, mDNS and directories call a host.
+-- the system (getaddrinfo, in threads of ours) and not by cqueues.dns, which knows little of
+-- nsswitch.conf, and so not of what containers, mDNS and directories call a host; `dns = true` in the
+-- runtime's table has cqueues.dns asked instead.
 
-local ok, cqueues = pcall(require, "cqueues")
-if not ok then
-  error("the runtime 'cqueues' needs the module cqueues (luarocks install cqueues; Debian: lua-cqueues): "
-    .. (tostring(cqueues):match "[^\n]+"), 0)
-end
-local condition = require "cqueues.condition"
 local hosted = require "moonrabbit.runtime.shared.hosted"
+local cqueues = hosted.library "cqueues"
+local new_condition = require("cqueues.condition").new
+local names = require "moonrabbit.runtime.shared.names"
 
-local poll, running, new_condition = cqueues.poll, cqueues.running, condition.new
+local poll, running = cqueues.poll, cqueues.running
 
 local host = {
   name = "cqueues",
@@ -23,10 +21,10 @@ local host = {
   home = function() return (running()) end,
 }
 
-function host.start(fn, ...)
+function host.start(fn)
   local cq = running()
   if not cq then error("spawn: with the runtime 'cqueues' " .. host.outside, 3) end
-  cq:wrap(fn, ...)
+  cq:wrap(fn)
 end
 
 -- An object that cqueues.poll takes: for each side of a descriptor, made once.
@@ -62,6 +60,39 @@ end
 host.forget = cqueues.cancel
 
 ---@class moonrabbit.runtime.cqueues
-local M = hosted.runtime(host)
+---@field dns boolean? names are looked up by cqueues.dns, and the pool that cqueues.dns.setpool was given; false by default
+local M
+
+function host.look_up(loop, by_system)
+  local by_cqueues
+  return function(...)
+    if not M.dns then return by_system(...) end
+    by_cqueues = by_cqueues or names.of(loop, require "moonrabbit.runtime.cqueues.names")
+    return by_cqueues(...)
+  end
+end
+
+M = hosted.runtime(host)
+
+--- A condition of cqueues that is signalled whenever one of ours is: what cqueues.poll is given for our objects
+--- (moonrabbit.pollable). The other's `signal` and `broadcast` answer then how many coroutines that woke.
+function M.bell(condition)
+  local bell, class = condition.bell, getmetatable(condition)
+  if bell then return bell end
+  bell = new_condition()
+  condition.bell = bell
+
+  function condition:signal()
+    class.signal(self)
+    return bell:signal()
+  end
+
+  function condition:broadcast()
+    class.broadcast(self)
+    return bell:signal()
+  end
+
+  return bell
+end
 
 return M

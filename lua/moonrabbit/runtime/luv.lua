@@ -5,16 +5,12 @@
 -- so that uv.run returns when nothing is open; those of a connection are closed with it.
 -- Names are looked up by uv.getaddrinfo.
 
-local found, uv = pcall(require, "luv")
-if not found then
-  error("the runtime 'luv' needs the module luv (luarocks install luv; Debian: lua-luv): "
-    .. (tostring(uv):match "[^\n]+"), 0)
-end
-local net = require "moonrabbit.net"
+local now = require("moonrabbit.net").now
 local hosted = require "moonrabbit.runtime.shared.hosted"
+local names = require "moonrabbit.runtime.shared.names"
+local uv = hosted.library "luv"
 
-local now, ceil = net.now, math.ceil
-local unpack = table.unpack or unpack -- luacheck: ignore 143 113
+local ceil = math.ceil
 local create, resume, yield, status = coroutine.create, coroutine.resume, coroutine.yield, coroutine.status
 
 --- Rounds of tasks before descriptors get their turn, while tasks keep one another busy.
@@ -73,10 +69,7 @@ local function enqueue(task, co)
   queue[queued] = task
 end
 
-function host.start(fn, task, ...)
-  local arguments, n = { ... }, select("#", ...)
-  enqueue(task, create(function() return fn(task, unpack(arguments, 1, n)) end))
-end
+function host.start(fn, task) enqueue(task, create(fn)) end
 
 -- ---- Pauses -----------------------------------------------------------------------------------------------------------------
 
@@ -140,50 +133,17 @@ end
 
 -- ---- Names ------------------------------------------------------------------------------------------------------------------
 
-local function literal(host_name)
-  return host_name == "localhost" or host_name:find(":", 1, true) or not host_name:find "[^%d.]"
+local function ask(name, _, answer)
+  local request, text = uv.getaddrinfo(name, nil, { socktype = "stream" }, function(err, found)
+    local texts = {}
+    for i, one in ipairs(found or {}) do texts[i] = one.addr end
+    answer(err, texts)
+  end)
+  if not request then return nil, text end
+  return function() request:cancel() end
 end
 
--- libuv's answers, as addresses of ours.
-local function addresses_of(answers, port)
-  local list = {}
-  for _, answer in ipairs(answers) do
-    local resolver = net.resolve(answer.addr, port)
-    local addresses = resolver and resolver:result()
-    if addresses then list[#list + 1] = addresses[1] end
-  end
-  if #list == 0 then return nil, "dns", "the name has no address", true end
-  return list
-end
-
--- What a task waits for that has asked: `park` gives up on it, and a late answer meets nobody.
-local Question = {}
-Question.__index = Question
-function Question:forget() self.given_up = true end
-
---- See shared/open.lua.
-function host.look_up(loop)
-  return function(name, port, deadline)
-    if literal(name) then
-      local resolver, text = net.resolve(name, port)
-      if not resolver then return nil, "dns", text, false end
-      return resolver:result()
-    end
-    local task, question = loop.enter(), setmetatable({}, Question)
-    local request, text = uv.getaddrinfo(name, nil, { socktype = "stream" }, function(err, answers)
-      question.err, question.answers = err, answers
-      if not question.given_up then loop.ready(task, true) end
-    end)
-    if not request then return nil, "dns", text, true end
-    task.on = question
-    local answered, given_up = loop.park(task, deadline, true)
-    if not answered then request:cancel() end
-    if given_up then error(loop.cancelled, 0) end
-    if not answered then return nil, "timeout", "no answer of the resolver in time", true end
-    if question.err then return nil, "dns", question.err, true end
-    return addresses_of(question.answers, port)
-  end
-end
+function host.look_up(loop) return names.of(loop, ask) end
 
 M = hosted.runtime(host)
 

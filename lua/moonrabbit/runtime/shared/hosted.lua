@@ -4,13 +4,13 @@
 --
 -- * `name`, and `outside`: what to do about a call from elsewhere, for people
 -- * `home()`: nil outside the loop, else what things that are waited for belong to
--- * `start(fn, ...)`: runs fn in a coroutine of the loop, at its next turn
+-- * `start(fn, task)`: runs fn in a coroutine of the loop, at its next turn
 -- * `pause(task, seconds, watch, events)`: the running coroutine waits for `wake(task)`, for so long,
 --   or (where the adapter brings no `set`) for the descriptor watch.fd: true when that is ready
 -- * `wake(task)`: ends that pause at the loop's next turn
 -- * `set(fd, events)`: the loop calls back when descriptors are ready (shared/descriptors.lua)
 -- * `forget(fd)`, `ended(task)`: a descriptor is going to be closed, a task is over (both optional)
--- * `look_up`: the loop's own resolver (optional; shared/open.lua)
+-- * `look_up(loop, by_system)`: the loop's own resolver (optional; shared/open.lua)
 --
 -- Any coroutine of the loop may wait; it is a task from then on.
 
@@ -23,9 +23,19 @@ local server = require "moonrabbit.runtime.shared.server"
 local transport = require "moonrabbit.runtime.shared.transport"
 
 local now, max = net.now, math.max
+local unpack = table.unpack or unpack -- luacheck: ignore 143 113
 local running_coroutine, owner_of, may_yield = coroutine.running, yielding.owner, yielding.may_yield
 
 local M = {}
+
+--- The library of a loop; throws where it is not installed.
+---@param name string of the module, of its rock, and of the runtime
+function M.library(name)
+  local found, library = pcall(require, name)
+  if found then return library end
+  error(("the runtime '%s' needs the module %s (luarocks install %s; Debian: lua-%s): %s"):format(name, name, name,
+    name, tostring(library):match "[^\n]+"), 0)
+end
 
 --- What a cancelled task throws.
 local cancelled = setmetatable({ kind = "cancelled", message = "the task was cancelled" }, {
@@ -139,6 +149,12 @@ local function own_descriptors(host, loop)
     return setmetatable({ fd = fd, home = home(), tasks = {} }, Watch)
   end
 
+  --- Throws in another of the loops than the one that it was opened in.
+  function D.check_home(watch)
+    local here = home()
+    if here and here ~= watch.home then error(host.elsewhere, 0) end
+  end
+
   -- The last of those that a closed descriptor waits for closes it.
   local function leave(watch)
     watch.leaving = watch.leaving - 1
@@ -197,7 +213,9 @@ function M.runtime(host)
   local tasks, enter, park = loop.tasks, loop.enter, loop.park
   local waits = host.set and descriptors.of(loop, host.set) or own_descriptors(host, loop)
   local new_transport = transport.of(waits)
-  local connect = open.of(waits, new_transport, cancelled, host.look_up and host.look_up(loop))
+  local connect = open.of(waits, new_transport, cancelled, host.look_up and function(by_system)
+    return host.look_up(loop, by_system)
+  end)
 
   local runtime = {
     name = host.name, now = now, cancelled = cancelled,
@@ -242,7 +260,8 @@ function M.runtime(host)
   function runtime.spawn(fn, ...)
     if type(fn) ~= "function" then error("spawn: a function expected, got " .. type(fn), 2) end
     local task = { parked = false, cancelling = false, over = false }
-    host.start(live, task, fn, ...)
+    local arguments, n = { ... }, select("#", ...)
+    host.start(function() live(task, fn, unpack(arguments, 1, n)) end, task)
     return task
   end
 

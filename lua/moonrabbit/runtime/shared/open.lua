@@ -3,8 +3,6 @@
 --- leaves time for the others.
 --
 -- Made for whatever waits for descriptors (shared/descriptors.lua), and its transports.
---
--- Made for whatever waits for descriptors, and its transports.
 
 local net = require "moonrabbit.net"
 
@@ -27,6 +25,10 @@ local function context_for(options)
     contexts[key] = context
   end
   return context, text
+end
+
+local function is_address(host)
+  return host == "localhost" or host:find(":", 1, true) ~= nil or not host:find "[^%d.]"
 end
 
 local function share(deadline, left)
@@ -56,9 +58,9 @@ local M = {}
 ---@param descriptors table
 ---@param new_transport function
 ---@param cancelled table what a cancelled task throws
----@param look_up (fun(host: string, port: integer, deadline: number?): table?, string?, string?, boolean?)?
+---@param own_look_up (fun(by_system: function): function)? gives what looks names up in the loop's own way:
 --- looks names up in the loop's own way
-function M.of(descriptors, new_transport, cancelled, look_up)
+function M.of(descriptors, new_transport, cancelled, own_look_up)
   local watch_fd, wait, unwatch = descriptors.watch, descriptors.wait, descriptors.unwatch
 
   --- Waits; closes the descriptor's owner first when the task is cancelled.
@@ -131,7 +133,11 @@ function M.of(descriptors, new_transport, cancelled, look_up)
     return nil, kind, reasons, temporary
   end
 
-  local find_addresses = look_up or resolve
+  local look_up = own_look_up and own_look_up(resolve) or resolve
+
+  local function find_addresses(host, port, deadline)
+    return (is_address(host) and resolve or look_up)(host, port, deadline)
+  end
 
   --- See docs/internals.md.
   ---@param endpoint { host: string?, port: integer?, path: string? }

@@ -48,6 +48,11 @@ function M.of(descriptors, alone)
   end
   if alone then Transport.fill_alone = fill_alone end
 
+  if descriptors.check_home then
+    --- Throws where a wait would not be this loop's; asked before each wait of a session.
+    function Transport:check_owner() descriptors.check_home(self.watch) end
+  end
+
   --- Writes everything that the engine has to write.
   ---@return boolean|nil ok, string? kind, string? text
   function Transport:flush(engine)
