@@ -1,4 +1,5 @@
 -- Every runtime does what spec/support/conformance.lua says, each in a process of its own.
+local broker = require "support.broker"
 local conformance = require "support.conformance"
 local loops = require "support.loops"
 local process = require "support.process"
@@ -18,9 +19,15 @@ describe("the contract of runtimes #smoke", function()
   local path, running, results = package.path, {}, {}
 
   setup(function()
+    if broker.url then
+      local parsed = broker.parsed()
+      running.lines = process.start({ "spec/support/lines.lua", parsed.host, parsed.port })
+      assert(running.lines:await "\n", running.lines:err())
+    end
+    local port = running.lines and running.lines:out():match "%d+"
     for _, runtime in ipairs(RUNTIMES) do
       if loops.has(runtime) then
-        running[runtime] = process.start({ "spec/support/conform.lua", runtime }, { timeout = 120 })
+        running[runtime] = process.start({ "spec/support/conform.lua", runtime, port }, { timeout = 180 })
       end
     end
   end)
@@ -41,7 +48,7 @@ describe("the contract of runtimes #smoke", function()
 
       it("ends by itself, with nothing on stderr", function()
         local one = running[runtime]
-        assert.equal(0, one:wait(120), one:err() .. one:out())
+        assert.equal(0, one:wait(180), one:err() .. one:out())
         assert.equal("", one:err())
         results[runtime] = results_of(one:out())
       end)

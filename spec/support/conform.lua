@@ -1,5 +1,5 @@
 -- Runs the conformance cases on a runtime, in this process, and prints a line for each:
---   lua spec/support/conform.lua RUNTIME
+--   lua spec/support/conform.lua RUNTIME [PORT of spec/support/lines.lua]
 local loops = require "support.loops"
 local conformance = require "support.conformance"
 local moonrabbit = require "moonrabbit"
@@ -13,8 +13,12 @@ loops.run(name, function(runtime)
   }
   if os.getenv "AMQPS_URL" then
     local uri = assert(moonrabbit.uri.parse(os.getenv "AMQPS_URL"))
-    t.tls = { host = uri.host, port = uri.port, ca = os.getenv "MOONRABBIT_TLS_DIR" .. "/ca.pem" }
+    t.tls = { host = uri.host, port = uri.port, url = os.getenv "AMQPS_URL",
+      ca = os.getenv "MOONRABBIT_TLS_DIR" .. "/ca.pem" }
+    t.tls_ca = true
   end
+  t.lines = tonumber(arg[2])
+  t.idle_turns = name == "copas" and loops.copas_ticks() and 12 or nil
   runtime.on_error = function(text) t.errors[#t.errors + 1] = text end
   local began = runtime.now()
   conformance.run(t, function(case, result)

@@ -6,8 +6,10 @@
 -- * `rt`: the runtime (docs/internals.md)
 -- * `moonrabbit`: connect, spawn, sleep, pcall for it
 -- * `url`: of a broker                                          needs "broker"
--- * `tls`: { host, port, ca } of a broker                       needs "tls"
+-- * `tls`: { host, port, url, ca } of a broker; ca: a file, nil where the runtime is told otherwise   needs "tls"
+-- * `lines`: the port of a process of spec/support/lines.lua    needs "lines"
 -- * `listen`: true where rt.listen is there                     needs "listen"
+-- * `idle_turns`: what the loop turns a second by itself, nil: not at all
 -- * `errors`: the texts that rt.on_error was given; a case empties it
 --
 -- `conformance.run(t, wanted)` runs them one after another and returns { { name, "ok"|"skipped"|text } … }.
@@ -223,6 +225,34 @@ case("a task cancelled while it connects leaves nothing", { "listen" }, function
   server:close()
 end)
 
+case("a task cancelled while it reads, writes or accepts ends there", { "listen" }, function(t)
+  local rt, ended = t.rt, 0
+  local server = assert(rt.listen("127.0.0.1", 0))
+  local near
+  rt.spawn(function() near = assert(rt.open({ host = "127.0.0.1", port = server:port() }, nil, 5)) end)
+  local far = assert(server:accept())
+  eventually(t, "connected", function() return near end)
+  local tasks = {}
+  for i, fn in ipairs {
+    function() near:read() end,
+    function() near:write(("x"):rep(32 * 1024 * 1024)) end,
+    function() server:accept() end,
+  } do
+    tasks[i] = rt.spawn(function()
+      local _, err = t.moonrabbit.pcall(fn)
+      if err == rt.cancelled then ended = ended + 1 end
+    end)
+  end
+  rt.sleep(0.02)
+  for _, task in ipairs(tasks) do rt.cancel(task) end
+  eventually(t, "they ended", function() return ended == 3 end)
+  assert(far:write "after")
+  equal("after", near:read(100, 5))
+  near:close()
+  far:close()
+  server:close()
+end)
+
 -- ---- Opening --------------------------------------------------------------------------------------------------------
 
 case("a port that nobody listens on refuses", {}, function(t)
@@ -369,7 +399,7 @@ end)
 
 case("TLS: a certificate of the authority for this name is taken", { "tls" }, function(t)
   local transport = assert(t.rt.open({ host = t.tls.host, port = t.tls.port }, { ca = t.tls.ca }, 10))
-  has(transport:tls_info(), "TLSv1")
+  has(transport:tls_info(), "TLS")
   transport:close()
 end)
 
@@ -381,7 +411,7 @@ case("TLS: another name is not", { "tls" }, function(t)
   equal(false, temporary)
 end)
 
-case("TLS: an unknown authority is not", { "tls" }, function(t)
+case("TLS: an unknown authority is not", { "tls", "tls_ca" }, function(t)
   local transport, kind, text = t.rt.open({ host = t.tls.host, port = t.tls.port }, {}, 10)
   equal(nil, transport)
   equal("tls", kind, text)
@@ -391,10 +421,24 @@ end)
 
 local function options(t, more)
   local all = { uri = t.url, timeout = 20 }
-  -- What is lost stays lost here.
-  if require("moonrabbit.connection").options.reconnect then all.reconnect = false end
+  all.log = function() end
+  all.reconnect = false -- what is lost stays lost, but where it says otherwise
   for key, value in pairs(more or {}) do all[key] = value end
   return all
+end
+
+--- A line to the broker: { url, cut(), freeze(), thaw(), close() }.
+local function new_line(t)
+  local control = assert(t.rt.open({ host = "127.0.0.1", port = t.lines }, nil, 10))
+  local line = { url = (t.url:gsub("@[^/]*", "@127.0.0.1:" .. assert(control:read(64, 10)):match "%d+")) }
+  for _, word in ipairs { "cut", "freeze", "thaw" } do
+    line[word] = function()
+      assert(control:write(word .. "\n"))
+      has(control:read(64, 10), "ok")
+    end
+  end
+  function line.close() control:close() end
+  return line
 end
 
 local function with_queue(t, more)
@@ -466,12 +510,32 @@ case("many tasks publish on one channel, and each has its own answer", { "broker
   assert(conn:close(10))
 end)
 
-case("a body of four megabytes is the same when it comes back", { "broker" }, function(t)
-  local conn, ch, queue = with_queue(t)
-  local body = ("0123456789abcdef"):rep(262144)
+local function large(megabytes)
+  local parts = {}
+  for i = 1, megabytes do parts[i] = (("%015d\n"):format(i * 7919)):rep(65536) end
+  return table.concat(parts)
+end
+
+local function there_and_back(t, body, more)
+  local conn, ch, queue = with_queue(t, more)
   assert(ch:publish(body, { routing_key = queue }))
-  equal(true, assert(ch:get(queue)).body == body, "the same body")
+  local consumer = assert(ch:consume(queue))
+  local message = assert(consumer:receive(20))
+  equal(true, message.body == body, "the same body")
+  assert(message:ack())
   assert(conn:close(10))
+end
+
+case("a body of 24 MiB is the same when it comes back", { "broker" }, function(t)
+  there_and_back(t, large(24), { max_message_size = 32 * 1024 * 1024 })
+end)
+
+case("and so is one of a thousand small frames", { "broker" }, function(t)
+  there_and_back(t, large(4), { frame_max = 4096 })
+end)
+
+case("TLS: large bodies, there and back", { "broker", "tls" }, function(t)
+  there_and_back(t, large(8), { uri = t.tls.url, tls = { ca = t.tls.ca } })
 end)
 
 case("a close sends what was published before", { "broker" }, function(t)
@@ -485,6 +549,11 @@ case("a close sends what was published before", { "broker" }, function(t)
   eventually(t, "all 1,000 came", function()
     return assert(ch:queue_declare(name, { passive = true })).message_count == 1000
   end)
+  local consumer = assert(ch:consume(name, { prefetch = 400 }))
+  for _ = 1, 400 do assert(assert(consumer:receive(20)):ack()) end
+  assert(conn:close(10)) -- and the acks too
+  conn, ch = with_queue(t)
+  equal(600, assert(ch:queue_declare(name, { passive = true })).message_count)
   assert(ch:queue_delete(name))
   assert(conn:close(10))
 end)
@@ -552,6 +621,226 @@ case("a line that is cut ends the connection", { "broker", "listen" }, function(
   equal("closed", err.kind)
   equal(true, err.temporary)
   server:close()
+end)
+
+-- ---- Back-pressure ----------------------------------------------------------------------------------------------------
+
+case("a broker that does not read holds publishers back within their timeouts, and loses nothing",
+  { "broker", "lines" }, function(t)
+    local rt, line, ticks, over = t.rt, new_line(t), 0, false
+    local conn, ch, queue = with_queue(t, { uri = line.url, max_buffer = 1024 * 1024, heartbeat = 0 })
+    rt.spawn(function()
+      while not over do
+        rt.sleep(0.005)
+        ticks = ticks + 1
+      end
+    end)
+    line.freeze()
+    local body, accepted = ("x"):rep(65536), 0
+    local sent, err
+    repeat
+      sent, err = ch:publish_async(body, { routing_key = queue, timeout = 0.1 })
+      if sent then accepted = accepted + 1 end
+    until not sent or accepted == 4096
+    equal("overflow", err and err.kind)
+    assert(ticks > 3, "the others stood still")
+    over = true
+    line.thaw()
+    assert(ch:wait_for_confirms(60))
+    equal(accepted, assert(ch:queue_declare(queue, { passive = true })).message_count)
+    assert(conn:close(10))
+    line.close()
+  end)
+
+case("a consumer without acks that takes nothing stops the reading, and then gets all", { "broker" }, function(t)
+  local conn, ch, queue = with_queue(t)
+  local count = 6000
+  for i = 1, count do assert(ch:publish_async("m" .. i, { routing_key = queue })) end
+  assert(ch:wait_for_confirms(30))
+  local consumer = assert(ch:consume(queue, { no_ack = true }))
+  eventually(t, "as many came as it holds", function() return consumer:buffered() >= 4096 end)
+  t.rt.sleep(0.05)
+  assert(consumer:buffered() < 5000, consumer:buffered())
+  for i = 1, count do equal("m" .. i, assert(consumer:receive(20)).body) end
+  assert(conn:close(10))
+end)
+
+-- ---- What waits, and never for ever -----------------------------------------------------------------------------------
+
+case("calls end within their timeouts while nothing comes", { "broker", "lines" }, function(t)
+  local line = new_line(t)
+  local conn, ch, queue = with_queue(t, { uri = line.url, heartbeat = 0 })
+  local consumer = assert(conn:consume(queue))
+  local publisher = assert(conn:publisher { routing_key = queue })
+  line.freeze()
+  local function timed_out(ok, err)
+    equal(nil, ok)
+    equal("timeout", err.kind)
+  end
+  timed_out(ch:queue_declare(queue, { passive = true, timeout = 0.05 }))
+  timed_out(ch:publish("x", { routing_key = queue, timeout = 0.05 }))
+  timed_out(publisher:send("x", { timeout = 0.05 }))
+  timed_out(consumer:receive(0.05))
+  timed_out(ch:wait_for_confirms(0.05))
+  timed_out(conn:channel { timeout = 0.05 })
+  timed_out(t.moonrabbit.connect(options(t, { uri = line.url, connect_timeout = 0.05 })))
+  timed_out(conn:close(0.05))
+  equal("closed", conn:state())
+  line.close()
+end)
+
+case("a task may be cancelled in any wait for the broker, and the connection is as good as before",
+  { "broker", "lines" }, function(t)
+    local rt, line = t.rt, new_line(t)
+    local conn, ch, queue = with_queue(t, { uri = line.url, heartbeat = 0 })
+    local other = assert(conn:channel { confirm = true })
+    local consumer = assert(conn:consume(queue))
+    local publisher = assert(conn:publisher { routing_key = "no-such-queue" })
+    local key = { routing_key = queue, timeout = 60 }
+    local bare = assert(rt.open({ host = "127.0.0.1", port = t.lines }, nil, 5))
+    bare:read(64, 5)
+    local waits = {
+      receive = function() consumer:receive(60) end,
+      call = function() ch:queue_declare(queue, { passive = true, timeout = 60 }) end,
+      publish = function() ch:publish("m1", key) end,
+      confirmation = function() assert(ch:publish_async("m2", key)):wait(60) end,
+      confirms = function()
+        other:publish_async("m3", key)
+        other:wait_for_confirms(60)
+      end,
+      send = function() publisher:send "m4" end,
+      channel = function() conn:channel { timeout = 60 } end,
+      rpc = function() conn:call("m5", { routing_key = "no-such-queue", timeout = 60 }) end,
+      connect = function() t.moonrabbit.connect(options(t, { uri = line.url, connect_timeout = 60 })) end,
+      read = function() bare:read(64, 60) end,
+    }
+    line.freeze()
+    local tasks, begun, ended = {}, 0, {}
+    for name, fn in pairs(waits) do
+      tasks[#tasks + 1] = rt.spawn(function()
+        begun = begun + 1
+        local _, err = t.moonrabbit.pcall(fn)
+        ended[name] = err == rt.cancelled and "cancelled" or tostring(err)
+      end)
+    end
+    eventually(t, "they began", function() return begun == #tasks end)
+    rt.sleep(0.05)
+    for name, result in pairs(ended) do error(name .. " did not wait: " .. result) end
+    for _, task in ipairs(tasks) do rt.cancel(task) end
+    eventually(t, "they ended", function()
+      for name in pairs(waits) do
+        if not ended[name] then return false end
+      end
+      return true
+    end)
+    for name, result in pairs(ended) do equal("cancelled", result, name) end
+    bare:close()
+    line.thaw()
+    local bodies = {}
+    for i = 1, 3 do bodies[i] = assert(consumer:receive(20)).body end
+    table.sort(bodies)
+    equal("m1 m2 m3", table.concat(bodies, " "))
+    assert(ch:publish("m6", key))
+    equal("m6", assert(consumer:receive(20)).body)
+    equal("open", conn:state())
+    assert(conn:close(10))
+    line.close()
+  end)
+
+-- ---- Coming back ------------------------------------------------------------------------------------------------------
+
+local ways = {
+  { "is cut", function(_, line) line.cut() end },
+  { "falls silent", function(t, line, conn)
+    line.freeze()
+    eventually(t, "the heartbeats are missed", function() return conn:state() ~= "open" end)
+    line.thaw()
+  end },
+  { "is closed by the broker", function(_, _, conn)
+    local _, err = assert(conn:channel()):flow(false) -- not implemented
+    equal(540, err and err.code)
+  end },
+}
+
+for _, one in ipairs(ways) do
+  local way, lose = one[1], one[2]
+  case(("a connection that %s comes back, and what consumed and published goes on"):format(way),
+    { "broker", "lines" }, function(t)
+      local line, states = new_line(t), {}
+      local conn = assert(t.moonrabbit.connect(options(t, {
+        uri = line.url, reconnect = { first = 0.01 }, heartbeat = 1, name = "conformance",
+      })))
+      conn:on("state", function(state) states[#states + 1] = state end)
+      local queue = "conformance-" .. tostring({}):gsub("%W", "") .. "-" .. t.rt.name
+      local ch = assert(conn:channel())
+      assert(ch:queue_declare(queue, { durable = true, arguments = { ["x-expires"] = 60000 } }))
+      local publisher = assert(conn:publisher { routing_key = queue })
+      local taken, handled = {}, {}
+      local consumer = assert(conn:consume(queue))
+      t.rt.spawn(function()
+        while true do
+          local message = consumer:receive(60)
+          if not message then break end
+          taken[#taken + 1] = message.body
+          message:ack()
+        end
+        taken.ended = true
+      end)
+      assert(publisher:send "before")
+      eventually(t, "the first came", function() return taken[1] end)
+      assert(conn:flush(5))
+
+      lose(t, line, conn)
+      eventually(t, "it is lost", function() return states[1] end)
+      equal("recovering", states[1])
+      local confirmation = assert(publisher:send_async "meanwhile")
+      assert(conn:wait_open(30))
+      assert(confirmation:wait(30))
+      assert(publisher:send "after")
+      eventually(t, "both came", function() return #taken >= 3 end)
+      equal("before meanwhile after", table.concat(taken, " "))
+      assert(conn:consume(queue, { concurrency = 1 }, function(message)
+        handled[1] = message.body
+        message:ack()
+      end))
+      assert(consumer:cancel())
+      assert(publisher:send "handled")
+      eventually(t, "a handler runs", function() return handled[1] or #taken == 4 end)
+      assert(conn:channel()):queue_delete(queue)
+      assert(conn:close(10))
+      equal("closed", conn:state())
+      eventually(t, "who waited learns of the end", function() return taken.ended end)
+      line.close()
+    end)
+end
+
+-- ---- Idle -------------------------------------------------------------------------------------------------------------
+
+-- How often this process has slept: each is one time that the system woke it.
+local function naps()
+  local file = io.open "/proc/self/status"
+  local text = file and file:read "*a" or ""
+  if file then file:close() end
+  return tonumber(text:match "\nvoluntary_ctxt_switches:%s*(%d+)")
+end
+
+case("an idle connection wakes for its heartbeats, and for nothing else", { "broker" }, function(t)
+  local rt, seconds = t.rt, 2.2
+  local conn, ch, queue = with_queue(t, { heartbeat = 1 })
+  local consumer = assert(ch:consume(queue))
+  assert(conn:consume(queue, function() end))
+  local waiting = rt.spawn(function() consumer:receive(60) end)
+  rt.sleep(0.1)
+  local slept, cpu = naps(), os.clock()
+  rt.sleep(seconds)
+  cpu, slept = os.clock() - cpu, slept and naps() - slept
+  -- Both sides send a heartbeat each half of the interval; what watches looks as often.
+  local most = 25 + seconds * (t.idle_turns or 0)
+  assert(not slept or slept <= most, ("it woke %d times, of %d at most"):format(slept or 0, most))
+  assert(cpu < seconds / 5, ("it used %.2f s of the CPU"):format(cpu))
+  equal("open", conn:state())
+  rt.cancel(waiting)
+  assert(conn:close(10))
 end)
 
 conformance.cases = cases
