@@ -51,7 +51,7 @@ function Channel.open(connection, session, opts, level)
   opts = check("Connection:channel", opts, channel_options, (level or 2) + 1)
   local self = setmetatable({
     connection = connection,
-    timeout = opts.timeout or connection.timeout,
+    timeout = opts.timeout or connection.call_timeout,
     confirm = opts.confirm or false,
     _session = session,
     _runtime = session.runtime,

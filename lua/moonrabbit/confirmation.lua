@@ -6,17 +6,14 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
+local pollable = require "moonrabbit.pollable"
 
-local core_acked, core_outcome, core_owner = core.acked, core.outcome, core.owner
+local core_acked, core_outcome, keeper = core.acked, core.outcome, pollable.keeper_of
 
--- Who knows about it: the channel, or the publisher that may have sent it on several.
-local function keeper(confirmation)
-  local owner = core_owner(confirmation)
-  return owner._publisher or owner
-end
-
----@class moonrabbit.Confirmation
+---@class moonrabbit.Confirmation : moonrabbit.Pollable
 local methods = core.confirmation_methods
+
+pollable.extend(methods, "Confirmation")
 
 --- Waits until the broker has answered: true when it has the message. err.kind: `nacked`,
 --- `unroutable`, `timeout` (unknown; wait again if you like), `closed` or `channel` (unknown).

@@ -17,14 +17,15 @@ local Backoff = require "moonrabbit.connection.backoff"
 local Record = require "moonrabbit.connection.record"
 local Repairs = require "moonrabbit.connection.repairs"
 local cluster = require "moonrabbit.cluster"
+local pollable = require "moonrabbit.pollable"
 
 require "moonrabbit.message"
 require "moonrabbit.confirmation"
 
 local check, argument = options.check, options.argument
 
----@class moonrabbit.Connection
----@field timeout number     seconds that its calls wait unless they say otherwise
+---@class moonrabbit.Connection : moonrabbit.Pollable
+---@field call_timeout number seconds that its calls wait unless they say otherwise
 ---@field endpoint string     "host:port" of the broker
 ---@field package _session moonrabbit.Session  the current one; while the connection comes back, the one that was lost
 local Connection = {}
@@ -34,6 +35,7 @@ Connection.__name = "moonrabbit.Connection"
 Connection.options = connection_options.schema
 events.extend(Connection)
 supervisor.extend(Connection)
+pollable.extend(Connection, "Connection")
 
 -- ---- Connecting -------------------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ function Connection.connect(given, level, deadline)
   end
   local policy, recover = policies(opts)
   local self = setmetatable({
-    timeout = opts.timeout or 30,
+    call_timeout = opts.timeout or 30,
     _opts = opts, _runtime = runtime, _log = log, _source = source,
     _health = health,
     _policy = policy, _recover = recover, _backoff = Backoff.new(policy or {}),
@@ -237,7 +239,7 @@ function Connection:update_secret(secret, opts)
   if not ok then return nil, session:refusal(status, "Connection:update_secret") end
   session:keep_secret(secret)
   local result, err = session:await(session:expect(session.calls, "connection.update-secret"),
-    opts.timeout or self.timeout)
+    opts.timeout or self.call_timeout)
   if not result then return nil, err end
   self._secrets[self._target.user] = secret
   return true
@@ -254,7 +256,7 @@ function Connection:batch(fn, ...)
   session.corked = true
   fn(...)
   session.corked = false
-  local ok, err = self:flush(self.timeout)
+  local ok, err = self:flush(self.call_timeout)
   return ok, err
 end
 
@@ -264,7 +266,7 @@ end
 function Connection:flush(timeout)
   if timeout ~= nil then argument("Connection:flush", "timeout", timeout, options.seconds) end
   if self._state == "recovering" then return nil, self:_closed_error() end
-  local ok, err = self._session:flush(timeout or self.timeout)
+  local ok, err = self._session:flush(timeout or self.call_timeout)
   return ok, err
 end
 
@@ -279,7 +281,7 @@ function Connection:close(timeout)
     self:_stop()
     return true
   end
-  local ok, err = self._session:close(timeout or self.timeout)
+  local ok, err = self._session:close(timeout or self.call_timeout)
   return ok, err
 end
 

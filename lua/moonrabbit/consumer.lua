@@ -17,6 +17,7 @@ local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
 local yielding_pcall = require "moonrabbit.protect"
 local survival = require "moonrabbit.consumer.survival"
+local pollable = require "moonrabbit.pollable"
 
 local huge = math.huge
 
@@ -32,7 +33,7 @@ local huge = math.huge
 ---@field arguments table?    such as `x-stream-offset`
 ---@field timeout number?     seconds to wait for the broker's answer; the channel's by default
 
----@class moonrabbit.Consumer
+---@class moonrabbit.Consumer : moonrabbit.Pollable
 ---@field channel moonrabbit.Channel
 ---@field queue string
 ---@field tag string           what the broker calls it
@@ -43,6 +44,7 @@ Consumer.__index = Consumer
 Consumer.__name = "moonrabbit.Consumer"
 
 survival.extend(Consumer)
+pollable.extend(Consumer, "Consumer")
 
 -- Prefetch of an acking consumer for which nobody chose one. RabbitMQ's advice is 100 to 300
 -- (https://www.rabbitmq.com/docs/confirms#channel-qos-prefetch-throughput).
@@ -179,7 +181,8 @@ end
 ---@package
 function Consumer:_delivered()
   if not self._handler then
-    if self._receiving > 0 then self._ready:signal() end
+    if self._receiving > 0 or self._ready.bell then self._ready:signal() end
+    self.connection:_ring_for(self)
     return
   end
   self:_wake_worker()
@@ -209,6 +212,7 @@ local function receive(self, timeout)
   local deadline = timeout < huge and now() + timeout
   local ready = self._ready
   self._receiving = self._receiving + 1
+  self._waited_on = self._waited_on or timeout > 0
   repeat
     local left
     if deadline then
@@ -251,6 +255,7 @@ local TURN_EVERY = 0.25
 ---@return fun(): moonrabbit.Message?
 function Consumer:messages()
   if self._handler then error("Consumer:messages: this consumer has a handler", 2) end
+  self._waited_on = true
   local queue, pop = self._deliveries, self._pop
   local runtime = self._runtime
   local now = runtime.now
@@ -416,6 +421,7 @@ function Consumer:_finish(err, keep)
     self:_discard()
   end
   self._ready:broadcast()
+  self.connection:_ring()
   if self._handler and keep and self:buffered() > 0 then self:_wake_worker() end
 end
 

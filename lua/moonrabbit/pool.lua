@@ -200,7 +200,7 @@ end
 local function open_channel(self, member)
   local connection = member.connection
   local whole, channel, err = pcall(connection.channel, connection, {
-    confirm = self._channel.confirm, prefetch = self._channel.prefetch, timeout = connection.timeout,
+    confirm = self._channel.confirm, prefetch = self._channel.prefetch, timeout = connection.call_timeout,
   })
   if whole and channel then
     if self._closed then return end
@@ -294,7 +294,7 @@ end
 -- Whether the next one would find it as a fresh one is.
 local function clean(self, channel)
   return channel._prefetch == self._channel.prefetch and not channel._prefetch_global
-    and (channel._told or 0) == (self._channel.prefetch or 0) and channel.timeout == channel.connection.timeout
+    and (channel._told or 0) == (self._channel.prefetch or 0) and channel.timeout == channel.connection.call_timeout
     and channel:is_open() and channel.connection:is_open() and not channel._tx and next(channel._consumers) == nil
     and channel:unsettled() == 0 and channel:unconfirmed() == 0
 end

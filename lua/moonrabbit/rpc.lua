@@ -78,7 +78,7 @@ local function start(connection, deadline, now)
     channel:_abandon()
     return nil, err
   end
-  channel.timeout = connection.timeout
+  channel.timeout = connection.call_timeout
   return replies
 end
 
@@ -107,7 +107,7 @@ function Rpc:call(body, opts)
   local connection = self.connection
   local runtime = connection._runtime
   local now = runtime.now
-  local timeout = opts.timeout or connection.timeout
+  local timeout = opts.timeout or connection.call_timeout
   local deadline = now() + timeout
   if not connection:is_open() then return nil, connection:_closed_error() end
   local replies, err = replies_of(self, deadline, now)

@@ -147,6 +147,15 @@ describe("examples in other loops #smoke", function()
       assert.equal(" [x] Published and handled 20 messages\n [.] " .. meanwhile .. "\n", result.out)
     end)
   end
+
+  local it_polls = broker.it_unless(it, pending,
+    not loops.has "cqueues" and "cqueues is not installed" or broker.none())
+  it_polls("cqueues_poll", function()
+    local result = process.run(example("cqueues_poll", "3"))
+    assert.equal("", result.err)
+    assert.equal(0, result.code)
+    assert.equal(" [x] line 1\n [x] line 2\n [x] line 3\n", result.out)
+  end)
 end)
 
 describe("the demo", function()

@@ -27,7 +27,7 @@ describe("moonrabbit's commands", function()
   local function failure(kind) return setmetatable({ kind = kind }, { __tostring = function() return kind end }) end
 
   local function connected(conn)
-    conn.timeout = 10
+    conn.call_timeout = 10
     conn.close = conn.close or function() return true end
     package.loaded[moonrabbit_module] = { connect = function() return conn end }
     return conn

@@ -290,7 +290,7 @@ end
 ---@return string|nil exchange, moonrabbit.Error?
 function Ladder:exchange(connection, step)
   local condition = self._waiting[step]
-  if condition then condition:wait(connection.timeout) end
+  if condition then condition:wait(connection.call_timeout) end
   local err = self:broken(step)
   if err then return nil, err end
   if self._ready[step] then return self._ready[step] end

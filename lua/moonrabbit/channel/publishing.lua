@@ -251,6 +251,16 @@ local function add_waiter(self, confirmation, own)
   return waiter
 end
 
+--- A condition for whoever cannot say when they wait no longer: it is broadcast when the confirmation is settled. And
+--- the runtime that it is of.
+---@package
+function Channel:_condition_of(confirmation)
+  local waiter = add_waiter(self, confirmation, false)
+  if waiter.stays then waiter.count = waiter.count - 1 end
+  waiter.stays = true
+  return waiter.condition, self._runtime
+end
+
 -- Takes a waiter off the lists; it is still referred to by those who wait.
 local function remove_waiter(self, waiter)
   if self._waiting[waiter.seq] == waiter then

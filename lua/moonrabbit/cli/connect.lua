@@ -52,7 +52,7 @@ function connect.with_channel(args, channel_options, fn, at_stake)
     return connect.fail(err)
   end
   local result, problem = fn(ch, conn)
-  local closed, why = conn:close(conn.timeout)
+  local closed, why = conn:close(conn.call_timeout)
   if result == nil then return connect.fail(problem) end
   if at_stake and not closed then
     output.complain(("%s may not have reached the broker: %s"):format(at_stake, tostring(why)))

@@ -111,7 +111,7 @@ local function declare_some(self, session, entities, bindings)
       end
     end
   end
-  return pipeline.run(self, session, steps, self.timeout)
+  return pipeline.run(self, session, steps, self.call_timeout)
 end
 
 --- Declares entities of the record, in their order. nil, err: the session has ended, or does not answer.
@@ -151,7 +151,7 @@ function recovery.open_channels(self, session, channels)
     local calls, err = channel:_attach(session)
     if calls then pending[#pending + 1] = { channel, calls } else channel_refused(self, channel, err) end
   end
-  local deadline = session.runtime.now() + self.timeout
+  local deadline = session.runtime.now() + self.call_timeout
   for _, each in ipairs(pending) do
     local ok, err = opened(session, each[2], deadline)
     if not ok and err.kind == "timeout" then session:fail("the broker does not open channels: " .. err.message) end
@@ -214,7 +214,7 @@ local function with_a_queue(self, session, consumers)
       }
     end
   end
-  local ok, err = pipeline.run(self, session, steps, self.timeout)
+  local ok, err = pipeline.run(self, session, steps, self.call_timeout)
   if not ok then return nil, err end
   return found
 end
@@ -251,7 +251,7 @@ local function start_one(self, session, consumer)
   if not is_startable(consumer) then return end
   local calls, err = consumer:_subscribe()
   if calls then
-    started(self, session, consumer, calls, session.runtime.now() + self.timeout, true)
+    started(self, session, consumer, calls, session.runtime.now() + self.call_timeout, true)
   elseif session.state == "open" then
     consumer_refused(self, consumer, err)
   end
@@ -267,7 +267,7 @@ local function start_all(self, session, consumers)
       if calls then pending[#pending + 1] = { consumer, calls } else consumer_refused(self, consumer, err) end
     end
   end
-  local deadline = session.runtime.now() + self.timeout
+  local deadline = session.runtime.now() + self.call_timeout
   for _, each in ipairs(pending) do
     started(self, session, each[1], each[2], deadline, #pending == 1)
     if session.state ~= "open" then return end

@@ -28,6 +28,7 @@ function Connection:_fire(event, err)
   if to == "open" then self:_event "open" elseif to == "closed" then self:_event("closed", err) end
   self:_event("state", to, err)
   self._changed:broadcast()
+  self:_ring()
 end
 
 --- Why a call cannot be made now.
@@ -68,6 +69,7 @@ function Connection:_heard(session, event, ...)
     if self._state == "open" then self:_fire "close" end
   else
     self:_event(event, ...)
+    if event == "blocked" or event == "unblocked" then self:_ring() end
   end
 end
 
@@ -210,7 +212,7 @@ function Connection:wait_open(timeout)
     local options = require "moonrabbit.options"
     options.argument("Connection:wait_open", "timeout", timeout, options.seconds)
   end
-  timeout = timeout or self.timeout
+  timeout = timeout or self.call_timeout
   local now = self._runtime.now
   local deadline = now() + timeout
   while self._state == "recovering" do

@@ -606,6 +606,14 @@ function Keeper:_wait(confirmation, timeout, own)
   return nil, too_late(self, confirmation, n, timeout, own)
 end
 
+--- See Channel:_condition_of.
+---@package
+function Keeper:_condition_of(confirmation)
+  local _, _, n = outcome_of(confirmation)
+  if not n then return self.channel:_condition_of(confirmation) end
+  return self.waiters:stay(confirmation).condition, self.runtime
+end
+
 local function all_failed(self, failed)
   local first = failed[1].err
   local err = self.channel._session:error(first.kind, ("%d publishes failed; the first: %s"):format(

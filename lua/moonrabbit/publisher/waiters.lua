@@ -39,6 +39,14 @@ function Waiters:join(confirmation, own)
   return waiter
 end
 
+--- Joins them for good: for whoever cannot say when they wait no longer.
+function Waiters:stay(confirmation)
+  local waiter = self:join(confirmation, false)
+  if waiter.stays then waiter.users = waiter.users - 1 end
+  waiter.stays = true
+  return waiter
+end
+
 local function drop(self, waiter)
   if self._of[waiter.confirmation] ~= waiter then return end
   self._of[waiter.confirmation] = nil

@@ -97,7 +97,7 @@ end
 --- A channel, with its connection, on which everything can be declared.
 ---@package
 function broker.channel(runtime)
-  local connection = { _runtime = runtime, timeout = 10 }
+  local connection = { _runtime = runtime, call_timeout = 10 }
   local channel = setmetatable({ connection = connection, _runtime = runtime, timeout = 10 }, Channel)
   function connection.channel() return channel end
   function connection.server() return { product = "RabbitMQ", version = "4.0.0" } end

@@ -41,7 +41,7 @@ local function send(conn, args, state, msg, letter)
   local channel, err = publisher(conn, state)
   if not channel then return nil, err end
   local ok, problem = require "moonrabbit.app.dead_letter".replay(msg, letter, {
-    channel = channel, exchange = exchange, routing_key = key, republish = args.republish, timeout = conn.timeout,
+    channel = channel, exchange = exchange, routing_key = key, republish = args.republish, timeout = conn.call_timeout,
   })
   if not ok then return nil, problem end
   local acked, why = msg:ack()
