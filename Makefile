@@ -175,8 +175,8 @@ broker_deps = $(if $(AMQP_URL),,broker)
 deps: ## install what building and testing need (Debian packages), or say what is missing
 	@scripts/deps build broker test
 
-demo: ## publish, consume and count on a real broker of its own (or on AMQP_URL), in under a minute
-	@$(call check_deps,build $(broker_deps))
+demo: ## a shop on a real broker of its own (or on AMQP_URL): retries, dead letters, a kill -9, 0 lost; one minute
+	@$(call check_deps,build $(broker_deps) demo)
 	@$(MAKE) --no-print-directory all
 	@scripts/demo
 

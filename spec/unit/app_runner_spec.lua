@@ -163,6 +163,7 @@ describe("a runner", function()
       local function policy() asked = asked + 1 return 1 end
       for _, fn in ipairs {
         function() error(outcome.permanent "gone") end, function() return nil, outcome.permanent "gone" end,
+        function() return outcome.permanent "gone" end,
       } do
         local r = handler(fn, { retry = policy })
         assert.equal("ack", r:handle().done)

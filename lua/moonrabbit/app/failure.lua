@@ -102,7 +102,9 @@ end
 ---@return moonrabbit.Failure|nil, moonrabbit.Outcome|nil
 function failure.of_results(n, value, reason)
   if n == 0 or value == true then return nil end
-  if getmetatable(value) == Outcome then return nil, value end
+  local kind = getmetatable(value)
+  if kind == Outcome then return nil, value end
+  if kind == Permanent then return from_error(value) end
   if value ~= nil then
     return new("nonsense", "the handler returned " .. describe(value) .. ": " .. MEANING, { value = value })
   end
