@@ -9,7 +9,7 @@ local cli = {}
 
 local names = {
   "publish", "consume", "get", "declare", "bind", "delete", "purge", "dlq", "definitions", "cluster", "run", "explain",
-  "topology", "doctor",
+  "topology", "top", "doctor",
 }
 
 local epilog = [[

@@ -70,7 +70,11 @@ end
 
 local encode
 
+--- The metatable of a list that is one even when it is empty.
+json.list = {}
+
 local function is_array(t)
+  if getmetatable(t) == json.list then return true end
   local count = 0
   for _ in pairs(t) do count = count + 1 end
   return count > 0 and count == #t
@@ -111,7 +115,7 @@ function encode(value)
   elseif kind == "number" then return number(value)
   elseif kind == "boolean" then return tostring(value)
   elseif kind == "table" then
-    if next(value) ~= nil and is_array(value) then
+    if is_array(value) then
       local out = {}
       for i, item in ipairs(value) do out[i] = encode(item) end
       return "[" .. table.concat(out, ",") .. "]"

@@ -62,6 +62,15 @@ function values.short(text)
   return text
 end
 
+--- "host", "host:port", "[::1]:port": { host, port }, the port nil where there is none.
+function values.place(text)
+  local host, port = text:match "^%[([%x:%.]+)%]:?(%d*)$"
+  if not host then host, port = text:match "^([%w%.%-_]+):?(%d*)$" end
+  port = port ~= "" and tonumber(port) or nil
+  if not host or port and (port < 1 or port > 65535) then return nil, ("'%s' is no host or host:port"):format(text) end
+  return { host = host, port = port }
+end
+
 --- Unix seconds, or "now".
 function values.timestamp(text)
   if text == "now" then return os.time() end
