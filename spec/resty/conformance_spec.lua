@@ -36,15 +36,17 @@ describe("the contract of runtimes in nginx #resty", function()
               t.tls = { host = uri.host, port = uri.port, url = amqps }
             end
             runtime.on_error = function(text) t.errors[#t.errors + 1] = text end
-            local lines, over = {}, false
+            local lines, over = {}, runtime.condition()
             runtime.spawn(function()
               require "support.conformance".run(t, function(name, result)
                 lines[#lines + 1] = name .. "\t" .. result:gsub("%c", " | ")
+                ngx.log(ngx.NOTICE, "conformance: ", lines[#lines]) -- where it stops, if it does
               end)
-              over = true
+              over:signal()
             end)
-            while not over do ngx.sleep(0.01) end
+            over:wait(160)
             ngx.say(table.concat(lines, "\n"))
+            ngx.exit(ngx.OK) -- with whatever a case that failed has left
           }
         }
       ]],
