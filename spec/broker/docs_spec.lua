@@ -1,5 +1,6 @@
 -- Every block of Lua in the README and the guides runs. One that has no `require "moonrabbit"` of its
--- own is a fragment: it is given a connection and a channel.
+-- own is a fragment: it is given a connection and a channel. Those of the guide that return an app are run by
+-- `moonrabbit run` too, until they consume, and are then told to stop.
 local broker = require "support.broker"
 local process = require "support.process"
 
@@ -38,6 +39,21 @@ local function blocks(text)
   return list
 end
 
+local function runs_as_app(code)
+  local path = process.file(code)
+  local running = process.start({ "bin/moonrabbit", "run", path }, { env = { AMQP_URL = url } })
+  for _ = 1, 400 do
+    if running:code() or running:err():find("' runs", 1, true) then break end
+    process.sleep(0.05)
+  end
+  running:signal "TERM"
+  local ended, text = running:wait(20), running:err()
+  running:stop()
+  os.remove(path)
+  assert.truthy(text:find("' runs", 1, true), text)
+  assert.equal(0, ended, text)
+end
+
 describe("the documentation #smoke", function()
   local total = 0
 
@@ -65,6 +81,9 @@ describe("the documentation #smoke", function()
         assert.equal("", result.err)
         assert.equal(0, result.code)
       end)
+      if page == "docs/guide.md" and block.code:find("return mr.app", 1, true) then
+        it_runs(("moonrabbit run: %s, line %d"):format(page, block.line), function() runs_as_app(block.code) end)
+      end
     end
   end
 
