@@ -8,6 +8,7 @@
 #include "lua/net_bind.h"
 #include "net/process.h"
 #include "net/signals.h"
+#include "net/stream.h"
 
 static int failure(lua_State *L) {
   lua_pushnil(L);
@@ -20,7 +21,8 @@ static int own_pid(lua_State *L) {
   return 1;
 }
 
-static int spawn(lua_State *L) {
+/* Pushes the words and an array of them. */
+static const char **check_words(lua_State *L) {
   luaL_checktype(L, 1, LUA_TTABLE);
   size_t count = lua_rawlen(L, 1);
   luaL_argcheck(L, count > 0 && count < 4096, 1, "a program and its arguments expected");
@@ -32,9 +34,29 @@ static int spawn(lua_State *L) {
     argv[i] = mrn_check_text(L, lua_gettop(L)); /* it stays on the stack */
   }
   argv[count] = NULL;
-  pid_t pid = mrn_spawn((char *const *)argv);
+  return argv;
+}
+
+static int spawn(lua_State *L) {
+  bool with_line = lua_toboolean(L, 2);
+  int line = -1;
+  lua_settop(L, 1);
+  const char **argv = check_words(L);
+  mrn_stream *stream = with_line ? mrn_push_stream(L) : NULL;
+  pid_t pid = mrn_spawn((char *const *)argv, with_line ? &line : NULL);
   if (pid < 0) return failure(L);
+  if (stream != NULL) mrn_stream_adopt(stream, line);
   lua_pushinteger(L, (lua_Integer)pid);
+  if (stream == NULL) return 1;
+  lua_insert(L, -2);
+  return 2;
+}
+
+static int parent(lua_State *L) {
+  mrn_stream *stream = mrn_push_stream(L);
+  int fd = mrn_parent();
+  if (fd < 0) return failure(L);
+  mrn_stream_adopt(stream, fd);
   return 1;
 }
 
@@ -72,8 +94,8 @@ static int datagram(lua_State *L) {
 }
 
 void mrn_bind_process(lua_State *L) {
-  static const luaL_Reg functions[] = {{"pid", own_pid},       {"spawn", spawn},
-                                       {"wait", wait_for},     {"kill", send_signal},
-                                       {"datagram", datagram}, {NULL, NULL}};
+  static const luaL_Reg functions[] = {
+      {"pid", own_pid},      {"spawn", spawn},       {"parent", parent}, {"wait", wait_for},
+      {"kill", send_signal}, {"datagram", datagram}, {NULL, NULL}};
   luaL_setfuncs(L, functions, 0);
 }

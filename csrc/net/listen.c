@@ -1,11 +1,39 @@
 #include "net/listen.h"
 
 #include <errno.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "net/descriptor.h"
 
 #define BACKLOG 511
+
+static bool bind_to(int fd, const mrn_address *address) {
+  return bind(fd, (const struct sockaddr *)&address->storage, address->length) == 0;
+}
+
+/* Whether a path is a unix socket that nobody listens on: a process that was killed leaves it. */
+static bool left_behind(const mrn_address *address) {
+  struct stat found;
+  const char *path = ((const struct sockaddr_un *)&address->storage)->sun_path;
+  if (path[0] == '\0' || lstat(path, &found) != 0 || !S_ISSOCK(found.st_mode)) return false;
+  int fd = mrn_socket(AF_UNIX);
+  if (fd < 0) return false;
+  bool refused = connect(fd, (const struct sockaddr *)&address->storage, address->length) != 0 &&
+                 errno == ECONNREFUSED;
+  close(fd);
+  return refused && unlink(path) == 0;
+}
+
+/* False, and errno. */
+static bool bind_anew(int fd, const mrn_address *address) {
+  if (bind_to(fd, address)) return true;
+  if (errno != EADDRINUSE || address->storage.ss_family != AF_UNIX) return false;
+  if (left_behind(address)) return bind_to(fd, address);
+  errno = EADDRINUSE;
+  return false;
+}
 
 int mrn_listen(const mrn_address *address, mrn_error *err) {
   int one = 1, family = address->storage.ss_family;
@@ -15,10 +43,7 @@ int mrn_listen(const mrn_address *address, mrn_error *err) {
     return -1;
   }
   if (family != AF_UNIX) setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-  if (bind(fd, (const struct sockaddr *)&address->storage, address->length) == 0 &&
-      listen(fd, BACKLOG) == 0) {
-    return fd;
-  }
+  if (bind_anew(fd, address) && listen(fd, BACKLOG) == 0) return fd;
   mrn_fail_errno(err, MRN_REFUSED, errno);
   close(fd);
   return -1;

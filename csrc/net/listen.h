@@ -5,7 +5,8 @@
 #include "net/address.h"
 #include "net/result.h"
 
-/* A listening descriptor, or -1. Port 0: any free one. */
+/* A listening descriptor, or -1. Port 0: any free one. A unix socket that nobody listens on any more
+ * gives its path away. */
 int mrn_listen(const mrn_address *address, mrn_error *err);
 /* The port that it listens on; 0 for a unix socket. */
 int mrn_listen_port(int fd);

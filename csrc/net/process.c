@@ -1,6 +1,7 @@
 #include "net/process.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stddef.h>
@@ -20,8 +21,18 @@
 #define MSG_NOSIGNAL 0
 #endif
 
+#define LINE 3 /* the child's descriptor of its line to the parent */
+
+/* Puts the child's end of the line where the program looks for it, and the report out of its way. */
+static bool hand_over(int line, int *report) {
+  if (*report == LINE) *report = fcntl(*report, F_DUPFD, LINE + 1);
+  if (*report < 0 || fcntl(*report, F_SETFD, FD_CLOEXEC) != 0) return false;
+  if (line == LINE) return fcntl(line, F_SETFD, 0) == 0;
+  return dup2(line, LINE) == LINE;
+}
+
 /* Only what is safe between fork and exec: threads of this process may have held any lock. */
-static void become(char *const argv[], pid_t parent, int report) {
+static void become(char *const argv[], pid_t parent, int line, int report) {
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, NULL);
@@ -31,7 +42,7 @@ static void become(char *const argv[], pid_t parent, int report) {
 #else
   (void)parent;
 #endif
-  execvp(argv[0], argv);
+  if (line < 0 || hand_over(line, &report)) execvp(argv[0], argv);
   int why = errno;
   ssize_t written = write(report, &why, sizeof why);
   (void)written;
@@ -47,12 +58,17 @@ static int heard(int fd) {
   return got == (ssize_t)sizeof why ? why : 0;
 }
 
-pid_t mrn_spawn(char *const argv[]) {
+static void close_both(const int ends[2]) {
+  if (ends[0] >= 0) close(ends[0]);
+  if (ends[1] >= 0) close(ends[1]);
+}
+
+static pid_t spawn(char *const argv[], int line) {
   int ends[2], why, status;
   pid_t parent = getpid(), pid;
   if (!mrn_pipe(ends)) return -1;
   pid = fork();
-  if (pid == 0) become(argv, parent, ends[1]);
+  if (pid == 0) become(argv, parent, line, ends[1]);
   why = errno;
   close(ends[1]);
   if (pid > 0) {
@@ -65,6 +81,33 @@ pid_t mrn_spawn(char *const argv[]) {
   close(ends[0]);
   errno = why;
   return pid;
+}
+
+pid_t mrn_spawn(char *const argv[], int *line) {
+  int ends[2] = {-1, -1};
+  if (line == NULL) return spawn(argv, -1);
+  pid_t pid = -1;
+  if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0 && mrn_set_flags(ends[0]) &&
+      fcntl(ends[1], F_SETFD, FD_CLOEXEC) == 0) {
+    pid = spawn(argv, ends[1]);
+  }
+  int why = errno;
+  if (pid > 0) {
+    *line = ends[0];
+    ends[0] = -1;
+  }
+  close_both(ends);
+  errno = why;
+  return pid;
+}
+
+int mrn_parent(void) {
+  struct sockaddr_storage own;
+  socklen_t length = sizeof own;
+  if (getsockname(LINE, (struct sockaddr *)&own, &length) != 0) return -1;
+  if (own.ss_family == AF_UNIX && mrn_set_flags(LINE)) return LINE;
+  errno = ENOTSOCK;
+  return -1;
 }
 
 int mrn_wait(pid_t pid, int *status) {

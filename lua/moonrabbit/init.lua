@@ -34,6 +34,8 @@
 ---@field metrics table                   the module moonrabbit.metrics
 ---@field log table                       the module moonrabbit.log
 ---@field trace table                     the module moonrabbit.trace
+---@field config table                    configuration by environment, `mr.config { … }`: the module moonrabbit.config
+---@field secret table                    passwords from where they are kept: the module moonrabbit.secret
 ---@field retry table                     retry policies: the module moonrabbit.app.retry
 local moonrabbit = { _VERSION = "moonrabbit scm" }
 
@@ -107,7 +109,7 @@ local lazy = {
   types = function() return require("moonrabbit.core").types end,
 }
 for _, name in ipairs { "errors", "uri", "options", "management", "queue", "metrics", "log", "testing",
-  "trace" } do
+  "trace", "config", "secret" } do
   lazy[name] = function() return require("moonrabbit." .. name) end
 end
 for _, name in ipairs { "route", "retry", "dedupe", "outcome" } do

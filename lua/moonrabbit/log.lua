@@ -4,12 +4,13 @@
 --     moonrabbit.connect { uri = "amqp://", log = log }
 --     log("info", "order taken", moonrabbit.log.of(msg, { order = 17 }))
 --
--- Passwords in URIs, and what follows words such as `password=` or `Bearer`, are replaced by "***", and fields of
+-- Secrets that are known (moonrabbit.secret), passwords in URIs, and what follows words such as `password=` or `Bearer`, are replaced by "***", and fields of
 -- such names too. No text can begin a line of its own: control characters are escaped.
 -- @module moonrabbit.log
 
 local json = require "moonrabbit.cli.json"
 local options = require "moonrabbit.options"
+local secret = require "moonrabbit.secret"
 local trace = require "moonrabbit.trace"
 
 local log = {}
@@ -28,21 +29,32 @@ local function is_secret(name)
   return false
 end
 
--- "password = x", "token: x": the value goes. The pattern takes any word, is_secret decides.
-local function redact_pair(word, sign, value)
-  if is_secret(word) then return word .. sign .. "***" end
-  return word .. sign .. value
+-- "password = x", "token: x": the value goes. What follows any other word may be a pair itself: "it said no: token=x".
+local function redact_pairs(text)
+  local out, at = {}, 1
+  while true do
+    local from, to, word = text:find("([%w_%-]+)%s*[=:]%s*", at)
+    if not from then break end
+    out[#out + 1] = text:sub(at, to)
+    at = to + 1
+    if is_secret(word) then
+      local _, last = text:find("^[^%s,;&*]+", at)
+      if last then out[#out + 1], at = "***", last + 1 end
+    end
+  end
+  out[#out + 1] = text:sub(at)
+  return table.concat(out)
 end
 
---- A text without what looks like a password.
+--- A text without the secrets that are known, and without what looks like a password.
 ---@param text string
 ---@return string
 function log.redact(text)
+  text = secret.blot(text)
   text = text:gsub("(%a[%w+.-]*://)[^/%s@]*:[^/%s]*@", "%1***@")
   text = text:gsub("([Bb]earer%s+)[%w%-._~+/=]+", "%1***")
   text = text:gsub("([Bb]asic%s+)[%w+/]+=*", function(word) return word .. "***" end)
-  text = text:gsub("([%w_%-]+)(%s*[=:]%s*)([^%s,;&*]+)", redact_pair)
-  return text
+  return redact_pairs(text)
 end
 
 -- Tables are taken apart so deep, and no deeper: a field may hold itself.

@@ -147,7 +147,7 @@ local function authorization(self)
     password, problem = password()
     if type(password) ~= "string" then
       return nil, errors.new { kind = "auth", endpoint = self.endpoint, temporary = true,
-        message = "the password function gave no password" .. (problem and ": " .. tostring(problem) or "") }
+        message = "the password function gave none" .. (problem and ": " .. tostring(problem) or "") }
     end
   end
   return "Basic " .. require "mime".b64(self._user .. ":" .. password)

@@ -69,7 +69,8 @@ function Stream:close() end
 ---@return moonrabbit.net.TlsContext|nil, string? text
 function net.tls(opts) end
 
---- On an address in figures, "localhost" or "*"; without a port on a unix socket. Port 0: any.
+--- On an address in figures, "localhost" or "*"; without a port on a unix socket, in the place of one that nobody
+--- listens on any more. Port 0: any.
 ---@return moonrabbit.net.Server|nil, string? err
 function net.listen(host_or_path, port) end
 ---@class moonrabbit.net.Server : userdata
@@ -121,8 +122,12 @@ function net.next_signal() end
 function net.pid() end
 --- Starts a program, found as a shell finds it. On Linux it gets SIGTERM when this process dies.
 ---@param words string[] the program and its arguments
----@return integer|nil pid, string? err
-function net.spawn(words) end
+---@param line boolean? with a line between both: our end comes back, the program's is its descriptor 3
+---@return integer|nil pid, moonrabbit.net.Stream|string|nil line  or nil, err
+function net.spawn(words, line) end
+--- Our end of the line to the process that has spawned this one with it; nil, err when there is none.
+---@return moonrabbit.net.Stream|nil, string? err
+function net.parent() end
 --- How a child that `spawn` started has ended: its exit code, or 128 and the signal's number; nil while it runs; nil, err.
 ---@param pid integer
 ---@return integer|nil code, string? err

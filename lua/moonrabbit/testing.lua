@@ -115,19 +115,6 @@ local function real_disposal(self, consumer)
   return real
 end
 
--- The runner settles a message and at once tells the observer for what, naming the queue only: so the last message
--- that was settled, or asked about, is the one meant.
-local function noting_settle(self)
-  local noting = {}
-  for name, fn in pairs(broker.settle) do
-    noting[name] = function(message)
-      self.current = self.deliveries[message]
-      return fn(message)
-    end
-  end
-  return noting
-end
-
 local function note(delivery, outcome, detail, failure)
   delivery.outcome = outcome
   if outcome == "ok" or outcome == "drop" then
@@ -144,14 +131,11 @@ end
 
 local function observer(self)
   local own = self.app._observer or {}
-  local heard, failed = setmetatable({}, { __index = own }), nil
-  function heard.settled(queue, outcome, seconds, detail)
-    if self.current then note(self.current, outcome, detail, failed) end
-    if own.settled then own.settled(queue, outcome, seconds, detail) end
-  end
-  function heard.failed(queue, failure)
-    failed = failure
-    if own.failed then own.failed(queue, failure) end
+  local heard = setmetatable({}, { __index = own })
+  function heard.settled(queue, outcome, seconds, detail, message, failure)
+    local delivery = self.deliveries[message]
+    if delivery then note(delivery, outcome, detail, failure) end
+    if own.settled then own.settled(queue, outcome, seconds, detail, message, failure) end
   end
   function heard.event(name, fields)
     self.events[#self.events + 1] = { name = name, fields = fields }
@@ -168,7 +152,7 @@ function Bench:_log(level, text) self.log[#self.log + 1] = level .. ": " .. text
 local function make_runner(self, consumer)
   use_clock(consumer.retry, self.runtime.wall)
   return Runner.new(consumer, {
-    runtime = self.runtime, disposal = real_disposal(self, consumer), settle = noting_settle(self),
+    runtime = self.runtime, disposal = real_disposal(self, consumer), settle = broker.settle,
     observer = observer(self), app = app_for(self), log = function(...) self:_log(...) end,
   })
 end

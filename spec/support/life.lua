@@ -33,9 +33,9 @@ function Bench:lines(name)
   return all
 end
 
---- Runs `moonrabbit run app.lua`.
-function Bench:start(words, env)
-  local all = { "bin/moonrabbit", "run", self:path "app.lua" }
+--- Runs `moonrabbit run app.lua`, or another command, with these words.
+function Bench:start(words, env, command)
+  local all = { "bin/moonrabbit", command or "run", not command and self:path "app.lua" or nil }
   for _, word in ipairs(words or {}) do all[#all + 1] = word end
   env = env or {}
   env.AMQP_URL = env.AMQP_URL or broker.url

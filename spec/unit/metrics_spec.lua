@@ -161,6 +161,22 @@ describe("what is in flight", function()
     collectgarbage()
     assert.same({ "4", "0" }, { page() })
   end)
+
+  it("goes with what an app publishes publishes", function()
+    local m = metrics.new()
+    local o = m:observer()
+    o.published("shop", 0.01)
+    o.published("shop", 0.5, { kind = "unroutable" })
+    o.published("shop", 0.5, { kind = "overflow" }) -- was not taken
+    local text = m:text()
+    for _, line in ipairs {
+      'moonrabbit_publishes_total{publisher="shop"} 2', 'moonrabbit_publish_seconds_count{publisher="shop"} 1',
+      'moonrabbit_publish_errors_total{publisher="shop",kind="unroutable"} 1',
+      'moonrabbit_publish_errors_total{publisher="shop",kind="overflow"} 1',
+    } do
+      assert.truthy(text:find(line .. "\n", 1, true), line .. "\n" .. text)
+    end
+  end)
 end)
 
 describe("the sum of pages", function()
@@ -187,6 +203,17 @@ describe("the sum of pages", function()
     assert.truthy(left:find("messages_delivered_total", 1, true))
     assert.truthy(left:find("handler_seconds_bucket", 1, true))
     assert.falsy(left:find("in_flight", 1, true))
+  end)
+
+  it("does not fall by what adding in another order rounds away", function()
+    local function counter(n) return "# TYPE a_total counter\na_total " .. n .. "\n" end
+    local function gauge(n) return "# TYPE b gauge\nb " .. n .. "\n" end
+    local highest = {}
+    local before = metrics.sum({ counter(0.1 + 0.2), counter(0.3), gauge(2) }, highest)
+    local after = metrics.sum({ counter(0.1), counter(0.5) }, highest)
+    assert.equal(before:match "a_total %S+\n", after:match "a_total %S+\n")
+    assert.equal(gauge(1), metrics.sum({ gauge(1) }, highest))
+    assert.equal(counter(7), metrics.sum({ counter(7) }, highest))
   end)
 
   it("takes nonsense for nothing", function()
@@ -243,7 +270,9 @@ describe("moonrabbit.log", function()
     })
     assert.falsy(out[1]:find("hunter2", 1, true), out[1])
     assert.falsy(out[1]:find("aHVudGVyMg", 1, true), out[1])
+    write("info", "the bank said no: password = hunter2, then: token:hunter2")
+    assert.truthy(out[2]:find("the bank said no: password = ***, then: token:***", 1, true), out[2])
     write("info", "amqp://joe:p@hunter2@host/")
-    assert.falsy(out[2]:find("hunter2", 1, true), out[2])
+    assert.falsy(out[3]:find("hunter2", 1, true), out[3])
   end)
 end)

@@ -69,6 +69,11 @@ end
 ---@return boolean
 function app.is(value) return getmetatable(value) == App end
 
+--- Puts another observer in the place of the script's: what `wrap` makes of it. For who runs the app.
+---@package
+---@param wrap fun(observer: table): table
+function App:_observed_by(wrap) self._observer = wrap(self._observer) end
+
 -- ---- Connections ------------------------------------------------------------------------------------
 
 local function is_connection(value)
@@ -84,8 +89,10 @@ local function connect_options(self, where, role)
   return opts
 end
 
-local function connect(self, where)
-  if type(where) == "table" and (where.consume or where.publish) then
+local function are_connections(where) return type(where) == "table" and (where.consume or where.publish) end
+
+local function check_where(self, where)
+  if are_connections(where) then
     if not (is_connection(where.consume) and is_connection(where.publish)) then
       error("app:start: consume and publish must both be connections", 3)
     end
@@ -93,17 +100,24 @@ local function connect(self, where)
       error("app:start: two connections expected, one to consume and one to publish: a broker that is short of "
         .. "memory stops reading acks on one that publishes", 3)
     end
-    self._consuming, self._publishing = where.consume, where.publish
-    return true
+    return
   end
   if is_connection(where) then
     error("app:start: two connections expected: { consume = …, publish = … }", 3)
+  end
+  require("moonrabbit.connection.options").check(connect_options(self, where, "consume"), 3)
+end
+
+local function connect(self, where)
+  if are_connections(where) then
+    self._consuming, self._publishing = where.consume, where.publish
+    return true
   end
   local connector = require("moonrabbit.connection").connect
   self._owned = true
   local err
   for _, each in ipairs { { "_consuming", "consume" }, { "_publishing", "publish" } } do
-    self[each[1]], err = connector(connect_options(self, where, each[2]), 4)
+    self[each[1]], err = connector(connect_options(self, where, each[2]), 5)
     if not self[each[1]] then return nil, err end
   end
   return true
@@ -129,6 +143,13 @@ end
 
 -- ---- Publishing -------------------------------------------------------------------------------------
 
+-- The observer hears of it.
+local function told(self, started, ok, err)
+  local published = self._observer.published
+  if published then published(self.name, self._runtime.now() - started, err) end
+  return ok, err
+end
+
 --- Publishes on the app's publishing connection and waits for the confirm, as Channel:publish. In a handler it carries
 --- the message's trace (moonrabbit.trace).
 ---@param body string
@@ -137,7 +158,8 @@ end
 function App:publish(body, opts)
   local channel, err = self:_channel "routes"
   if not channel then return nil, err end
-  return channel:publish(body, opts)
+  local started = self._runtime.now()
+  return told(self, started, channel:publish(body, opts))
 end
 
 --- Sends a message on, on the app's publishing connection, and waits for the confirm, as Message:forward. What
@@ -161,7 +183,8 @@ function App:forward(message, exchange, key, opts)
     end
   end
   if self.plan.trace then all.set = trace.renew(message, all.set, all.remove) end
-  return message:forward(exchange, key or copy.routing_key(message), all)
+  local started = self._runtime.now()
+  return told(self, started, message:forward(exchange, key or copy.routing_key(message), all))
 end
 
 -- ---- Starting ---------------------------------------------------------------------------------------
@@ -257,6 +280,13 @@ local function runtime_of(where, spec)
   return runtimes.find(nil, 4)
 end
 
+-- A failed start, whether it throws or not, leaves nothing behind.
+local function undo(self)
+  self.state = "stopped"
+  for _, consumer in pairs(self._consumers) do consumer:cancel { timeout = 1 } end
+  close_all(self, 1)
+end
+
 --- Connects, declares what the app says, and begins to consume. Nothing is left behind when that fails.
 --- With connections of your own they stay open when the app stops.
 ---@param where (string|moonrabbit.ConnectOptions|{ consume: moonrabbit.Connection, publish: moonrabbit.Connection })?
@@ -266,15 +296,14 @@ function App:start(where)
     error("app:start: the app is " .. self.state .. " already", 2)
   end
   if where == nil then where = self._spec.connect end
+  check_where(self, where)
   self._runtime = runtime_of(where, self._spec)
   self.state, self.reason, self.runners, self._consumers, self._owned = "starting", nil, {}, {}, false
   self._consuming, self._publishing = nil, nil
   self._over = self._runtime.condition()
   local whole, ok, err = protect(begin, self, where)
   if not whole or not ok then
-    self.state = "stopped"
-    for _, consumer in pairs(self._consumers) do consumer:cancel { timeout = 1 } end
-    close_all(self, 1)
+    undo(self)
     if not whole then error(ok, 0) end
     return nil, err
   end

@@ -23,9 +23,11 @@ function connect.fail(err, connecting)
   return connect.exit_code(err, connecting)
 end
 
---- A connection, or nil and an exit code, with the complaint made.
-function connect.open(args, extra)
-  local options, problem = credentials.resolve(args)
+--- A connection, or nil and an exit code, with the complaint made. `given`: its options; by default those of the
+--- arguments and the environment.
+function connect.open(args, extra, given)
+  local options, problem = given, nil
+  if not options then options, problem = credentials.resolve(args) end
   if not options then
     output.complain(problem)
     return nil, exit.usage
@@ -43,8 +45,9 @@ end
 
 --- Opens a connection and a channel, runs fn(channel, connection), closes both.
 -- fn returns an exit code, or nil, err. `at_stake`: what may be lost when the close fails, which then is a failure.
-function connect.with_channel(args, channel_options, fn, at_stake)
-  local conn, code = connect.open(args)
+-- `given`: options of the connection, as for open.
+function connect.with_channel(args, channel_options, fn, at_stake, given)
+  local conn, code = connect.open(args, nil, given)
   if not conn then return code end
   local ch, err = conn:channel(channel_options)
   if not ch then

@@ -3,6 +3,7 @@
 local exit = require "moonrabbit.cli.exit"
 local options = require "moonrabbit.options"
 local output = require "moonrabbit.cli.output"
+local script = require "moonrabbit.cli.script"
 local values = require "moonrabbit.cli.values"
 
 local command = {
@@ -11,7 +12,7 @@ local command = {
 }
 
 function command.build(parser, common)
-  parser:argument "script" :description "The script."
+  script.build(parser)
   parser:option "-k --key" :argname "<key>" :convert(values.short) :default "" :description "Routing key."
   parser:option "-e --exchange" :argname "<name>" :convert(values.short)
     :description "Where it is published; without it every consumer is asked."
@@ -51,7 +52,7 @@ local function show_consumer(consumer)
 end
 
 function command.run(args)
-  local app, problem = require("moonrabbit.life.script").load(args.script)
+  local app, problem = script.load(args)
   if not app then
     output.complain(problem)
     return exit.usage

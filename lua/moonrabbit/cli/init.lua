@@ -34,6 +34,7 @@ local function build(argparse, given)
       require "moonrabbit.core".codec_version(), "\n")
     os.exit(exit.ok)
   end)
+  parser:option "--worker" :hidden(true) :convert(tonumber) -- set by `run --workers` for its workers
   common(parser)
   for _, name in ipairs(names) do
     local module = require("moonrabbit.cli." .. name)
@@ -75,6 +76,7 @@ function cli.main(argv)
   local parsed, args = parser:pparse(argv)
   if not parsed then return usage_error(args) end
   for name, value in pairs(given) do args[name] = value end
+  args.argv = argv
   output.configure(args)
   local command = require("moonrabbit.cli." .. args.command)
   if command.check then

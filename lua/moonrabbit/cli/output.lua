@@ -1,38 +1,19 @@
 --- Where the command line writes: results on stdout, everything else on stderr, secrets nowhere.
 
 local json = require "moonrabbit.cli.json"
+local secret = require "moonrabbit.secret"
 
 local output = {}
 
-local secrets = {}
 local settings = { json = false, quiet = false }
 
 --- Remembers a secret: it is blotted out of everything that goes to stderr.
-function output.secret(text)
-  if text and #text >= 4 then secrets[#secrets + 1] = text end
-end
-
-local function percent_encoded(text)
-  return (text:gsub("[^%w%-%._~]", function(c) return ("%%%02X"):format(c:byte()) end))
-end
-
-local function plain_replace(text, what)
-  local from, to = text:find(what, 1, true)
-  while from do
-    text = text:sub(1, from - 1) .. "***" .. text:sub(to + 1)
-    from, to = text:find(what, from + 3, true)
-  end
-  return text
-end
+output.secret = secret.remember
 
 --- A text without the passwords that are known, or that stand in a URL.
 function output.redact(text)
   text = text:gsub("(%w+://[^%s:@/]*):[^%s@/]*@", "%1:***@")
-  for _, secret in ipairs(secrets) do
-    text = plain_replace(text, secret)
-    text = plain_replace(text, percent_encoded(secret))
-  end
-  return text
+  return secret.blot(text)
 end
 
 function output.configure(options)

@@ -1,9 +1,9 @@
 --- moonrabbit run
 
-local connect = require "moonrabbit.cli.connect"
-local credentials = require "moonrabbit.cli.credentials"
 local exit = require "moonrabbit.cli.exit"
+local live = require "moonrabbit.cli.live"
 local output = require "moonrabbit.cli.output"
+local script = require "moonrabbit.cli.script"
 
 local run = {
   summary = "Run an app: a Lua script that returns mr.app { … }.",
@@ -12,44 +12,45 @@ local run = {
     .. "again; a broken one changes nothing. While the broker is away it waits.",
 }
 
+local MOST_WORKERS = 1000
+
 local function seconds(text)
   local n = tonumber(text)
   if not n or not (n >= 0 and n <= 1e6) then return nil, ("'%s' is no number of seconds"):format(text) end
   return n
 end
 
+local function workers(text)
+  local n = tonumber(text)
+  if not n or n < 1 or n > MOST_WORKERS or n % 1 ~= 0 then
+    return nil, ("--workers takes a number from 1 to %d, not '%s'"):format(MOST_WORKERS, text)
+  end
+  return n
+end
+
+local function address(text)
+  local expected = require("moonrabbit.metrics.server").address_problem(text)
+  if expected then return nil, ("--metrics takes %s, not '%s'"):format(expected, text) end
+  return text
+end
+
 function run.build(command, common)
-  command:argument "script" :description "The script."
+  script.build(command)
   command:flag "--check" :description "Only say whether it is sound. Nothing is connected."
   command:option "--drain" :argname "<seconds>" :convert(seconds) :default "30"
     :description "How long what has arrived may take when it stops."
+  command:option "--metrics" :argname "<address>" :convert(address)
+    :description("Serve /metrics, /healthz and /readyz there, such as 127.0.0.1:9419. Port 0: any; a path: a unix "
+      .. "socket.")
+  command:option "--log-format" :argname "<format>" :choices { "line", "json" } :default "line"
+    :description "line or json."
+  command:option "--log-level" :argname "<level>" :choices { "debug", "info", "warn", "error" }
+    :description "What is logged: debug, info (default), warn or error."
+  command:option "--workers" :argname "<n>" :convert(workers)
+    :description("So many processes; one that ends is replaced. Signals go to the first process, which does the rest: "
+      .. "SIGHUP reloads one after the other.")
   command:option "--pid-file" :argname "<file>" :description "Holds the process's number while it runs."
   common(command)
-end
-
-local function log(level, text)
-  if level == "debug" then return end
-  if level == "info" then output.note(text) else output.complain((level == "warn" and "warning: " or "") .. text) end
-end
-
--- The URL typed or in the environment, else the script's own, else the default.
-local function options_for(app, args)
-  local given, parsed, source = credentials.resolve(args)
-  if not given then return nil, parsed end
-  local own = app._spec.connect
-  if source == "the default" and own then
-    given = {}
-    if type(own) == "table" then
-      for name, value in pairs(own) do given[name] = value end
-    else
-      given.uri = own
-    end
-    local text = given.uri and require("moonrabbit.uri").parse(given.uri)
-    if text and text.password ~= text.user then output.secret(text.password) end
-    if type(given.password) == "string" then output.secret(given.password) end
-  end
-  if args.timeout then given.timeout, given.connect_timeout = args.timeout, args.timeout end
-  return given
 end
 
 local function write_pid(path)
@@ -61,15 +62,9 @@ local function write_pid(path)
   return true
 end
 
-local function watch_signals(runtime, host)
-  for _, name in ipairs { "INT", "TERM" } do runtime.signal(name, function() host:stop() end, true) end
-  runtime.signal("HUP", function() host:reload() end)
-end
-
--- What was not done in time is "less than asked", and no lack of a connection.
-local function code_of(host, ok, err)
-  if ok then return exit.ok end
-  return connect.fail(err, not host.asked)
+local function wrong(problem)
+  output.complain(problem)
+  return exit.usage
 end
 
 local function check(app, args)
@@ -80,31 +75,25 @@ local function check(app, args)
   return exit.ok
 end
 
-function run.run(args)
-  local script = require "moonrabbit.life.script"
-  local app, problem = script.load(args.script)
-  if not app then
-    output.complain(problem)
-    return exit.usage
-  end
-  if args.check then return check(app, args) end
-  local given
-  given, problem = options_for(app, args)
-  local written = false
-  if given then written, problem = write_pid(args.pid_file) end
-  if not written then
-    output.complain(problem)
-    return exit.usage
-  end
-  local runtime = require "moonrabbit.runtime.native"
-  local host = require("moonrabbit.life.host").new {
-    runtime = runtime, load = function() return script.load(args.script) end, connect = given, drain = args.drain,
-    log = log,
-  }
-  watch_signals(runtime, host)
-  local code = code_of(host, host:run(app))
+-- fn(...) -> exit code, with a pid file while it runs.
+local function with_pid_file(args, fn, ...)
+  local written, problem = write_pid(args.pid_file)
+  if not written then return wrong(problem) end
+  local code = fn(args, ...)
   if args.pid_file then os.remove(args.pid_file) end
   return code
+end
+
+function run.run(args)
+  if args.workers and not args.worker and not args.check then return with_pid_file(args, live.parent) end
+  local app, problem = script.load_to_connect(args)
+  if not app then return wrong(problem) end
+  if args.check then return check(app, args) end
+  local given
+  given, problem = script.connect_options(app, args)
+  if not given then return wrong(problem) end
+  if args.worker then return live.worker(args, app, given) end
+  return with_pid_file(args, live.alone, app, given)
 end
 
 return run

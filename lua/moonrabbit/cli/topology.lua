@@ -3,6 +3,7 @@
 local connect = require "moonrabbit.cli.connect"
 local exit = require "moonrabbit.cli.exit"
 local output = require "moonrabbit.cli.output"
+local script = require "moonrabbit.cli.script"
 
 local topology = {
   summary = "Compare what an app declares with the broker, and declare what is missing.",
@@ -12,7 +13,7 @@ local topology = {
 
 local function add(command, name, summary)
   local sub = command:command(name) :summary(summary) :description(summary)
-  sub:argument "script" :description "The script."
+  script.build(sub)
   sub:option "--management" :argname "<url>" :description "http[s]://user:password@host:15672, to see bindings."
   return sub
 end
@@ -101,12 +102,18 @@ local function run(app, conn, args)
 end
 
 function topology.run(args)
-  local app, problem = require("moonrabbit.life.script").load(args.script)
+  local app, problem = script.load_to_connect(args)
   if not app then
     output.complain(problem)
     return exit.usage
   end
-  return connect.with_channel(args, {}, function(_, conn) return run(app, conn, args) end)
+  local given
+  given, problem = script.connect_options(app, args)
+  if not given then
+    output.complain(problem)
+    return exit.usage
+  end
+  return connect.with_channel(args, {}, function(_, conn) return run(app, conn, args) end, nil, given)
 end
 
 return topology

@@ -23,7 +23,7 @@ local function password_of(self, to, label)
   password, problem = password()
   if type(password) == "string" then return password end
   return nil, errors.new { kind = "auth", endpoint = label, temporary = true,
-    message = "the password function gave no password" .. (problem and ": " .. tostring(problem) or "") }
+    message = "the password function gave none" .. (problem and ": " .. tostring(problem) or "") }
 end
 
 --- A session with one target; nil, err.

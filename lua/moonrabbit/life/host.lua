@@ -10,14 +10,17 @@ local Backoff = require "moonrabbit.connection.backoff"
 local errors = require "moonrabbit.errors"
 local notify = require "moonrabbit.life.notify"
 local protect = require "moonrabbit.protect"
+local telemetry = require "moonrabbit.life.telemetry"
 
 ---@class moonrabbit.life.HostOptions
 ---@field runtime table
 ---@field load fun(): moonrabbit.App|nil, string?  the app; nil and what is wrong with it
 ---@field connect table               options of moonrabbit.connect
 ---@field drain number                seconds
----@field log fun(level: string, text: string)
+---@field log fun(level: string, text: string, fields: table?)
+---@field metrics moonrabbit.Metrics? that are to tell of it
 ---@field ready fun()?                called when it consumes for the first time
+---@field reloaded fun(ok: boolean, problem: any)?  called when the script was loaded again, or not
 
 ---@class moonrabbit.life.Host
 ---@field app moonrabbit.App
@@ -28,13 +31,16 @@ Host.__index = Host
 
 local host = {}
 
+local function nothing() end
+
 --- A host. Nothing happens yet.
 ---@param opts moonrabbit.life.HostOptions
 ---@return moonrabbit.life.Host
 function host.new(opts)
   return setmetatable({
     runtime = opts.runtime, load = opts.load, options = opts.connect, drain = opts.drain, log = opts.log,
-    on_ready = opts.ready or function() end, phase = "starting", asked = false, app = false,
+    telemetry = telemetry.new(opts.log, opts.metrics), on_ready = opts.ready or nothing,
+    on_reloaded = opts.reloaded or nothing, phase = "starting", asked = false, app = false,
     connections = {}, retiring = 0,
     changed = opts.runtime.condition(), backoff = Backoff.new { first = 0.5, max = 30 },
   }, Host)
@@ -48,11 +54,17 @@ local function finish(self, ok, err)
   self.changed:broadcast()
 end
 
---- Whether it consumes, and both connections are open.
----@return boolean
+--- Whether it consumes, and both connections are open; nil and why not.
+---@return true|nil, string?
 function Host:is_ready()
-  local a, b = self.connections.consume, self.connections.publish
-  return self.phase == "running" and a ~= nil and a:is_open() and b ~= nil and b:is_open()
+  if self.phase ~= "running" then return nil, self.phase end
+  for _, role in ipairs { "consume", "publish" } do
+    local state, why = self.connections[role]:state()
+    if state ~= "open" then
+      return nil, ("the connection to %s is %s%s"):format(role, state, why and ": " .. tostring(why) or "")
+    end
+  end
+  return true
 end
 
 -- ---- Starting ---------------------------------------------------------------------------------------
@@ -76,10 +88,12 @@ local function pause(self, err)
   return self.phase == "starting"
 end
 
+local function name_of(self, role) return ("%s (%s)"):format(self.options.name or self.app.name, role) end
+
 local function open(self, role)
   local opts = {}
   for name, value in pairs(self.options) do opts[name] = value end
-  opts.name, opts.log = ("%s (%s)"):format(opts.name or self.app.name, role), self.log
+  opts.name, opts.log = name_of(self, role), self.log
   return require("moonrabbit.connection").connect(opts, 2)
 end
 
@@ -90,6 +104,7 @@ local function connect(self)
       local connection, err = open(self, role)
       if not connection then return nil, err end
       self.connections[role] = connection
+      self.telemetry:watch(role, connection, name_of(self, role))
       connection:on("closed", function(why)
         if self.phase == "running" then finish(self, nil, why) end
       end)
@@ -114,8 +129,10 @@ local function bring_up(self)
   if self.phase ~= "starting" then return end
   self.phase = "running"
   notify.send("READY=1", "STATUS=running")
+  self.telemetry:started(self.app)
   self.log("info", ("the app '%s' runs"):format(self.app.name))
   self.on_ready()
+  if self.again then self:reload() end -- it was asked to meanwhile
 end
 
 -- ---- Stopping ---------------------------------------------------------------------------------------
@@ -217,12 +234,18 @@ local function reload_all(self)
     self.again = false
     local new, problem = self.load()
     local ok
-    if new then ok, problem = swap(self, self.app, new) end
+    if new then
+      self.telemetry:observe(new)
+      ok, problem = swap(self, self.app, new)
+    end
+    self.telemetry:reloaded(ok)
     if ok then
+      self.telemetry:started(new)
       self.log("info", "reloaded")
     else
       self.log("error", "not reloaded, the old script goes on: " .. tostring(problem))
     end
+    self.on_reloaded(ok, problem)
   end
 end
 
@@ -234,7 +257,10 @@ function Host:reload()
   notify.reloading()
   self.runtime.spawn(function()
     local whole, err = protect(reload_all, self)
-    if not whole then self.log("error", "reloading threw: " .. tostring(err)) end
+    if not whole then
+      self.log("error", "reloading threw: " .. tostring(err))
+      self.on_reloaded(false, err)
+    end
     self.reloading = false
     if self.phase == "running" then notify.send("READY=1", "STATUS=running") end
     self.changed:broadcast()
@@ -255,6 +281,7 @@ end
 ---@return true|nil, moonrabbit.Error?
 function Host:run(app)
   self.app = app
+  self.telemetry:observe(app)
   local every = notify.watchdog()
   if every then self.runtime.spawn(keep_alive, self, every) end
   self.runtime.spawn(bring_up, self)

@@ -5,11 +5,16 @@ local net = require "moonrabbit.net"
 
 local notify = {}
 
+local silent = false
+
+--- Nothing is told from now on: a worker's parent speaks for all.
+function notify.leave_to_parent() silent = true end
+
 --- Sends a state.
 ---@param ... string "READY=1", "STATUS=…"
 function notify.send(...)
   local path = os.getenv "NOTIFY_SOCKET"
-  if not path or path == "" then return end
+  if silent or not path or path == "" then return end
   net.datagram(path, table.concat({ ... }, "\n")) -- nobody who listens is no reason to stop working
 end
 
@@ -22,7 +27,7 @@ end
 ---@return number?
 function notify.watchdog()
   local usec, pid = tonumber(os.getenv "WATCHDOG_USEC" or ""), tonumber(os.getenv "WATCHDOG_PID" or "")
-  if not usec or usec <= 0 or pid and pid ~= net.pid() then return nil end
+  if silent or not usec or usec <= 0 or pid and pid ~= net.pid() then return nil end
   return usec / 2e6
 end
 

@@ -5,6 +5,8 @@
 -- @module moonrabbit.life.script
 
 local app = require "moonrabbit.app"
+local config = require "moonrabbit.config"
+local secret = require "moonrabbit.secret"
 
 local script = {}
 
@@ -65,18 +67,58 @@ local function load_app(path)
     value == nil and "nothing" or "a " .. type(value))
 end
 
+local function load_for(path, environment)
+  config.choose(environment)
+  local loaded, problem = load_app(path)
+  if loaded and environment and not config.used() then
+    return nil, ("%s: there is no environment '%s', for the script has none: mr.config { %s = { … } }"):format(path,
+      environment, environment)
+  end
+  return loaded, problem
+end
+
 --- The app that a script returns; nil and what is wrong with it: file, line, and what was expected.
 ---@param path string
+---@param environment string?  for mr.config; what MOONRABBIT_ENV says by default
 ---@return moonrabbit.App|nil, string? problem
-function script.load(path)
+function script.load(path, environment)
   local folder = folder_of(path)
   add_folder(folder)
   local taken = take_out(folder)
-  local loaded, problem = load_app(path)
+  local loaded, problem = load_for(path, environment)
   if loaded then return loaded end
   take_out(folder)
   for name, value in pairs(taken) do package.loaded[name] = value end
   return nil, problem
+end
+
+-- ---- Secrets ----------------------------------------------------------------------------------------
+
+local DEEPEST = 5
+
+local function find_secrets(value, path, list, depth)
+  if secret.is(value) then
+    list[#list + 1] = { path = path, ask = value }
+  elseif type(value) == "table" and depth < DEEPEST then
+    for key, each in pairs(value) do find_secrets(each, path .. "." .. tostring(key), list, depth + 1) end
+  end
+end
+
+--- Asks for every secret of the script that was loaded last: those of its environment, and those that it connects
+--- with. True; nil, and what is missing, without a value.
+---@param loaded moonrabbit.App
+---@return true|nil, string? problem
+function script.verify(loaded)
+  local list, seen = {}, {}
+  for i, each in ipairs(config.secrets()) do list[i] = each end
+  find_secrets(loaded._spec.connect, "connect", list, 0)
+  for _, each in ipairs(list) do
+    local ok, why = true, nil
+    if not seen[each.ask] then ok, why = secret.check(each.ask) end
+    seen[each.ask] = true
+    if not ok then return nil, ("the secret %s: %s"):format(each.path, why) end
+  end
+  return true
 end
 
 return script

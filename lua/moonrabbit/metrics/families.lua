@@ -42,6 +42,11 @@ families.list = {
   { "moonrabbit_ladder_stuck", "gauge", { "ladder", "step" },
     "Messages whose wait is over and that cannot go home; only with the management API." },
   { "moonrabbit_ladder_orphans", "gauge", { "ladder" }, "Messages whose consumer queue is gone." },
+  -- moonrabbit run
+  { "moonrabbit_reloads_total", "counter", { "result" }, "Reloads of the script; result: ok or failed." },
+  { "moonrabbit_workers", "gauge", {}, "Worker processes that there are to be." },
+  { "moonrabbit_workers_ready", "gauge", {}, "Worker processes that consume." },
+  { "moonrabbit_worker_restarts_total", "counter", {}, "Worker processes that ended and were replaced." },
   -- Publishing
   { "moonrabbit_publishes_total", "counter", { "publisher" }, "Messages that a publisher took." },
   { "moonrabbit_publish_errors_total", "counter", { "publisher", "kind" },

@@ -92,6 +92,16 @@ local function connection_is_ready(connection)
   return nil, state .. (reason and ": " .. tostring(reason) or "")
 end
 
+--- Puts the series of an app that has started on the page, at zero.
+---@package
+---@param app moonrabbit.App
+function Metrics:prepare(app)
+  for _, runner in ipairs(app.runners) do
+    observer.prepare(self.families, runner.queue)
+    for _, canary in ipairs(runner.canaries) do self.families.canary_rollbacks_total:with(canary.name) end
+  end
+end
+
 --- Looks at the ladders of an app that has started, every so often: what waits, what is stuck, what is orphaned.
 ---@param app moonrabbit.App
 ---@param opts moonrabbit.LadderWatchOptions?
@@ -108,10 +118,7 @@ end
 ---@return function off
 function Metrics:watch_app(app, opts)
   local offs = { self:watch_ladders(app, opts) }
-  for _, runner in ipairs(app.runners) do
-    observer.prepare(self.families, runner.queue)
-    for _, canary in ipairs(runner.canaries) do self.families.canary_rollbacks_total:with(canary.name) end
-  end
+  self:prepare(app)
   for role, connection in pairs { consume = app._consuming, publish = app._publishing } do
     local name = app.name .. " (" .. role .. ")"
     offs[#offs + 1] = self:watch(connection, name)

@@ -7,17 +7,16 @@ local guard = require "moonrabbit.app.observer".guard
 
 local observer = {}
 
--- Queues and canaries that are remembered; more are looked up each time.
-local MOST = 1000
-
--- A function (key) -> what make(key) gave first; and what it remembers: all[key] saves the call.
+-- A function (key) -> what make(key) gave first; and what it remembers: all[key] saves the call. Keys are what a
+-- script names, so they are few.
 local function remembered(make)
-  local all, count = {}, 0
+  local all = {}
   return function(key)
     local found = all[key]
-    if found then return found end
-    found = make(key)
-    if count < MOST then all[key], count = found, count + 1 end
+    if not found then
+      found = make(key)
+      all[key] = found
+    end
     return found
   end, all
 end
@@ -83,6 +82,18 @@ function observer.runners(families, registry)
   end
 end
 
+local function publisher_series(families)
+  return remembered(function(publisher)
+    return {
+      sent = families.publishes_total:with(publisher), seconds = families.publish_seconds:with(publisher),
+      kind = remembered(function(kind) return families.publish_errors_total:with(publisher, kind) end),
+    }
+  end)
+end
+
+-- What a channel refuses before it sends anything.
+local not_taken = { overflow = true, blocked = true }
+
 -- What did not run its handler.
 local without_run = { duplicate = true, requeue = true }
 
@@ -112,6 +123,7 @@ local events = {
 function observer.new(families, watch, also)
   local of_queue, queues = queue_series(families)
   local of_route = remembered(function(route) return version_series(families, route) end)
+  local of_publisher = publisher_series(families)
   local self = { runner = watch }
 
   function self.delivered(queue)
@@ -132,6 +144,18 @@ function observer.new(families, watch, also)
     local series = of_route(route)(version)
     series[ok and "ok" or "failed"]:inc()
     series.seconds:observe(seconds)
+  end
+
+  function self.published(app, seconds, err)
+    local series = of_publisher(app)
+    if not err then
+      series.sent:inc()
+      series.seconds:observe(seconds)
+    else
+      local kind = type(err) == "table" and err.kind or "unknown"
+      if not not_taken[kind] then series.sent:inc() end
+      series.kind(kind):inc()
+    end
   end
 
   function self.event(name, fields)

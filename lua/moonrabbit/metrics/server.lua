@@ -7,6 +7,7 @@
 
 local json = require "moonrabbit.cli.json"
 local options = require "moonrabbit.options"
+local protect = require "moonrabbit.protect"
 
 local server = {}
 
@@ -73,7 +74,7 @@ end
 
 local pages = {
   ["/metrics"] = function(self)
-    local ok, text, err = pcall(self.text)
+    local ok, text, err = protect(self.text)
     if ok and text then return 200, TEXT, text end
     self.log("error", "the page of metrics could not be made: " .. tostring(ok and err or text))
     return 500, "text/plain", "the page could not be made: see the log\n"
@@ -102,7 +103,8 @@ end
 -- ---- Listening --------------------------------------------------------------------------------------
 
 local function client_task(self, client)
-  serve(self, client)
+  local ok, err = protect(serve, self, client)
+  if not ok then self.log("error", "the server of metrics: " .. tostring(err)) end
   client:close()
   self.clients = self.clients - 1
 end
@@ -125,22 +127,42 @@ end
 ---@return integer
 function Server:port() return self.socket:port() end
 
+--- Where it listens: a URL without a path, or the path of a unix socket.
+---@return string
+function Server:where()
+  if self.address:sub(1, 1) == "/" then return self.address end
+  return "http://" .. self.address:gsub("%d+$", ("%d"):format(self:port()))
+end
+
 --- Stops listening; answers under way go on.
 function Server:close()
   if self.closed then return end
   self.closed = true
   self.socket:close()
+  if self.address:sub(1, 1) == "/" then os.remove(self.address) end
 end
 
+-- A unix socket's path begins with a slash.
 local function address(value)
   if type(value) == "string" then
+    if value:match "^/." then return nil end
     local port = tonumber(value:match ":(%d+)$")
     if value:match "^%[[%x:.]+%]:%d+$" or value:match "^[^:%s]+:%d+$" then
       if port <= 65535 then return nil end
     end
   end
-  return 'an address such as "127.0.0.1:9419"'
+  return 'an address such as "127.0.0.1:9419", "[::1]:9419", or the path of a unix socket'
 end
+
+local function listen(runtime, where)
+  if where:sub(1, 1) == "/" then return runtime.listen(where) end
+  local host, port = where:match "^%[?(.-)%]?:(%d+)$"
+  return runtime.listen(host, tonumber(port))
+end
+
+--- What is wrong with an address, as "an address such as …"; nil: nothing.
+---@package
+server.address_problem = address
 
 server.options = {
   address = address, runtime = options.either(options.string, options.table), metrics = options.table,
@@ -161,16 +183,17 @@ function server.serve(opts, level)
   if not runtime.listen then
     error("metrics.serve: the runtime '" .. tostring(runtime.name) .. "' cannot listen", level)
   end
-  local host, port = (opts.address or "127.0.0.1:9419"):match "^%[?(.-)%]?:(%d+)$"
-  local socket, text = runtime.listen(host, tonumber(port))
+  local where = opts.address or "127.0.0.1:9419"
+  local socket, text = listen(runtime, where)
   if not socket then
     return nil, require("moonrabbit.errors").new { kind = "refused", temporary = false,
-      message = "metrics.serve: cannot listen on " .. (opts.address or "127.0.0.1:9419") .. ": " .. tostring(text) }
+      message = "metrics.serve: cannot listen on " .. where .. ": " .. tostring(text) }
   end
   local metrics = opts.metrics
   local self = setmetatable({
-    socket = socket, runtime = runtime, timeout = opts.timeout or 5, max_clients = opts.max_clients or 32, clients = 0,
-    closed = false, log = opts.log or nothing,
+    socket = socket, address = where, runtime = runtime, closed = false,
+    timeout = opts.timeout or 5, max_clients = opts.max_clients or 32, clients = 0,
+    log = opts.log or nothing,
     text = opts.text or function() return metrics:text() end,
     ready = opts.ready or metrics and function() return metrics.checks.ready end or none,
     health = opts.health or metrics and function() return metrics.checks.health end or none,

@@ -86,21 +86,34 @@ local function read(texts)
   return page
 end
 
-local function write_family(out, family)
+local LASTING = { counter = true, histogram = true }
+
+-- Fractions added in another order may come to a hair less, which Prometheus takes for a restart.
+local function never_less(key, value, highest)
+  local before = highest[key]
+  if before and before > value then return before end
+  highest[key] = value
+  return value
+end
+
+local function write_family(out, family, highest)
   if #family.order == 0 then return end
   if family.help then out[#out + 1] = "# HELP " .. family.name .. " " .. family.help end
   if family.type then out[#out + 1] = "# TYPE " .. family.name .. " " .. family.type end
+  local rises = highest and LASTING[family.type]
   for _, key in ipairs(family.order) do
-    out[#out + 1] = key .. " " .. numbers.write(family.samples[key])
+    local value = family.samples[key]
+    if rises then value = never_less(key, value, highest) end
+    out[#out + 1] = key .. " " .. numbers.write(value)
   end
 end
 
-local function write(page, wanted)
+local function write(page, wanted, highest)
   local out = {}
   table.sort(page.order)
   for _, name in ipairs(page.order) do
     local family = page.families[name]
-    if not wanted or wanted[family.type] then write_family(out, family) end
+    if not wanted or wanted[family.type] then write_family(out, family, highest) end
   end
   if #out == 0 then return "" end
   return table.concat(out, "\n") .. "\n"
@@ -108,10 +121,9 @@ end
 
 --- Adds pages up. Families come in the order of their names; their samples in the order in which they first appear.
 ---@param texts string[]
+---@param highest table<string, number>? kept from call to call: no counter falls below what it was in an earlier sum
 ---@return string
-function sum.sum(texts) return write(read(texts)) end
-
-local LASTING = { counter = true, histogram = true }
+function sum.sum(texts, highest) return write(read(texts), nil, highest) end
 
 --- What is left of a page when its process has ended: its counters and histograms. Added to the sum from
 --- then on it keeps them from falling, which Prometheus would take for a restart.

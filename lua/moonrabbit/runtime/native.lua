@@ -31,6 +31,7 @@ local M = {
   condition = condition.of(loop),
   open = open.of(descriptors, new_transport, loop.cancelled),
   listen = server.of(descriptors, new_transport),
+  transport = new_transport,
   signal = signals.signal,
   run = loop.run,
   turn_source = loop.turn_source,

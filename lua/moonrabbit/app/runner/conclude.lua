@@ -12,8 +12,8 @@ local Runner = {}
 --- time that follows.
 local FIRST_DELAY, LONGEST_DELAY = 1, 30
 
-local function ended(self, outcome, seconds, detail)
-  if self.settled then self.settled(self.queue, outcome, seconds, detail) end
+local function ended(self, job, outcome, seconds, detail, failed)
+  if self.settled then self.settled(self.queue, outcome, seconds, detail, job.message, failed) end
 end
 
 -- ---- Success ----------------------------------------------------------------------------------------
@@ -32,14 +32,14 @@ function Runner:acked(job, outcome, seconds, detail, now)
     self.log("warn", ("a handler of '%s' settles its messages itself: the app does it when it returns"):format(
       self.queue))
   end
-  if self.settled then self.settled(self.queue, outcome, seconds, detail or why) end
+  if self.settled then self.settled(self.queue, outcome, seconds, detail or why, job.message) end
 end
 
 --- Acks what was handled before.
 ---@package
 function Runner:duplicate(job)
   self.settle.ack(job.message)
-  ended(self, "duplicate", 0)
+  ended(self, job, "duplicate", 0)
 end
 
 -- ---- Back to the queue ------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ function Runner:give_back(job, why, kind)
   if job.claim then self.dedupe:abort(job) end
   if self.breaker then self.breaker:withdraw(job.of or job) end
   self.settle.back(job.message, kind or "nack")
-  ended(self, "requeue", 0, why)
+  ended(self, job, "requeue", 0, why)
 end
 
 -- ---- Copies -----------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ local function copy(self, job, what, detail, failed, seconds)
   end
   self.bad_copies = 0
   self.settle.ack(job.message)
-  ended(self, what, seconds, detail)
+  ended(self, job, what, seconds, detail, failed)
 end
 
 -- Without a queue of the app's for dead letters the broker does with it what the queue says.
@@ -99,7 +99,7 @@ local function park(self, job, reason, failed, seconds)
   if self.consumer.dead_letter ~= false then return copy(self, job, "dead_letter", reason, failed, seconds) end
   if job.claim then self.dedupe:abort(job) end
   self.settle.reject(job.message)
-  ended(self, "dead_letter", seconds, reason)
+  ended(self, job, "dead_letter", seconds, reason, failed)
 end
 
 -- ---- The retry policy -------------------------------------------------------------------------------
@@ -117,19 +117,19 @@ end
 local function not_ours(self, job, failed, why, seconds)
   if why == "closed" then
     if job.claim then self.dedupe:abort(job) end
-    return ended(self, "requeue", seconds, "closed")
+    return ended(self, job, "requeue", seconds, "closed", failed)
   end
   if job.claim then self.dedupe:commit(job) end
   self.log("error", ("a handler of '%s' settled its message itself and failed then: %s"):format(self.queue,
     failed.traceback or failed.message))
-  ended(self, "drop", seconds, "settled by its handler, which failed: " .. failed.message)
+  ended(self, job, "drop", seconds, "settled by its handler, which failed: " .. failed.message, failed)
 end
 
 -- It runs again after `delay` seconds, in this process.
-local function run_again(self, job, delay, seconds)
+local function run_again(self, job, delay, seconds, failed)
   if self.dedupe then self.dedupe:pause(job) end
   job.attempt = job.attempt + 1
-  ended(self, "retry", seconds, delay)
+  ended(self, job, "retry", seconds, delay, failed)
   return delay
 end
 
@@ -138,7 +138,7 @@ local function note(self, job, failed)
   job.attempt = job.attempt or self.disposal:attempt(job.message)
   job.first = job.first or self.now()
   failed.attempt, failed.since = job.attempt, self.now() - job.first
-  if self.failed then self.failed(self.queue, failed) end
+  if self.failed then self.failed(self.queue, failed, job.message) end
 end
 
 -- The seconds after which the job is to run again in the process, or nil.
@@ -155,9 +155,9 @@ local function fail(self, job, failed, seconds, asked)
     delay, reason, failed = ask(self, job, failed)
   end
   if not delay then return park(self, job, reason, failed, seconds) end
-  if stays(self, job, delay) then return run_again(self, job, delay, seconds) end
+  if stays(self, job, delay) then return run_again(self, job, delay, seconds, failed) end
   local waits = copy(self, job, "retry", delay, failed, seconds)
-  return waits and run_again(self, job, waits, seconds)
+  return waits and run_again(self, job, waits, seconds, failed)
 end
 
 local function failure_of_outcome(asked)
