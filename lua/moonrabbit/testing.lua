@@ -52,6 +52,7 @@ Bench.__name = "moonrabbit.testing.Bench"
 -- The app's own functions, but those that need a broker.
 local function app_for(self)
   return setmetatable({
+    _runtime = self.runtime,
     publish = function(_, body, opts)
       if trace.on then opts = trace.add(self.runtime, opts) end
       return self:_publish(body, opts)

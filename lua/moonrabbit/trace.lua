@@ -16,7 +16,7 @@
 local core = require "moonrabbit.core"
 local ids = require "moonrabbit.publisher.ids"
 
-local has_header, type = core.has_header, type
+local key_without, type = core.key_without, type
 
 local trace = {
   --- Whether handlers may run whose publishes carry a trace.
@@ -78,7 +78,7 @@ end
 local handed_on = setmetatable({}, { __mode = "k" })
 
 local function may_have_trace(message)
-  return type(message) ~= "userdata" or has_header(message, "traceparent")
+  return type(message) ~= "userdata" or not key_without(message, "traceparent")
 end
 
 local function find(message)

@@ -46,7 +46,7 @@ end)
 describe("the journal", function()
   local message = {
     exchange = "x.home", routing_key = "q", body = "body", properties = { message_id = "17" },
-    headers = { ["moonrabbit-exchange"] = "orders", ["moonrabbit-key"] = "order.eu", traceparent = "00-a-b-01" },
+    headers = { ["moonrabbit-exchange"] = "orders", ["moonrabbit-key"] = "order.eu", traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01" },
   }
 
   it("has a line for what is out of the ordinary, about the message, and passes everything on", function()
@@ -73,7 +73,7 @@ describe("the journal", function()
       assert.equal("17", line[3].message_id)
       assert.equal("orders", line[3].exchange)
       assert.equal("order.eu", line[3].routing_key)
-      assert.equal("00-a-b-01", line[3].traceparent)
+      assert.equal("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", line[3].traceparent)
     end
     assert.same({
       "debug a run failed: boom", "warn a message failed, and is tried again in 5 s: boom", "error a dead letter: boom",

@@ -28,7 +28,9 @@ local lines = {
   retry = function(delay, failure)
     return "warn", ("a message failed, and is tried again in %.3g s: %s"):format(delay, failure.message)
   end,
-  dead_letter = function(reason) return "error", "a dead letter: " .. tostring(reason) end,
+  dead_letter = function(reason, failure)
+    return "error", "a dead letter: " .. (failure and failure.message or tostring(reason))
+  end,
   drop = function(reason, failure)
     if failure then return "error", "a message is " .. tostring(reason) end
     return "debug", "a message was dropped"
@@ -50,7 +52,7 @@ function journal.observer(log, also)
     local line = lines[outcome]
     if line then
       local level, text = line(detail, failure)
-      log(level, text, fields_of(queue, message, failure))
+      log(level, text, fields_of(queue, message, failure, outcome == "dead_letter" and { reason = detail } or nil))
     end
     if also.settled then also.settled(queue, outcome, seconds, detail, message, failure) end
   end
