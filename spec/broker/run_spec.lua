@@ -183,7 +183,7 @@ describe("moonrabbit run", function()
     assert.is_true(select(2, seen "module")[1])
     bench:write("app.lua", "require 'own'\n" .. app)
     running:signal "HUP"
-    life.said(running, "reloaded")
+    life.said(running, "info  reloaded")
     publish(2)
     broker.eventually(function() return seen "module" == 2 end)
     assert.is_true(select(2, seen "module")[2])
