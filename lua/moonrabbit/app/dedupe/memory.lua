@@ -76,9 +76,12 @@ end
 
 local function append(self, key, ends)
   local block = self.newest
-  if block.last == BLOCK then block = next_block(self) end
   local last = block.last + 1
-  block[last], block.last = key, last
+  if last > BLOCK then
+    block, last = next_block(self), 1
+  end
+  block[last] = key
+  block.last = last
   if ends > block.ends then block.ends = ends end
   if self.forget_at == huge then self.forget_at = ends end
 end
@@ -206,7 +209,16 @@ end
 ---@return true
 function Store:commit(key, now)
   if not now or self.own_clock then now = self.now() end
-  remember(self, key, now + self.ttl, now)
+  local known, ends = self.known, now + self.ttl
+  local before = known[key]
+  if not before or before > 0 then
+    remember(self, key, ends, now)
+    return true
+  end
+  self.count = self.count + 1 -- it was claimed, as nearly always
+  self.running = self.running - 1
+  known[key] = ends
+  append(self, key, ends)
   return true
 end
 

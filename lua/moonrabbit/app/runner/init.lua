@@ -182,12 +182,21 @@ function Runner:finish(job)
   self.in_flight = in_flight
   if gauge then gauge(self.queue, in_flight) end
   if in_flight == 0 and self.draining then self.quiet:broadcast() end
-  job.message, job.target, job.trials, job.attempt = false, false, nil, nil
-  job.claim, job.task, job.of, job.first, job.reclaim = false, false, false, false, false
+  job.message = false -- one by one, which is half the work
+  job.target = false
+  job.trials = nil
+  job.attempt = nil
+  job.claim = false
+  job.task = false
+  job.of = false
+  job.first = false
+  job.reclaim = false
   if job.abandoned then return end -- its handler still has it
   local spares = self.spares
   if spares == SPARE_JOBS then return end
-  job.spare, self.spare, self.spares = self.spare, job, spares + 1
+  job.spare = self.spare
+  self.spare = job
+  self.spares = spares + 1
 end
 
 -- ---- Runs -------------------------------------------------------------------------------------------
@@ -274,7 +283,10 @@ function Runner:attempt(job, n, now)
   end
   if self.stopped then return STOPPED end
   local watch, task, handling = self.watch, self.current(), self.handling
-  job.started, job.task, job.over, job.expired = now or self.now(), task, false, false
+  job.started = now or self.now()
+  job.task = task
+  job.over = false
+  job.expired = false
   job.serial = job.serial + 1
   if handling and task then handling[task] = job end
   if watch and watch.idle then watch:start() end
