@@ -357,9 +357,15 @@ local function worker(self, protect)
     else
       self._idle = self._idle + 1
       self._session:drain()
-      self._ready:wait()
+      local whole, err = yielding_pcall(self._ready.wait, self._ready)
       self._idle = self._idle - 1
       self._waking = false
+      if not whole then -- cancelled, by its handler perhaps: another one takes its place
+        self._workers = self._workers - 1
+        if self:buffered() > 0 then self:_wake_worker() end
+        if self._drained then self._drained:broadcast() end
+        error(err, 0)
+      end
     end
   end
   self._workers = self._workers - 1

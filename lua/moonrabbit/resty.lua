@@ -39,8 +39,7 @@ local options = require "moonrabbit.options"
 local phases = require "moonrabbit.resty.phases"
 local process = require "moonrabbit.resty.process"
 local runtime = require "moonrabbit.runtime.resty"
-local transport = require "moonrabbit.runtime.resty.transport"
-local uri = require "moonrabbit.uri"
+local start_options = require "moonrabbit.resty.options"
 
 local resty = {
   spawn = runtime.spawn,
@@ -54,87 +53,21 @@ local resty = {
 local NAME = "moonrabbit.resty"
 local argument, check, seconds = options.argument, options.check, options.seconds
 
--- ---- Options ----------------------------------------------------------------------------------------
-
----@class moonrabbit.resty.StartOptions : moonrabbit.ConnectOptions
----@field timeout number?       seconds that publish, call and run wait unless they say otherwise; 5 by default
----@field connect_timeout number? seconds for an attempt to connect; 5 by default
----@field entries integer?      the most messages that may be queued or unconfirmed in this worker; 10000 by default
----@field bytes integer?        the most bytes of bodies in them; 16 MiB by default
----@field linger number?        seconds that messages which nobody waits for may gather before they are sent; 0.005 by default
----@field calls integer?        the most functions (`run`, `call`) that may be under way at once; 1000 by default
----@field setup (fun(conn: moonrabbit.Connection): true|nil, moonrabbit.Error?)?  declares what is needed, on each new connection before it is used
----@field reconnect moonrabbit.resty.ReconnectOptions? how soon a lost connection is tried again
----@field exit_timeout number?  seconds that a worker which is to leave stays for its confirms and handlers; 10 by default
----@field default boolean?      false: a client besides the one that the functions of this module use; true by default
-
----@class moonrabbit.resty.ReconnectOptions
----@field first number?   seconds before the first attempt; 0.1 by default
----@field factor number?  by which each wait is longer than the one before; 2 by default
----@field max number?     seconds, the longest wait; 10 by default
----@field jitter number?  part of each wait that is left to chance; 0.2 by default
-
-local reconnect_options = {
-  first = seconds, factor = options.number(1), max = seconds, jitter = options.number(0),
-}
-
-local own_options = {
-  entries = options.integer(1, 10000000),
-  bytes = options.integer(1, 9007199254740991),
-  linger = seconds,
-  calls = options.integer(1, 100000),
-  setup = options.callback,
-  reconnect = options.table,
-  exit_timeout = seconds,
-  default = options.boolean,
-}
-
-local start_options = options.merge(Connection.options, own_options)
-
--- Throws for what can be known to be wrong before there is a broker.
-local function check_options(what, given, level)
-  level = level + 1
-  if type(given) == "string" then given = { uri = given } end
-  if given ~= nil and type(given) == "table" and given.runtime ~= nil then
-    error(what .. ": unknown option 'runtime' (this is the resty runtime)", level)
-  end
-  given = check(what, given, start_options, level)
-  if given.reconnect then check(what .. ": reconnect", given.reconnect, reconnect_options, level) end
-  if given.uri and given.endpoints then error(what .. ": options 'uri' and 'endpoints' exclude each other", level) end
-  for _, text in ipairs(given.endpoints or { given.uri or "amqp://" }) do
-    local parsed, problem = uri.parse(text)
-    if not parsed then error(what .. ": " .. problem, level) end
-    local tls = given.tls ~= false and (parsed.tls or given.tls) and {}
-    if tls then
-      for key, value in pairs(parsed.tls or {}) do tls[key] = value end
-      if type(given.tls) == "table" then
-        for key, value in pairs(given.tls) do tls[key] = value end
-      end
-      local ok, identity
-      ok, identity, problem = pcall(transport.prepare, tls)
-      if not ok then error(what .. ": " .. tostring(identity), level) end
-      if identity == nil then error(what .. ": " .. problem, level) end
-    end
-  end
-  return given
-end
+-- ---- Before there are workers ------------------------------------------------------------------------
 
 --- Throws what `start` would throw for these options: for init_by_lua*, where a mistake keeps nginx from starting,
 --- and a reload from taking the place of what runs.
 ---@param opts string|moonrabbit.resty.StartOptions
 function resty.check(opts)
-  check_options(NAME .. ".check", opts, 2)
+  start_options.check(NAME .. ".check", opts, 2)
 end
 
--- What a kept connection is opened with: everything else is ours.
-local function connect_options(given, role)
-  local all = { runtime = runtime, timeout = 5, connect_timeout = 5 }
-  for key, value in pairs(given) do
-    if not own_options[key] then all[key] = value end
-  end
-  all.name = ("%s (%s)"):format(given.name or ("nginx worker " .. tostring(ngx.worker.id() or 0)), role)
-  all.reconnect = false -- life.lua does that, in fresh timers
-  return all
+--- Throws what is wrong with the script of an app, with its file and line: for init_by_lua*, as `check` is.
+---@param path string as for `consume`
+function resty.check_app(path)
+  argument(NAME .. ".check_app", "path", path, options.string)
+  local app, problem = require("moonrabbit.resty.apps").load(path)
+  if not app then error(NAME .. ".check_app: " .. problem, 0) end
 end
 
 -- ---- One connection for one request or timer --------------------------------------------------------
@@ -174,34 +107,43 @@ local default
 ---@return moonrabbit.resty.Client
 function resty.start(opts)
   phases.check_init_worker(NAME .. ".start", 2)
-  local given = check_options(NAME .. ".start", opts, 2)
+  local given = start_options.check(NAME .. ".start", opts, 2)
   if given.default ~= false and default then
     error(NAME .. ".start was called before in this worker: a second client takes default = false", 2)
   end
   local reconnect = given.reconnect or {}
-  local self = setmetatable({ timeout = given.timeout or 5 }, Client)
   local backoff = {
     first = reconnect.first or 0.1, factor = reconnect.factor or 2, max = reconnect.max or 10,
     jitter = reconnect.jitter or 0.2,
   }
   local function connector(role)
-    local all = connect_options(given, role)
+    local all = start_options.connect(given, role)
     local limit = all.connect_timeout
     return function(most)
       all.connect_timeout = math.min(limit, most or limit)
       return Connection.connect(all, 1)
     end
   end
-  local exit_timeout = given.exit_timeout or 10
-  self._outbound = Outbound.new {
-    name = "publishing", connect = connector "publishing", backoff = backoff, exit_timeout = exit_timeout,
+  -- What its connections have in common.
+  local function kept(role, more)
+    local config = {
+      name = role, connect = connector(role), backoff = backoff, exit_timeout = given.exit_timeout or 10,
+      setup = given.setup,
+    }
+    for key, value in pairs(more or {}) do config[key] = value end
+    return config
+  end
+  local metrics, label = given.metrics and require("moonrabbit.resty.metrics").open(given.metrics), given.name or "main"
+  local function watched(role) return metrics and metrics:connection(label .. " (" .. role .. ")") or nil end
+  local self = setmetatable({
+    timeout = given.timeout or 5, _kept = kept, _connector = connector, _apps = {}, _metrics = metrics,
+  }, Client)
+  self._outbound = Outbound.new(kept("publishing", {
     entries = given.entries or 10000, bytes = given.bytes or 16 * 1024 * 1024, linger = given.linger or 0.005,
-    calls = given.calls or 1000, setup = given.setup,
-  }
-  self._inbound = Inbound.new {
-    name = "consuming", connect = connector "consuming", backoff = backoff, exit_timeout = exit_timeout,
-    setup = given.setup,
-  }
+    calls = given.calls or 1000, watch = watched "publish",
+  }))
+  if metrics then metrics:outbound(self._outbound, label) end
+  self._inbound = Inbound.new(kept("consuming", { watched = function() return watched "consume" end }))
   if given.default ~= false then default = self end
   process.mark_started()
   return self
@@ -319,32 +261,23 @@ end
 ---@field queue string|(fun(conn: moonrabbit.Connection): string|nil, moonrabbit.Error?)  the queue; or what declares it, on the connection that consumes (as an exclusive one must be), and says its name
 ---@field handler fun(message: moonrabbit.Message)  settles its message itself; what it throws is logged, and the message goes back after `error_delay`
 ---@field concurrency integer?  how many handlers run at once; 16 by default
+---@field app string?           instead of all the others: the script of an app, relative to nginx's prefix
 
 local consume_options = options.merge(Consumer.options, {
   queue = options.either(options.shortstr, options.callback), handler = options.callback,
 })
 
-local function consume(self, what, opts, level)
-  level = level + 1
-  phases.check_init_worker(what, level)
-  check(what, opts, consume_options, level)
-  for _, name in ipairs { "queue", "handler" } do
-    if not opts or opts[name] == nil then error(what .. ": option '" .. name .. "' is missing", level) end
-  end
-  local rest = { concurrency = 16 }
-  for key, value in pairs(opts) do
-    if key ~= "queue" and key ~= "handler" then rest[key] = value end
-  end
-  local queue = opts.queue
-  self._inbound:add {
+-- How a handler's consumer starts, ends, and tells of its end.
+local function subscription(queue, opts, handler)
+  return {
     name = type(queue) == "string" and queue or "(its own)",
     start = function(conn)
-      if type(queue) == "string" then return conn:consume(queue, rest, opts.handler) end
+      if type(queue) == "string" then return conn:consume(queue, opts, handler) end
       local name, err = queue(conn)
       if not name then
         return nil, err or errors.new { kind = "cancelled", message = "the function 'queue' named none" }
       end
-      return conn:consume(name, rest, opts.handler)
+      return conn:consume(name, opts, handler)
     end,
     stop = function(consumer, timeout) return consumer:cancel { timeout = timeout } end,
     watch = function(consumer, fn)
@@ -354,23 +287,68 @@ local function consume(self, what, opts, level)
   }
 end
 
+-- A script that is broken is told of, and costs the worker nothing else.
+local function consume_app(self, what, opts, level)
+  check(what, opts, { app = options.string }, level + 1)
+  local apps = require "moonrabbit.resty.apps"
+  local app, problem = apps.load(opts.app)
+  if not app then
+    runtime.log("error", what .. ": this worker runs without the app: " .. problem)
+    if self._metrics then self._metrics.metrics:ready("app " .. opts.app, function() return nil, problem end) end
+    return nil, problem
+  end
+  local metrics, name = self._metrics, app.name
+  if metrics then app:_observed_by(function(also) return metrics:observer(app, also) end) end
+  self._apps[name] = apps.keep(app, self._kept(name .. ", consuming", {
+    connect_publishing = self._connector(name .. ", publishing"),
+    watch = metrics and metrics:connection(name .. " (consume)"),
+    watch_publishing = metrics and metrics:connection(name .. " (publish)"),
+  }))
+  return true
+end
+
+local function consume(self, what, opts, level)
+  level = level + 1
+  phases.check_init_worker(what, level)
+  if type(opts) == "table" and opts.app ~= nil then return consume_app(self, what, opts, level) end
+  check(what, opts, consume_options, level)
+  for _, name in ipairs { "queue", "handler" } do
+    if not opts or opts[name] == nil then
+      error(what .. ": option '" .. name .. "' is missing (or 'app', a script)", level)
+    end
+  end
+  local rest = { concurrency = 16 }
+  for key, value in pairs(opts) do
+    if key ~= "queue" and key ~= "handler" then rest[key] = value end
+  end
+  self._inbound:add(subscription(opts.queue, rest, opts.handler))
+  return true
+end
+
 --- Consumes in this worker, for as long as it runs: call it in init_worker_by_lua*, after `start`. Each worker has a
 --- consumer of its own. Handlers run in a timer, `concurrency` at once, and may use cosockets.
+---
+--- `consume { app = "orders.lua" }` runs the script of an app: routes, retries, dead letters and the rest, as `moonrabbit
+--- run` does. nil, problem: the script is broken; the log says so too, and nothing else fails for it.
 ---@param opts moonrabbit.resty.ConsumeOptions
+---@return true|nil, string? problem
 function Client:consume(opts)
-  consume(self, "consume", opts, 2)
+  local ok, problem = consume(self, "consume", opts, 2)
+  return ok, problem
 end
 
 --- What this worker has published and consumed, and what is going on. `state` is "open" or "connecting", `reason` why
 --- it is not open; counters since the worker began: `published` (put into the queue), `confirmed`, `failed` (by
 --- err.kind), `overflows` (not taken), `timeouts` (whose callers gave up), `resent`, `sessions`; and as of now `queued`
 --- (not sent yet), `in_flight` (not confirmed yet), `bytes` (of bodies in both), `calls`, `consuming` ("open",
---- "connecting", or nil).
+--- "connecting", or nil), and `apps`: the state of each by its name, "running" when it is well.
 ---@return table
 function Client:stats()
   local all = self._outbound:stats()
   local keeper = self._inbound.keeper
   all.consuming = keeper and (keeper.state == "open" and "open" or "connecting") or nil
+  all.apps = {}
+  for name, kept in pairs(self._apps) do all.apps[name] = kept.app.state end
   return all
 end
 
@@ -472,9 +450,11 @@ end
 
 --- As Client:consume, by the client that `start` made.
 ---@param opts moonrabbit.resty.ConsumeOptions
+---@return true|nil, string? problem
 function resty.consume(opts)
   phases.check_init_worker(NAME .. ".consume", 2)
-  consume(started(NAME .. ".consume", 2), NAME .. ".consume", opts, 2)
+  local ok, problem = consume(started(NAME .. ".consume", 2), NAME .. ".consume", opts, 2)
+  return ok, problem
 end
 
 --- As Client:publisher, by the client that `start` makes, before or after.

@@ -19,22 +19,30 @@ describe("a worker #resty", function()
   if shell "command -v strace" == "" then pending "strace is not installed" return end
 
   local server, line
+  local script = nginx.here .. "/build/spec-blocking.lua"
 
-  local function start(port)
+  local function start(port, heartbeat)
     server = nginx.start {
       http = ([[
+        lua_shared_dict numbers 1m;
+        lua_shared_dict keys 1m;
         init_worker_by_lua_block {
           local rabbit = require "moonrabbit.resty"
           rabbit.start { uri = %q, reconnect = { first = 0.02, max = 0.1 }, connect_timeout = 0.3, timeout = 0.3,
-            exit_timeout = 0.2, heartbeat = 1 }
+            exit_timeout = 0.2, heartbeat = %d, metrics = "numbers" }
           rabbit.consume { queue = "spec-blocking", arguments = {}, handler = function(message) message:ack() end }
+          rabbit.consume { app = %q }
         }
-      ]]):format(broker.uri { host = "127.0.0.1", port = port }),
+      ]]):format(broker.uri { host = "127.0.0.1", port = port }, heartbeat or 1, script),
       server = [[
         location /ping { return 200 "pong\n"; }
+        location /metrics { content_by_lua_block { require "moonrabbit.resty.metrics".serve() } }
+        location /readyz { content_by_lua_block { require "moonrabbit.resty.metrics".readyz() } }
         location /publish {
           content_by_lua_block {
-            local ok, err = require "moonrabbit.resty".publish("x", { routing_key = "spec-blocking" })
+            local rabbit = require "moonrabbit.resty"
+            rabbit.publish_async("y", { routing_key = "spec-blocking-app", message_id = ngx.var.request_id })
+            local ok, err = rabbit.publish("x", { routing_key = "spec-blocking" })
             ngx.status = ok and 202 or 503
             ngx.say(ok and "ok" or err.kind)
           }
@@ -49,6 +57,20 @@ describe("a worker #resty", function()
     local conn = broker.connect()
     broker.ok(broker.ok(conn:channel()):queue_declare "spec-blocking")
     broker.close_all()
+    local file = assert(io.open(script, "w"))
+    file:write [[
+      local mr = require "moonrabbit"
+      return mr.app {
+        name = "spec-blocking-app", queues = { ["spec-blocking-app"] = {} },
+        consumers = { { queue = "spec-blocking-app", timeout = 1, dedupe = mr.dedupe.shared { dict = "keys" },
+          retry = mr.retry.constant { delay = 0.1, attempts = 3 },
+          handler = function(message)
+            mr.sleep(0.001)
+            if message.message_id:find "^[0-3]" then error "again" end
+          end } },
+      }
+    ]]
+    file:close()
   end)
 
   after_each(function()
@@ -58,9 +80,11 @@ describe("a worker #resty", function()
   end)
 
   teardown(function()
-    local conn = broker.connect()
-    broker.ok(broker.ok(conn:channel()):queue_delete "spec-blocking")
+    local channel = broker.ok(broker.connect():channel())
+    for _, name in ipairs { "", "-app", "-app.dead" } do channel:queue_delete("spec-blocking" .. name) end
+    channel:exchange_delete "spec-blocking-app.home"
     broker.close_all()
+    os.remove(script)
   end)
 
   -- Traces the worker while requests come. Returns the answers' statuses, how many pings were answered, and the calls.
@@ -88,6 +112,10 @@ describe("a worker #resty", function()
           statuses[status or 0] = (statuses[status or 0] or 0) + 1
         end)
       end
+      repeatedly(function()
+        server:request "/metrics"
+        moonrabbit.sleep(0.05)
+      end)
       repeatedly(function()
         pings.sent = pings.sent + 1
         if server:request "/ping" == "pong\n" then pings.answered = pings.answered + 1 end
@@ -145,6 +173,29 @@ describe("a worker #resty", function()
     check(text, pings)
     assert.truthy((statuses[202] or 0) > 10, server:log())
     assert.is_nil(statuses[503])
+  end)
+
+  -- How often an idle worker woke up in so many seconds.
+  local function wakes(seconds)
+    local file = server.prefix .. "/idle"
+    local tracer = shell(("strace -f -o '%s' -p %d > '%s.err' 2>&1 & echo $!"):format(file, server:workers()[1], file))
+    broker.eventually(function() return shell(("grep -c attached '%s.err'"):format(file)) ~= "0" end)
+    moonrabbit.sleep(seconds)
+    os.execute("kill -INT " .. tracer)
+    nginx.gone({ tonumber(tracer) }, 10)
+    local n = 0
+    for call in io.open(file):read("*a"):gmatch "[^\n]+" do
+      if call:find "epoll_wait" and call:find "= %d" then n = n + 1 end
+    end
+    return n
+  end
+
+  it("does not wake up when there is nothing to do", function()
+    start(broker.parsed().port, 60)
+    broker.eventually(function() return select(2, server:request "/readyz") == 200 end, 20, "all is connected")
+    assert.equal(202, (select(2, server:request "/publish")))
+    -- Four connections: each would wake it every second if anything looked around.
+    broker.eventually(function() return wakes(1.5) == 0 end, 30, "a second and a half without a system call")
   end)
 
   it("waits for nothing but its events while nobody listens", function()

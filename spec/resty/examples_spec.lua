@@ -2,6 +2,7 @@
 local moonrabbit = require "moonrabbit"
 local broker = require "support.broker"
 local cjson = require "cjson.safe"
+local http_server = require "support.http_server"
 local nginx = require "support.nginx"
 local proxy = require "support.proxy"
 local ok = broker.ok
@@ -201,6 +202,77 @@ describe("examples for nginx #resty", function()
     end
     assert.same({ one = true, three = true }, ids)
     channel:queue_delete "webhooks"
+  end)
+
+  describe("upstream", function()
+    local upstream
+    local told = {} -- body -> what the upstream answers, in turn; the last one again and again
+
+    before_each(function()
+      if broker.not_ours() then return end
+      upstream = http_server.start(function(request)
+        local answers = told[request.body] or { "200" }
+        local answer = #answers > 1 and table.remove(answers, 1) or answers[1]
+        if answer == "hang up" then return "" end
+        local status, retry_after = answer:match "^(%d+) ?(%d*)$"
+        return http_server.response(tonumber(status), "it says " .. status,
+          retry_after ~= "" and "retry-after: " .. retry_after .. "\r\n" or "")
+      end)
+    end)
+
+    after_each(function()
+      if upstream then upstream.stop() end
+      upstream, told = nil, {}
+      for _, queue in ipairs { "upstream.orders", "upstream.dead" } do channel:queue_delete(queue) end
+    end)
+
+    local function calls(body)
+      local n = 0
+      for _, request in ipairs(upstream.requests) do
+        if request.body == body then n = n + 1 end
+      end
+      return n
+    end
+
+    it("upstream: calls, tries again what fails, and parks what cannot succeed", function()
+      for _, queue in ipairs { "upstream.orders", "upstream.dead" } do channel:queue_delete(queue) end
+      start("upstream", { env = { UPSTREAM_URL = upstream.uri:gsub("guest:guest@", "") .. "/orders" } })
+      broker.eventually(function() return select(2, server:request "/readyz") == 200 end, 20, "both workers are ready")
+      told.flaky, told.away, told.busy = { "500", "200" }, { "hang up", "200" }, { "429 1", "200" }
+      told.wrong = { "422" }
+      local expected = { flaky = 2, away = 2, busy = 2, wrong = 1 }
+      for i = 1, 40 do
+        expected["order" .. i] = 1
+        if i % 4 == 0 then
+          told["order" .. i], expected["order" .. i] = { "503", "200" }, 2
+        end
+      end
+      for body in pairs(expected) do
+        ok(channel:publish_async(body, { routing_key = "upstream.orders", message_id = "id-" .. body,
+          content_type = "text/plain" }))
+      end
+      ok(channel:wait_for_confirms(10))
+      -- A reload in the middle of it: nothing is lost.
+      broker.eventually(function() return #upstream.requests > 10 end)
+      server:reload()
+      for body, n in pairs(expected) do
+        broker.eventually(function() return calls(body) >= n end, 20, body .. " is called")
+        assert.equal(n, calls(body), body .. "\n" .. server:log())
+      end
+      local request = upstream.requests[1]
+      assert.equal("POST", request.method)
+      assert.equal("/orders", request.target)
+      assert.equal("text/plain", request.headers["content-type"])
+      assert.equal("id-" .. request.body, request.headers["idempotency-key"])
+      local dead = next_message "upstream.dead"
+      assert.equal("wrong", dead.body)
+      assert.matches("the upstream answered 422: it says 422", dead.headers["moonrabbit-error"])
+      broker.eventually(function()
+        return ok(channel:queue_declare("upstream.orders", { passive = true })).message_count == 0
+      end)
+      assert.matches("moonrabbit_messages_settled_total{queue=\"upstream.orders\",outcome=\"dead_letter\"} 1\n",
+        (server:request "/metrics"))
+    end)
   end)
 
   it("docs/openresty.md: from nothing to a confirmed publish", function()

@@ -9,6 +9,7 @@ local ok = broker.ok
 local locations = [[
   location /ping { return 200 "pong\n"; }
   location /publish {
+    lua_check_client_abort on;
     content_by_lua_block {
       local args = ngx.req.get_uri_args()
       local started = ngx.now()
@@ -179,6 +180,26 @@ describe("a worker of nginx #resty", function()
     line.silent = false
     line:cut()
     assert.equal("ok\n", (publish "after"))
+  end)
+
+  it("publishes for a client that goes while the confirm is pending", function()
+    line = open_line()
+    start(line.port)
+    assert.equal("ok\n", (publish "before"))
+    line.silent = true
+    server:request(("/publish?queue=%s&body=gone&timeout=10"):format(queue), { on = function(transport)
+      broker.eventually(function() return stats().in_flight == 1 end)
+      transport:close()
+    end })
+    server:logged "client prematurely closed connection"
+    line.silent = false
+    line:cut()
+    broker.eventually(function() return stats().confirmed == 2 end)
+    assert.equal("ok\n", (publish "after"))
+    local seen = taken()
+    assert.truthy(seen.gone)
+    assert.equal(1, seen.after)
+    assert.is_nil(server:log():find "%[error%]", server:log())
   end)
 
   it("loses nothing that was confirmed while it is reloaded under load", function()

@@ -388,6 +388,17 @@ describe("a wrong configuration #resty", function()
       refused [[init_by_lua_block { require "moonrabbit.resty".start "amqp://localhost/" }]])
   end)
 
+  it("is told that nothing can be published there, or asked", function()
+    for name, argument in pairs { publish = '"x"', call = '"x"', run = "print", connect = '"amqp://"' } do
+      assert.matches(name .. " waits, which is impossible in init_by_lua%*",
+        refused(([[init_by_lua_block { require "moonrabbit.resty".%s(%s) }]]):format(name, argument)))
+    end
+    assert.matches("call moonrabbit.resty.start in init_worker_by_lua%* first %(this is init_by_lua%*%)",
+      refused [[init_by_lua_block { require "moonrabbit.resty".publish_async "x" }]])
+    assert.matches("consume belongs into init_worker_by_lua%*, and was called in init_by_lua%*",
+      refused [[init_by_lua_block { require "moonrabbit.resty".consume { app = "x.lua" } }]])
+  end)
+
   it("is told about lua_code_cache off, and about no start at all", function()
     local location = [[
       location /publish {

@@ -9,7 +9,7 @@ local function read_request(client)
   while true do
     local head, rest = bytes:match "^(.-\r\n\r\n)(.*)$"
     if head then
-      local method, target = head:match "^(%u+) (%S+) HTTP/1.1\r\n"
+      local method, target = head:match "^(%u+) (%S+) HTTP/1%.[01]\r\n"
       local request = { method = method, target = target, headers = {}, body = rest }
       for name, value in head:gmatch "\r\n([^:\r\n]+): ([^\r\n]*)" do request.headers[name:lower()] = value end
       local length = tonumber(request.headers["content-length"] or 0)

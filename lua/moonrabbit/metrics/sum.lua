@@ -78,11 +78,13 @@ local function read_line(page, line)
   end
 end
 
+local function read_page(page, text)
+  for line in (text .. "\n"):gmatch "(.-)\n" do read_line(page, line) end
+end
+
 local function read(texts)
   local page = new_page()
-  for _, text in ipairs(texts) do
-    for line in (text .. "\n"):gmatch "(.-)\n" do read_line(page, line) end
-  end
+  for _, text in ipairs(texts) do read_page(page, text) end
   return page
 end
 
@@ -124,6 +126,16 @@ end
 ---@param highest table<string, number>? kept from call to call: no counter falls below what it was in an earlier sum
 ---@return string
 function sum.sum(texts, highest) return write(read(texts), nil, highest) end
+
+--- The same, one page at a time, for who must not be busy for long: `add(text)`, `text()`.
+---@return { add: fun(text: string), text: fun(): string }
+function sum.adder()
+  local page = new_page()
+  return {
+    add = function(text) read_page(page, text) end,
+    text = function() return write(page) end,
+  }
+end
 
 --- What is left of a page when its process has ended: its counters and histograms. Added to the sum from
 --- then on it keeps them from falling, which Prometheus would take for a restart.

@@ -17,7 +17,7 @@ Inbound.__index = Inbound
 -- A consumer that ended before this many seconds counts as one that failed to start.
 local SHORT = 2
 
---- config: `name`, `setup`, `connect`, `backoff`, `exit_timeout`.
+--- config: `name`, `setup`, `connect`, `backoff`, `exit_timeout`; `watched` () -> the keeper's `watch` or nil.
 ---@param config table
 ---@return moonrabbit.resty.Inbound
 function Inbound.new(config)
@@ -32,6 +32,7 @@ function Inbound:add(subscription)
   local config = self.config
   self.keeper = life.keep {
     name = config.name, connect = config.connect, backoff = config.backoff, exit_timeout = config.exit_timeout,
+    watch = config.watched(),
     serve = function(conn, keeper) return self:serve(conn, keeper) end,
     wanted = function() return false end,
     failed = function() end,

@@ -62,7 +62,7 @@ Keeper.__index = Keeper
 --- A connection that is kept. config: `name` for the log, `connect` (limit) -> Connection or nil, err, within `limit` seconds if given, `serve` (conn,
 --- keeper) runs while it lasts and returns why it ended, `wanted` () -> whether one is needed still (asked
 --- while the worker leaves), `failed` (err) hears of attempts that failed, `backoff` { first, factor, max, jitter },
---- `exit_timeout` in seconds.
+--- `exit_timeout` in seconds, `watch` may hear of it: opened(self, conn), lost(self, err).
 ---@param config table
 ---@return moonrabbit.resty.Keeper
 function life.keep(config)
@@ -85,12 +85,16 @@ local function serve(self, conn)
   self.state, self.failure = "open", nil
   local began = now()
   self.sessions = self.sessions + 1
-  local ended = self.config.serve(conn, self)
+  local watch = self.config.watch
+  if watch then watch:opened(conn) end
+  local whole, ended = xpcall(self.config.serve, debug.traceback, conn, self)
   local _, reason = conn:state()
-  self.failure = ended or reason
+  self.failure = whole and ended or reason
+  if watch then watch:lost(not life.exiting and self.failure or nil) end
   -- One that ends as soon as it has begun must not begin again as soon.
   self.attempt = now() - began < SHORT and self.attempt + 1 or 0
   if conn:is_open() then conn:close(life.exiting and GOODBYE or nil) end
+  if not whole then error(ended, 0) end
 end
 
 local function attempt(self)
@@ -101,6 +105,7 @@ local function attempt(self)
     return serve(self, conn)
   end
   self.failure = err
+  if self.config.watch then self.config.watch:lost(err) end
   self.attempt = self.attempt + 1
   if err.temporary == false then self.attempt = math.max(self.attempt, 20) end -- as seldom as can be
   self.config.failed(err)

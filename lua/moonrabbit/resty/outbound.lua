@@ -40,7 +40,7 @@ local SPARE = 256
 local LONG = 86400
 
 --- config: `name`, `entries`, `bytes`, `linger`, `calls` (functions that run at once), `setup`, `connect`, `backoff`,
---- `exit_timeout`.
+--- `exit_timeout`, `watch`.
 ---@param config table
 ---@return moonrabbit.resty.Outbound
 function Outbound.new(config)
@@ -58,12 +58,14 @@ function Outbound.new(config)
     jobs = {}, running = 0, -- functions for the connection
     published = 0, confirmed = 0, overflows = 0, timeouts = 0, resent = 0, failures = {},
     unheard = 0, unheard_at = -huge,
+    metrics = nil, seconds = nil, -- moonrabbit.resty.metrics: who is told of changes, and of how long a confirm took
   }, Outbound)
   for slot = 1, entries do
     self.bodies[slot], self.routes[slot], self.waiters[slot], self.confirmations[slot] = false, false, false, false
   end
   self.keeper = life.keep {
     name = config.name, connect = config.connect, backoff = config.backoff, exit_timeout = config.exit_timeout,
+    watch = config.watch,
     serve = function(conn, keeper) return self:serve(conn, keeper) end,
     wanted = function() return self:busy() end,
     failed = function(err) self:connecting_failed(err) end,
@@ -93,6 +95,7 @@ local function push(self, body, route, waiter)
   local tail, size = self.tail, #body
   if tail - self.head >= self.entries or self.bytes + size > self.config.bytes then
     self.overflows = self.overflows + 1
+    if self.metrics then self.metrics:touch() end
     return nil, self:error("overflow", ("the queue of this worker is full (%d messages, %d bytes of bodies)"):format(
       tail - self.head, self.bytes), size <= self.config.bytes)
   end
@@ -110,6 +113,7 @@ local function push(self, body, route, waiter)
     self.wake:post(1)
   end
   if self.keeper.state == "idle" then self.keeper:start() end
+  if self.metrics then self.metrics:touch() end
   return true
 end
 
@@ -130,6 +134,7 @@ end
 local function finish(self, index, ok, err)
   local waiter = self.waiters[index % self.entries + 1]
   take_out(self, index)
+  if self.metrics then self.metrics:touch() end
   if ok then
     self.confirmed = self.confirmed + 1
   else
@@ -172,6 +177,7 @@ end
 
 local function give_up(self, waiter, timeout)
   self.timeouts = self.timeouts + 1
+  if self.metrics then self.metrics:touch() end
   local index = waiter.index
   if index < self.sent_to then
     self.waiters[index % self.entries + 1] = false
@@ -198,11 +204,14 @@ function Outbound:publish(body, route, timeout)
   if failure then return nil, failure end
   local waiter = table.remove(self.spare) or { semaphore = semaphore.new() }
   waiter.done = false
+  local seconds = self.seconds
+  local began = seconds and now()
   local ok, err = push(self, body, route, waiter)
   if ok then
     waiter.semaphore:wait(timeout)
     if not waiter.done then return give_up(self, waiter, timeout) end
     ok, err = waiter.ok, waiter.err
+    if ok and seconds then seconds:observe(now() - began) end
   end
   waiter.err = nil
   if waiter.semaphore:count() == 0 and #self.spare < SPARE then self.spare[#self.spare + 1] = waiter end

@@ -107,7 +107,7 @@ function M.current()
   return tasks[running()]
 end
 
---- The task's current or next wait throws M.cancelled; one for the network, within a second.
+--- The task's current or next wait throws M.cancelled; one to write to the network ends first.
 function M.cancel(task)
   if task.over then return end
   task.cancelling = true

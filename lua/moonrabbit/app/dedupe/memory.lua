@@ -24,6 +24,7 @@ local memory = {}
 local Store = {}
 Store.__index = Store
 Store.quick = true
+Store.one_process = true -- other processes know nothing of it
 
 local TTL, MAX = 3600, 100000
 --- Keys of a block.

@@ -241,15 +241,17 @@ local function wait_once(self) self.runtime.condition():wait(0) end
 function Runner:swallow() self.protect(wait_once, self) end
 
 -- Somebody else has concluded the job of a run meanwhile.
-local function left(self)
+local function left(self, thrown)
   self.stuck = self.stuck - 1
+  -- It was cancelled, and may not have noticed.
+  if self.runtime.cancelled ~= nil and thrown ~= self.runtime.cancelled then self:swallow() end
   return LEFT
 end
 
 -- After a run: a failure, or nil and the outcome that its handler asked for; nothing after success.
 local function ran(self, job, ok, ...)
   job.over = true
-  if job.abandoned then return left(self) end
+  if job.abandoned then return left(self, not ok and ... or nil) end
   if job.expired then
     if ok then self:swallow() end
     return failure.timeout(self.consumer.timeout)
@@ -266,7 +268,7 @@ end
 
 local function batch_ran(self, job, ok, ...)
   job.over = true
-  if job.abandoned then return left(self) end
+  if job.abandoned then return left(self, not ok and ... or nil) end
   job.n = select("#", ...)
   job.value, job.reason = ...
   return ok, ...

@@ -1,12 +1,16 @@
 --- Cosockets as docs/internals.md describes transports.
 --
 -- A cosocket belongs to the handler (request or timer) that made it. One light thread may read it and
--- one write it; neither can be interrupted, and closing it while one of them waits fails. So a reader
--- looks every second whether the transport was closed, and whoever leaves last closes the socket.
+-- one write it; neither can be interrupted, and closing it while one of them waits fails. But a light thread can be
+-- killed, by the one that started it. So each transport has two of its own: one reads ahead, and waits as long as it
+-- takes; the other started it, waits until the transport is closed, and ends it then. Whoever wants bytes waits on a
+-- condition, which anybody can end. So nothing has to wake up only to look.
 
 local base = require "resty.core.base"
+local semaphore = require "ngx.semaphore"
 
 local get_request = base.get_request
+local thread_spawn, thread_kill, exiting = ngx.thread.spawn, ngx.thread.kill, ngx.worker.exiting
 
 local M = {}
 
@@ -14,10 +18,13 @@ local M = {}
 local Transport = {}
 Transport.__index = Transport
 
--- A read that times out leaves the socket usable: so often a reader looks whether it was closed.
-local READ_TIMEOUT = 1000
+-- As long as nginx's timers allow with some room: a read is ended by other means.
+local LONG = 86400
+local READ_TIMEOUT = LONG * 1000
 local SEND_TIMEOUT = 60000
 local CHUNK = 65536
+-- So many bytes are read before anybody asks for them.
+local AHEAD = 4 * CHUNK
 -- nginx takes one of a name's addresses, by chance: a connect that fails is tried again so often.
 local ATTEMPTS = 4
 
@@ -27,46 +34,71 @@ local function ms(seconds) return max(1, min(2147483647, floor(seconds * 1000)))
 
 -- ---- Reading and writing ----------------------------------------------------------------------------
 
-local function really_close(self)
-  if self.socket and not self.reading and not self.writing then
-    local socket = self.socket
-    self.socket = nil
-    socket:close()
+-- The light thread that reads; killed when the transport is closed.
+local function read_ahead(self)
+  local socket, chunks = self.socket, self.chunks
+  while true do
+    local bytes, err = socket:receiveany(CHUNK)
+    if bytes then
+      self.last = self.last + 1
+      chunks[self.last] = bytes
+      self.ahead = self.ahead + #bytes
+      self.arrived:signal()
+      while self.ahead >= AHEAD do self.taken:wait(LONG) end
+    elseif err ~= "timeout" then
+      self.failure = err == "closed" and "the broker closed the connection" or tostring(err)
+      self.arrived:broadcast()
+      return
+    end
   end
 end
 
-local function fail(self, err)
-  self.closed = true
-  really_close(self)
-  return nil, "closed", err == "closed" and "the broker closed the connection" or err
+-- The light thread that owns the reading one. What is being written is written first: a writer would never learn of
+-- its socket's end. In a worker that leaves nobody minds, and a peer that takes nothing must not hold it up.
+local function own(self)
+  local reader = thread_spawn(read_ahead, self)
+  while not self.closed or self.writing and not exiting() do self.over:wait(LONG) end
+  thread_kill(reader)
+  self.socket:close()
 end
 
--- One wait for bytes, of at most READ_TIMEOUT; "" when none came.
-local function look(self, most, timeout)
-  if timeout ~= self.read_timeout then
-    self.read_timeout = timeout
-    self.socket:settimeouts(SEND_TIMEOUT, SEND_TIMEOUT, timeout)
-  end
-  self.reading = true
-  local bytes, err = self.socket:receiveany(most)
-  self.reading = false
-  if bytes then return bytes end
-  if err == "timeout" then return "" end
-  return fail(self, err)
+local function take(self)
+  local first = self.first
+  local bytes = self.chunks[first]
+  if not bytes then return nil end
+  self.chunks[first] = nil
+  self.first = first + 1
+  if self.ahead >= AHEAD and self.ahead - #bytes < AHEAD then self.taken:post(1) end
+  self.ahead = self.ahead - #bytes
+  return bytes
 end
 
-local function receive(self, most, timeout)
+-- The next bytes that came, as soon as there are any.
+local function receive(self, timeout)
   local now = self.now
   local deadline = timeout and now() + timeout
   while not self.closed do
-    self.check()
-    local left = deadline and ms(deadline - now()) or READ_TIMEOUT
-    local bytes, kind, text = look(self, most, min(left, READ_TIMEOUT))
-    if bytes ~= "" then return bytes, kind, text end
-    if deadline and now() >= deadline and not self.closed then return nil, "timeout", "nothing to read in time" end
+    local bytes = take(self)
+    if bytes then return bytes end
+    if self.failure then return nil, "closed", self.failure end
+    local left = deadline and deadline - now()
+    if left and left <= 0 then return nil, "timeout", "nothing to read in time" end
+    self.arrived:wait(left)
   end
-  really_close(self)
   return nil, "closed", "closed"
+end
+
+-- What the last call left, else the next bytes; at most `most` of them.
+local function next_bytes(self, most, timeout)
+  local bytes = self.rest
+  self.rest = nil
+  if not bytes then
+    local kind, text
+    bytes, kind, text = receive(self, timeout)
+    if not bytes then return nil, kind, text end
+  end
+  if #bytes > most then bytes, self.rest = bytes:sub(1, most), bytes:sub(most + 1) end
+  return bytes
 end
 
 --- Waits for bytes and gives them to the engine.
@@ -75,7 +107,7 @@ function Transport:fill(engine)
   local bytes = self.rest
   if not bytes then
     local kind, text
-    bytes, kind, text = receive(self, CHUNK)
+    bytes, kind, text = receive(self)
     if not bytes then return nil, kind, text end
   end
   local taken = engine:feed(bytes, self.now())
@@ -88,7 +120,7 @@ end
 ---@param most integer? bytes
 ---@param timeout number? seconds
 ---@return string|nil bytes, string? kind, string? text
-function Transport:read(most, timeout) return receive(self, most or CHUNK, timeout) end
+function Transport:read(most, timeout) return next_bytes(self, most or CHUNK, timeout) end
 
 --- Writes all the bytes.
 ---@param bytes string
@@ -96,15 +128,16 @@ function Transport:read(most, timeout) return receive(self, most or CHUNK, timeo
 ---@return boolean|nil ok, string? kind, string? text
 function Transport:write(bytes, timeout)
   if self.closed then return nil, "closed", "closed" end
-  if timeout then
-    self.read_timeout = nil
-    self.socket:settimeouts(SEND_TIMEOUT, ms(timeout), READ_TIMEOUT)
+  local send_timeout = timeout and ms(timeout) or SEND_TIMEOUT
+  if send_timeout ~= self.send_timeout then
+    self.send_timeout = send_timeout
+    self.socket:settimeouts(SEND_TIMEOUT, send_timeout, READ_TIMEOUT)
   end
   self.writing = true
   local sent, err = self.socket:send(bytes)
   self.writing = false
+  if self.closed then self.over:post(1) end
   if sent then return true end
-  if self.closed then really_close(self) end
   if err == "timeout" then return nil, "timeout", "the peer does not read in time" end
   return nil, "closed", err
 end
@@ -134,10 +167,12 @@ function Transport:check_owner()
   end
 end
 
---- Idempotent; whoever waits in another call on it gets nil, "closed" within a second.
+--- Idempotent; whoever reads on it gets nil, "closed".
 function Transport:close()
+  if self.closed then return end
   self.closed = true
-  really_close(self)
+  self.arrived:broadcast()
+  self.over:post(1)
 end
 
 -- ---- TLS --------------------------------------------------------------------------------------------
@@ -287,10 +322,14 @@ function M.open(runtime, endpoint, tls, timeout)
     end
   end
   socket:settimeouts(SEND_TIMEOUT, SEND_TIMEOUT, READ_TIMEOUT)
-  return setmetatable({
-    socket = socket, secure = tls ~= nil, request = get_request(), now = now, check = runtime.check_cancelled,
-    read_timeout = READ_TIMEOUT, closed = false, reading = false, writing = false,
+  local self = setmetatable({
+    socket = socket, secure = tls ~= nil, request = get_request(), now = now,
+    chunks = {}, first = 1, last = 0, ahead = 0, -- what was read and not taken yet
+    arrived = runtime.condition(), taken = semaphore.new(), over = semaphore.new(),
+    closed = false, writing = false, send_timeout = SEND_TIMEOUT,
   }, Transport)
+  thread_spawn(own, self)
+  return self
 end
 
 return M

@@ -1,0 +1,361 @@
+--- What all workers of one nginx have done, on one page: any of them answers with the sum.
+--
+--     lua_shared_dict moonrabbit 1m;
+--     init_worker_by_lua_block { require "moonrabbit.resty".start { uri = …, metrics = "moonrabbit" } }
+--     location = /metrics { content_by_lua_block { require "moonrabbit.resty.metrics".serve() } }
+--     location = /readyz  { content_by_lua_block { require "moonrabbit.resty.metrics".readyz() } }
+--     location = /healthz { content_by_lua_block { require "moonrabbit.resty.metrics".healthz() } }
+--
+-- Each worker counts for itself, and puts its page into the dictionary `EVERY` seconds after something has happened
+-- (and before it answers); one that is idle does not wake up for it. Each worker that ever began has a slot of its own.
+-- When its process is gone its counters and histograms are added to what all have left before, so a sum never falls, over
+-- reloads and crashes; its gauges vanish. Who looks into the slots holds a lock, for as long as it takes to
+-- copy them; a worker that dies with it loses it after some seconds. A crash takes what it did since its last page.
+-- @module moonrabbit.resty.metrics
+
+local ffi = require "ffi"
+local json = require "moonrabbit.cli.json"
+local life = require "moonrabbit.resty.life"
+local moonrabbit_metrics = require "moonrabbit.metrics"
+local observer = require "moonrabbit.metrics.observer"
+local runtime = require "moonrabbit.runtime.resty"
+local sum = require "moonrabbit.metrics.sum"
+
+pcall(ffi.cdef, "int getpgid(int pid);")
+
+local metrics = {}
+
+-- Seconds after which what has happened is on the page of a worker.
+local EVERY = 1
+-- The same in a worker that leaves.
+local SOON = 0.1
+-- Seconds after which the lock of a process that died is void, that somebody waits for it, and between tries.
+local LOCK, PATIENCE, TRY = 5, 2, 0.002
+
+local TEXT = "text/plain; version=0.0.4; charset=utf-8"
+local PREFIX = "moonrabbit:"
+
+---@class moonrabbit.resty.Metrics
+---@field metrics moonrabbit.Metrics  this worker's
+local Shared = {}
+Shared.__index = Shared
+
+-- Instead of what is missing: no requests come to a worker that leaves. And instead of a process, in a slot given up.
+local LEAVING, GONE = "leaving", "gone"
+
+local worker -- this worker's
+
+-- ---- A worker's own page ----------------------------------------------------------------------------
+
+local function set(self, name, value)
+  local ok, problem = self.dict:safe_set(PREFIX .. name, value)
+  if ok or self.said == problem then return ok end
+  self.said = problem
+  runtime.log("error", ("metrics: the dictionary '%s': %s"):format(self.name, tostring(problem)))
+end
+
+local function get(self, name) return self.dict:get(PREFIX .. name) end
+
+-- What is missing for this worker to be ready, a line for each: name, tab, reason.
+local function missing(self)
+  local lines = {}
+  for _, each in ipairs(self.metrics.checks.ready) do
+    local ok, good, reason = pcall(each.check)
+    if not ok then good, reason = nil, "the check threw: " .. tostring(good) end
+    if not good then
+      lines[#lines + 1] = ("%s\t%s\n"):format(each.name, (tostring(reason or "not ready"):gsub("%c", " ")))
+    end
+  end
+  return table.concat(lines)
+end
+
+--- Puts the page of this worker into the dictionary.
+function Shared:write()
+  set(self, "page:" .. self.slot, self.metrics:text())
+  set(self, "missing:" .. self.slot, life.exiting and LEAVING or missing(self))
+end
+
+local function on_timer(premature, self)
+  if not premature and life.exiting then ngx.sleep(SOON) end
+  self.armed = false
+  self:write()
+end
+
+--- Something has happened: it is on the page soon. May be called in every phase.
+function Shared:touch()
+  if self.armed then return end
+  self.armed = true
+  -- A worker that leaves takes timers without a delay only.
+  local ok = ngx.timer.at(life.exiting and 0 or EVERY, on_timer, self)
+  if not ok then self.armed = false end
+end
+
+-- ---- The pages of all -------------------------------------------------------------------------------
+
+-- Whether a process is a worker of this nginx still; its number may have gone to another one since.
+local function is_alive(self, pid) return ffi.C.getpgid(pid) == self.group end
+
+local function lock(self)
+  local until_then = runtime.now() + PATIENCE
+  while not self.dict:safe_add(PREFIX .. "lock", 1, LOCK) do
+    if runtime.now() > until_then then return nil, "the lock of the metrics is held" end
+    runtime.sleep(TRY)
+  end
+  return true
+end
+
+-- What a worker that is gone has left is kept before its slot is given up: twice is better than never.
+local function bury(self, slot)
+  local page = get(self, "page:" .. slot)
+  if page and not set(self, "left", sum.sum { get(self, "left") or "", sum.lasting(page) }) then return end
+  set(self, "pid:" .. slot, GONE)
+  self.dict:delete(PREFIX .. "page:" .. slot)
+  self.dict:delete(PREFIX .. "missing:" .. slot)
+end
+
+-- Slots that were given up are not looked at any more. One without a process is just being taken.
+local function advance(self, first, last)
+  local before = first
+  while first <= last and get(self, "pid:" .. first) == GONE do
+    self.dict:delete(PREFIX .. "pid:" .. first)
+    first = first + 1
+  end
+  if first > before then set(self, "first", first) end
+end
+
+-- Calls fn(slot, number of the worker) for each worker that lives. What those that are gone have left; or nil, problem.
+local function each_worker(self, fn)
+  local ok, problem = lock(self)
+  if not ok then return nil, problem end
+  local first, last = get(self, "first") or 1, get(self, "slots") or 0
+  for slot = first, last do
+    local pid, number = (get(self, "pid:" .. slot) or ""):match "^(%d+) (%d+)$"
+    if pid and is_alive(self, tonumber(pid)) then
+      fn(slot, tonumber(number))
+    elseif pid then
+      bury(self, slot)
+    end
+  end
+  advance(self, first, last)
+  local left = get(self, "left") or ""
+  self.dict:delete(PREFIX .. "lock")
+  return left
+end
+
+--- The page of all workers. It waits: others run between the pages.
+---@return string|nil page, string? problem
+function Shared:page()
+  self:write()
+  local pages = {}
+  local left, problem = each_worker(self, function(slot) pages[#pages + 1] = get(self, "page:" .. slot) end)
+  if not left then return nil, problem end
+  local all = sum.adder()
+  all.add(left)
+  for _, page in ipairs(pages) do
+    all.add(page)
+    runtime.sleep(0)
+  end
+  return all.text()
+end
+
+--- What is missing for all workers to be ready: nothing, or a list of { worker, name, reason }. It waits. The
+--- checks are asked in each worker when something happens there, and in this one now.
+---@return table[]|nil missing, string? problem
+function Shared:missing()
+  self:write()
+  local all, seen = {}, {}
+  local ok, problem = each_worker(self, function(slot, number)
+    local lines = get(self, "missing:" .. slot)
+    if not lines or lines == LEAVING then return end
+    seen[number] = true
+    for name, reason in lines:gmatch "(.-)\t(.-)\n" do
+      all[#all + 1] = { worker = number, name = name, reason = reason }
+    end
+  end)
+  if not ok then return nil, problem end
+  for number = 0, ngx.worker.count() - 1 do
+    if not seen[number] then all[#all + 1] = { worker = number, name = "worker", reason = "it has not started" } end
+  end
+  return all
+end
+
+-- ---- What is measured -------------------------------------------------------------------------------
+
+-- A connection that is kept, as moonrabbit.metrics.connections looks at connections.
+local Kept = {}
+Kept.__index = Kept
+
+function Kept:state() return self.connection and self.connection:state() or "recovering" end
+function Kept:blocked() return self.connection:blocked() end
+
+function Kept:on(event, fn)
+  self.heard[event] = fn
+  return function() self.heard[event] = nil end
+end
+
+--- It stands, for the first time or again.
+---@param connection moonrabbit.Connection
+function Kept:opened(connection)
+  if self.stood then self.heard.recovered() end
+  self.stood, self.reason = true, nil
+  self.connection, self._session = connection, connection._session
+  self.shared:touch()
+end
+
+--- It was lost, or could not be made; nil: it has ended as it should.
+---@param err moonrabbit.Error?
+function Kept:lost(err)
+  self.connection, self._session, self.reason = nil, nil, err
+  if err then self.heard.recovering(err) end
+  self.shared:touch()
+end
+
+--- Measures a connection that is kept: tell what is returned when it stands and when it is lost.
+---@param name string the label
+---@return { opened: fun(self, connection: moonrabbit.Connection), lost: fun(self, err: moonrabbit.Error?) }
+function Shared:connection(name)
+  local kept = setmetatable({ shared = self, heard = {} }, Kept)
+  self.metrics:watch(kept, name)
+  self.metrics:ready("connection " .. name, function()
+    if kept.connection and kept.connection:is_open() then return true end
+    return nil, kept.reason and tostring(kept.reason) or "connecting"
+  end)
+  return kept
+end
+
+-- The kinds of errors that a worker's queue has counted; those whose callers gave up are timeouts.
+local function errors_of(outbound)
+  local all = { overflow = outbound.overflows, timeout = outbound.timeouts }
+  for kind, n in pairs(outbound.failures) do all[kind] = (all[kind] or 0) + n end
+  return all
+end
+
+--- Measures what a worker publishes.
+---@param outbound moonrabbit.resty.Outbound
+---@param name string the label
+function Shared:outbound(outbound, name)
+  local families, count = self.metrics.families, (self.labels[name] or 0) + 1
+  self.labels[name] = count
+  if count > 1 then name = name .. "-" .. count end
+  local function series(family) return families[family]:with(name) end
+  local taken, resent = series "publishes_total", series "publishes_resent_total"
+  local unconfirmed, bytes = series "publisher_unconfirmed", series "publisher_bytes"
+  series("publisher_window"):set(outbound.entries)
+  self.metrics.registry:collect(function()
+    taken.value, resent.value = outbound.published, outbound.resent
+    for kind, n in pairs(errors_of(outbound)) do families.publish_errors_total:with(name, kind).value = n end
+    unconfirmed:set(outbound.tail - outbound.next + outbound.in_flight)
+    bytes:set(outbound.bytes)
+  end)
+  outbound.metrics, outbound.seconds = self, series "publish_seconds"
+end
+
+--- Measures an app: the table for its `observer`, which tells `also` the same.
+---@param app moonrabbit.App
+---@param also table? another observer
+---@return table
+function Shared:observer(app, also)
+  for _, consumer in ipairs(app.plan.consumers) do observer.prepare(self.metrics.families, consumer.queue) end
+  self.metrics:ready("app " .. app.name, function()
+    if app.state == "running" then return true end
+    return nil, app.state
+  end)
+  local all = self.metrics:observer(also)
+  for _, name in ipairs { "delivered", "settled", "event" } do
+    local fn = all[name]
+    all[name] = function(...)
+      self:touch()
+      return fn(...)
+    end
+  end
+  return all
+end
+
+-- ---- One for a worker -------------------------------------------------------------------------------
+
+local function take_slot(self)
+  local slot, problem = self.dict:incr(PREFIX .. "slots", 1, 0)
+  if not slot then error("metrics: the dictionary '" .. self.name .. "': " .. tostring(problem), 0) end
+  self.slot = slot
+  set(self, "missing:" .. slot, "worker\tit has not started\n")
+  set(self, "pid:" .. slot, ("%d %d"):format(ngx.worker.pid(), ngx.worker.id() or 0))
+end
+
+--- The metrics of this worker; the first call, in init_worker_by_lua*, makes them.
+---@param name string of the `lua_shared_dict`
+---@return moonrabbit.resty.Metrics
+function metrics.open(name)
+  if worker then
+    if worker.name ~= name then error(("the metrics of this worker are in '%s' already"):format(worker.name), 0) end
+    return worker
+  end
+  worker = setmetatable({
+    name = name, dict = ngx.shared[name], labels = {}, group = ffi.C.getpgid(0), armed = false,
+    metrics = moonrabbit_metrics.new { log = runtime.log },
+  }, Shared)
+  take_slot(worker)
+  worker:touch()
+  life.on_exit(function() worker:write() end)
+  return worker
+end
+
+--- The metrics of this worker, which `start { metrics = … }` has made: `metrics` is a moonrabbit.Metrics, for counters
+--- and checks of your own; after a change of them call `touch()`, or the other workers learn of it late.
+---@return moonrabbit.resty.Metrics
+function metrics.worker()
+  if worker then return worker end
+  error("moonrabbit.resty.metrics: call moonrabbit.resty.start { metrics = \"…\" } in init_worker_by_lua* first", 2)
+end
+
+-- ---- Requests ---------------------------------------------------------------------------------------
+
+local function answer(status, kind, text)
+  local method = ngx.req.get_method()
+  if method ~= "GET" and method ~= "HEAD" then
+    ngx.header["Allow"] = "GET, HEAD"
+    status, kind, text = 405, "text/plain", "GET or HEAD\n"
+  end
+  ngx.status = status
+  ngx.header["Content-Type"], ngx.header["Content-Length"] = kind, #text
+  ngx.print(text)
+end
+
+local function answer_checks(word, list)
+  for i, each in ipairs(list) do list[i] = { worker = each.worker, name = each.name, reason = each.reason } end
+  local good = #list == 0
+  answer(good and 200 or 503, "application/json",
+    json.encode { [word] = good, missing = not good and list or nil } .. "\n")
+end
+
+local function fail(problem)
+  runtime.log("error", "metrics: " .. problem)
+  answer(500, "text/plain", "it could not be made: see the log\n")
+end
+
+--- content_by_lua*: the page of all workers, for Prometheus.
+function metrics.serve()
+  local page, problem = metrics.worker():page()
+  if not page then return fail(problem) end
+  answer(200, TEXT, page)
+end
+
+--- content_by_lua*: 200 when every worker is connected and its apps run; 503, and what is missing in which.
+function metrics.readyz()
+  local list, problem = metrics.worker():missing()
+  if not list then return fail(problem) end
+  answer_checks("ready", list)
+end
+
+--- content_by_lua*: 200 as long as this worker answers, unless a check of your own says otherwise
+--- (moonrabbit.Metrics:healthy).
+function metrics.healthz()
+  local list = {}
+  for _, each in ipairs(metrics.worker().metrics.checks.health) do
+    local ok, good, reason = pcall(each.check)
+    if not ok then good, reason = nil, "the check threw: " .. tostring(good) end
+    if not good then list[#list + 1] = { name = each.name, reason = tostring(reason or "not healthy") } end
+  end
+  answer_checks("healthy", list)
+end
+
+return metrics
