@@ -174,6 +174,10 @@ describe("an app in nginx #resty", function()
     return n
   end
 
+  local function next_of(queue)
+    return broker.eventually(function() return channel:get(name .. queue, { no_ack = true }) end, 10, queue)
+  end
+
   -- The next dead letter.
   local function parked()
     return broker.eventually(function() return channel:get(name .. ".dead", { no_ack = true }) end, 10, "a dead letter")
@@ -237,7 +241,7 @@ describe("an app in nginx #resty", function()
     send("refused", "refused")
     assert.equal("nobody wants it", parked().headers["moonrabbit-reason"])
     send("copy", "copy")
-    assert.equal("copy!", broker.eventually(function() return channel:get(name .. ".out", { no_ack = true }) end).body)
+    assert.equal("copy!", next_of ".out".body)
     assert.is_nil(server:log():find "%[alert%]")
   end)
 
