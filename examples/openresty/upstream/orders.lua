@@ -22,7 +22,7 @@ end
 
 local function call(message)
   local answer, err = post(url, message.body, {
-    ["Content-Type"] = message.content_type or "application/octet-stream",
+    ["Content-Type"] = message.properties.content_type or "application/octet-stream",
     ["Idempotency-Key"] = message.message_id,
   }, 5)
   if not answer then return nil, err end
