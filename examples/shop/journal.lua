@@ -1,6 +1,6 @@
 --- An observer that writes a line for everything that happens to a message: what was written stays, even after a
 -- kill -9. `moonrabbit.metrics` counts in memory instead.
---   delivered ID first|again      settled OUTCOME      event NAME WHY
+--   delivered ID first|again      settled OUTCOME      failed WHY      event NAME WHY
 local shop = require "shop"
 
 return function(name)
@@ -14,13 +14,14 @@ return function(name)
     file:write(table.concat({ ... }, " "), "\n")
   end
 
+  local function line(text) return (tostring(text or ""):gsub("%c", " ")) end
+
   return {
     delivered = function(_, msg)
       note("delivered", tostring(msg.message_id), msg.redelivered and "again" or "first")
     end,
     settled = function(_, outcome) note("settled", outcome) end,
-    event = function(what, fields)
-      note("event", what, (tostring(fields.reason or fields.error or ""):gsub("%c", " ")))
-    end,
+    failed = function(_, failure) note("failed", line(failure.message)) end,
+    event = function(what, fields) note("event", what, line(fields.reason or fields.error)) end,
   }
 end

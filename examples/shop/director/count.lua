@@ -70,7 +70,7 @@ function count.sum(facts)
   sum.warm_up_lost = facts.warm_up.published - facts.warm_up.delivered
   local problems = sum.problems
   -- Those of a story that was broken off may be among what waits.
-  say(problems, sum.lost, (facts.waiting or 0) > 0 and "are lost, or among what waits" or "are lost")
+  say(problems, sum.lost, facts.waiting ~= 0 and "are lost, or among what waits" or "are lost")
   say(problems, sum.paid_twice, "were paid twice")
   say(problems, sum.mailed_twice, "were mailed twice")
   say(problems, missing(facts.books, facts.placed), "were paid and never placed")

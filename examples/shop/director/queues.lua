@@ -22,14 +22,15 @@ function queues.dead(name, app) return name .. "." .. app .. ".dead" end
 function queues.check(conn, name)
   local ch, err = conn:channel { confirm = true }
   if not ch then return nil, tostring(err) end
-  local queue = name .. ".check"
+  local check = name .. ".check"
   local ok
-  ok, err = ch:exchange_declare(name, { type = "topic", durable = true })
-  if ok then ok, err = ch:queue_declare(queue, { exclusive = true }) end
-  if ok then ok, err = ch:queue_bind(queue, name, "check") end
-  if ok then ok, err = ch:publish("check", { exchange = name, routing_key = "check", timeout = 10 }) end
+  ok, err = ch:exchange_declare(check, { type = "direct", durable = true })
+  if ok then ok, err = ch:queue_declare(check, { exclusive = true }) end
+  if ok then ok, err = ch:queue_bind(check, check, "check") end
+  if ok then ok, err = ch:publish("check", { exchange = check, routing_key = "check", timeout = 10 }) end
   if ch:is_open() then
-    ch:queue_delete(queue)
+    ch:queue_delete(check)
+    ch:exchange_delete(check)
     ch:close()
   end
   if ok then return true end

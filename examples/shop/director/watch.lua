@@ -50,6 +50,8 @@ function readers.settled(self, name, outcome)
   app.outcomes = app.outcomes + 1
 end
 
+function readers.failed(self, name, why) self[name].failure = why end
+
 function readers.event(self, name, rest)
   local what, why = rest:match "^(%S+) ?(.*)$"
   self.events[#self.events + 1] = { app = name, name = what, why = why }
