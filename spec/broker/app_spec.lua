@@ -250,7 +250,7 @@ describe("an app #app", function()
     running = mr.app { name = name "app", queues = { [queue] = {} }, log = function() end,
       consumers = { { queue = queue, handler = function() end } } }
     assert.error_matches(function() running:start { uri = broker.url, hearbeat = 5 } end, "did you mean 'heartbeat'")
-    assert.equal("stopped", running.state)
+    assert.equal("ready", running.state)
     broker.ok(running:start(connections()))
     assert.equal("running", running.state)
   end)
