@@ -102,7 +102,7 @@ pid_t mrn_spawn(char *const argv[], int *line) {
 }
 
 int mrn_parent(void) {
-  struct sockaddr_storage own;
+  struct sockaddr_storage own = {.ss_family = AF_UNSPEC};
   socklen_t length = sizeof own;
   if (getsockname(LINE, (struct sockaddr *)&own, &length) != 0) return -1;
   if (own.ss_family == AF_UNIX && mrn_set_flags(LINE)) return LINE;
