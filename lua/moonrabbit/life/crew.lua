@@ -28,16 +28,17 @@ local sum = require "moonrabbit.metrics.sum"
 local Crew = {}
 Crew.__index = Crew
 
-local crew = {}
+for _, part in ipairs { "watch", "reload" } do
+  for name, method in pairs(require("moonrabbit.life.crew." .. part)) do Crew[name] = method end
+end
 
 --- Short lives in a row after which a worker is given up.
 local MOST_FAILURES = 5
---- How long a worker may take over --drain, and over a reload.
-local GRACE = 15
---- How long a page may take, and how often each worker is looked at.
-local PATIENCE, INTERVAL = 2, 5
---- A worker that has said nothing for so long is not healthy.
-local STUCK = 30
+
+--- Seconds that a worker may take over --drain, and over a reload.
+local crew = { GRACE = 15 }
+Crew.GRACE = crew.GRACE
+
 
 ---@param opts moonrabbit.life.CrewOptions
 ---@return moonrabbit.life.Crew
@@ -63,7 +64,10 @@ local function count(self, holds)
 end
 
 local function lives(member) return member.pid ~= false end
-local function works(member) return member.ready and member.problem == nil end
+
+--- How many workers consume.
+---@return integer
+function Crew:count_at_work() return count(self, function(member) return member:works() end) end
 
 -- ---- Starting ---------------------------------------------------------------------------------------
 
@@ -77,7 +81,7 @@ function Crew:heard(member, word)
       if not other.pid then other.due = self.runtime.now() end
     end
   end
-  local ready = count(self, works)
+  local ready = self:count_at_work()
   notify.send(("STATUS=%d of %d workers run"):format(ready, #self.members))
   if ready == #self.members and not self.told then
     self.told = true
@@ -104,7 +108,7 @@ local function is_final(code) return code >= 1 and code <= 4 end
 
 local function gives_up(self, member, code)
   if self.phase == "starting" and is_final(code) then return true end
-  return member.failures >= MOST_FAILURES and count(self, works) == 0
+  return member.failures >= MOST_FAILURES and self:count_at_work() == 0
 end
 
 local function described(member, pid, code)
@@ -155,7 +159,7 @@ function Crew:stop(code)
     self.code, self.killed = code or self.code, true
     return kill_all(self)
   end
-  self.phase, self.deadline = "stopping", self.runtime.now() + self.drain + GRACE
+  self.phase, self.deadline = "stopping", self.runtime.now() + self.drain + self.GRACE
   notify.send("STOPPING=1", "STATUS=draining")
   self.log("info", "stopping the workers")
   for _, member in ipairs(self.members) do
@@ -170,114 +174,6 @@ local function kill_late(self)
   self.log("error", ("%d workers have not ended in time, and are killed"):format(count(self, lives)))
   self.code, self.killed = self.code == 0 and 1 or self.code, true
   kill_all(self)
-end
-
--- ---- Reload -----------------------------------------------------------------------------------------
-
-local function reload_one_by_one(self)
-  local done = 0
-  for _, member in ipairs(self.members) do
-    if self.phase == "stopping" then return end
-    if member.ready then
-      local ok, why = member:reload(self.drain + GRACE)
-      if ok then
-        done = done + 1
-      elseif member.ready then
-        self.log("error", ("worker %d has not reloaded (%d before it have): %s"):format(member.number, done, why))
-        return
-      end
-    elseif member.pid then
-      member.line:send "reload" -- it will when it has started
-    end
-  end
-  self.log("info", ("%d workers have reloaded"):format(done))
-end
-
---- Every worker loads its script again, one after the other.
-function Crew:reload()
-  self.again = true
-  if self.reloading or self.phase == "stopping" then return end
-  self.reloading = true
-  notify.reloading()
-  self.runtime.spawn(function()
-    while self.again do
-      self.again = false
-      reload_one_by_one(self)
-    end
-    self.reloading = false
-    if self.phase == "running" then notify.send "READY=1" end
-  end)
-end
-
--- ---- What is asked of it ----------------------------------------------------------------------------
-
-local function look_at_all(self)
-  local left, done = 0, self.runtime.condition()
-  for _, member in ipairs(self.members) do
-    if member.pid then
-      left = left + 1
-      self.runtime.spawn(function()
-        member:look(PATIENCE)
-        left = left - 1
-        done:signal()
-      end)
-    end
-  end
-  while left > 0 do done:wait() end
-end
-
---- The sum of the pages of metrics.
----@return string
-function Crew:page()
-  look_at_all(self)
-  self.own.families.workers_ready:with():set(count(self, works))
-  local pages = { self.own:text(), self.gone }
-  for _, member in ipairs(self.members) do pages[#pages + 1] = member.page end
-  return sum.sum(pages, self.highest)
-end
-
-local function checks(self, problem_of)
-  local list = {}
-  for i, member in ipairs(self.members) do
-    list[i] = { name = "worker " .. member.number, check = function()
-      local problem = problem_of(member)
-      if problem then return nil, problem end
-      return true
-    end }
-  end
-  return list
-end
-
---- For `/readyz`: all of them are.
----@return table[]
-function Crew:ready()
-  look_at_all(self)
-  return checks(self, function(member) return not works(member) and (member.problem or "it starts") or nil end)
-end
-
-local function silent_for(self, member, seconds)
-  return member.ready and member.pid and self.runtime.now() - member.answered > seconds
-end
-
---- For `/healthz`: none of them is stuck.
----@return table[]
-function Crew:healthy()
-  return checks(self, function(member) return silent_for(self, member, STUCK) and "it does not answer" or nil end)
-end
-
--- Keeps their pages fresh. Under systemd's watchdog a worker whose loop is held up is replaced.
-local function watch(self, watchdog)
-  while true do
-    self.runtime.sleep(math.min(INTERVAL, watchdog or INTERVAL))
-    notify.send "WATCHDOG=1"
-    look_at_all(self)
-    for _, member in ipairs(self.members) do
-      if watchdog and silent_for(self, member, 2 * watchdog + PATIENCE) then
-        self.log("error", ("worker %d does not answer, and is killed"):format(member.number))
-        member:signal "KILL"
-      end
-    end
-  end
 end
 
 -- ---- All of it --------------------------------------------------------------------------------------
@@ -296,7 +192,7 @@ end
 function Crew:run()
   self.runtime.signal("CHLD", function() self.changed:broadcast() end)
   self.members[1].due = self.runtime.now()
-  self.runtime.spawn(watch, self, notify.watchdog())
+  self.runtime.spawn(self.watch, self, notify.watchdog())
   while self.phase ~= "stopping" or count(self, lives) > 0 do
     start_due(self)
     self.changed:wait(pause(self))

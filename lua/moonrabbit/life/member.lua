@@ -58,6 +58,10 @@ local function listen(self, own)
   self:heard(nil)
 end
 
+--- Whether it consumes.
+---@return boolean
+function Member:works() return self.ready and self.problem == nil end
+
 --- Starts its process.
 ---@return true|nil, string?
 function Member:start()
