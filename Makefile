@@ -191,12 +191,13 @@ lint: ## compile with gcc and clang, clang-tidy, clang-format, luacheck, shellch
 format: ## let clang-format rewrite the C files, then lint
 	@scripts/lint --fix
 
-bench: ## against rabbitmq-c, amqp091-go, pika and amqplib; QUICK=1 for under five minutes
+bench: ## clients and consumer frameworks beside moonrabbit, memory; half an hour, QUICK=1 for under five minutes
 	@$(call check_deps,build $(broker_deps) bench)
 	@$(MAKE) --no-print-directory all
 	@QUICK='$(QUICK)' bench/run
 	@bench/with-null lua5.4 bench/many.lua
 	@bench/with-null lua5.4 bench/soak.lua -- $(if $(QUICK),1000000)
+	@bench/frameworks $(if $(QUICK),--messages 5000 --runs 1)
 
 chaos: ## faults against a cluster of its own, lost messages counted (docs/chaos.md); QUICK=1 for three minutes
 	@$(call check_deps,build broker chaos)

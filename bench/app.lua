@@ -3,6 +3,7 @@
 --   bench/with-null lua5.4 bench/app.lua -- [MESSAGES [PAIRS]]
 -- One run of one kind alone, for a profiler: bare, handler, route, metrics, dedupe (each with those before it).
 --   bench/with-null valgrind --tool=callgrind lua5.4 bench/app.lua -- 20000 dedupe
+dofile((arg[0]:match "^(.*)/" or ".") .. "/paths.lua")
 local mr = require "moonrabbit"
 
 local url = assert(arg[1], "usage: app.lua URL [MESSAGES [PAIRS]]")

@@ -1,6 +1,7 @@
 -- Many at once in one process: 1,000 connections and what each idle one costs
 -- beyond the first, and 2,000 channels on one connection.
 --   bench/with-null lua5.4 bench/many.lua   or   lua5.4 bench/many.lua URL
+dofile((arg[0]:match "^(.*)/" or ".") .. "/paths.lua")
 local moonrabbit = require "moonrabbit"
 local figures = dofile((arg[0]:match "^(.*)/" or ".") .. "/figures.lua")
 

@@ -3,9 +3,7 @@
 --
 --   make && lua5.4 bench/micro.lua [messages] && luajit bench/micro.lua
 
-package.path = "./lua/?.lua;./spec/?.lua;" .. package.path
-local build = (os.getenv "MOONRABBIT_BUILD" or "./build") .. "/" .. _VERSION:match "%d%.%d"
-package.cpath = build .. "/?.so;" .. package.cpath
+dofile((arg[0]:match "^(.*)/" or ".") .. "/paths.lua")
 
 local core = require "moonrabbit.core"
 local fake = require "support.fake_broker"

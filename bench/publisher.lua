@@ -2,6 +2,7 @@
 --   bench/with-null lua5.4 bench/publisher.lua
 -- CPU time per message of 1,024 bytes, at most 1,000 unconfirmed, each outcome waited for: the median of so many
 -- rounds, in which all take turns.
+dofile((arg[0]:match "^(.*)/" or ".") .. "/paths.lua")
 local moonrabbit = require "moonrabbit"
 
 local url, rounds, count = arg[1], tonumber(arg[2] or 9), tonumber(arg[3] or 100000)

@@ -7,9 +7,7 @@
 -- kept: durable queues that still exist on the broker; made: exclusive ones, which are made anew. The line is cut
 -- through a proxy in this process; the time is from the first attempt to connect to the event "recovered". Medians
 -- of three.
-package.path = "./lua/?.lua;./lua/?/init.lua;./spec/?.lua;" .. package.path
-local build = (os.getenv "MOONRABBIT_BUILD" or "./build") .. "/" .. _VERSION:match "%d%.%d"
-package.cpath = build .. "/?.so;" .. package.cpath
+dofile((arg[0]:match "^(.*)/" or ".") .. "/paths.lua")
 local moonrabbit = require "moonrabbit"
 local native = require "moonrabbit.runtime.native"
 local proxy = require "support.proxy"

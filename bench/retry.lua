@@ -3,6 +3,7 @@
 -- and where the deleted queue's messages are (among the orphans, all of them).
 --
 --     scripts/with-broker -- lua5.4 bench/retry.lua [messages] [longest delay]
+dofile((arg[0]:match "^(.*)/" or ".") .. "/paths.lua")
 local moonrabbit = require "moonrabbit"
 local disposal = require "moonrabbit.app.disposal"
 local native = require "moonrabbit.runtime.native"

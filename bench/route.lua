@@ -1,9 +1,7 @@
 -- What routing costs by how many key patterns there are: nanoseconds for one message, its key seen before and
 -- not, and of a list that is gone through.
 --   lua5.4 bench/route.lua        (no broker)
-package.path = "./lua/?.lua;./lua/?/init.lua;" .. package.path
-local build = (os.getenv "MOONRABBIT_BUILD" or "./build") .. "/" .. _VERSION:match "%d%.%d"
-package.cpath = build .. "/?.so;" .. package.cpath
+dofile((arg[0]:match "^(.*)/" or ".") .. "/paths.lua")
 
 local Trie = require "moonrabbit.app.route.trie"
 local compile = require "moonrabbit.app.route.compile"

@@ -3,7 +3,7 @@
 -- The Lua that runs this runs the peers. Runtimes take turns; figures are medians.
 local url, rounds, count = arg[1], tonumber(arg[2] or 7), tonumber(arg[3] or 200000)
 local here = arg[0]:match "^(.*)/" or "."
-package.path = here .. "/../spec/?.lua;" .. package.path
+dofile(here .. "/paths.lua")
 local loops = require "support.loops"
 
 local interpreter = arg[-1]

@@ -1,6 +1,7 @@
 -- Memory must be flat: resident size at the 100,000th message and at the last
 -- (the 10 millionth, or the number given), publishing and then consuming.
 --   bench/with-null lua5.4 bench/soak.lua -- [MESSAGES]   or   lua5.4 bench/soak.lua URL [MESSAGES]
+dofile((arg[0]:match "^(.*)/" or ".") .. "/paths.lua")
 local moonrabbit = require "moonrabbit"
 local figures = dofile((arg[0]:match "^(.*)/" or ".") .. "/figures.lua")
 
