@@ -98,6 +98,25 @@ describe("the metrics of ladders", function()
     assert.equal('waiting{ladder="shop",step="7s"} 4', page()[3])
   end)
 
+  it("ask on for what an earlier watch saw or used, as after a reload", function()
+    queues = { ["shop.wait.7s"] = 4, ["shop.wait.9s"] = 5, ["shop.orphans"] = 0 }
+    local old = app()
+    watch(old)
+    old.runners[1].disposal.ladder._ready[7000] = "shop.wait.7s"
+    runtime.advance(10)
+    old.runners[1].disposal.ladder._ready[9000] = "shop.wait.9s" -- nobody has looked since
+    off()
+    watch(app())
+    assert.same({ 'known{ladder="shop"} 1', 'orphans{ladder="shop"} 0', 'waiting{ladder="shop",step="7s"} 4',
+      'waiting{ladder="shop",step="9s"} 5' }, page())
+    queues["shop.wait.7s"] = nil
+    runtime.advance(10)
+    assert.equal(3, #page())
+    local before = #asked
+    runtime.advance(10)
+    assert.equal(2, #asked - before) -- of what is gone nobody asks any more
+  end)
+
   it("leave the page while nobody can look, and come back", function()
     queues = { ["shop.wait.1s"] = 3, ["shop.orphans"] = 1 }
     watch(app())

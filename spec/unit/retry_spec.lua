@@ -369,7 +369,7 @@ describe("a check of the ladder", function()
     }, { "q", "unlimited" }))
   end)
 
-  it("finds what is stuck, changed, old, orphaned or impatient", function()
+  it("finds what is stuck, changed, old, orphaned, impatient, or of a kind that cannot use it", function()
     assert.same({ "stuck app.wait.5s", "policy app.wait.1s", "classic app.wait.2s", "orphans app.orphans",
       "delivery_limit q", "delivery_limit r" }, problems({
       { name = "app.wait.5s", type = "quorum", messages_dlx = 3 },
@@ -380,6 +380,10 @@ describe("a check of the ladder", function()
       { name = "r", arguments = {}, effective_policy_definition = { ["delivery-limit"] = 9 } },
       { name = "unknown", arguments = { ["x-delivery-limit"] = 3 } },
     }, { "q", "r" }))
+    assert.same({ "kind s", "kind e" }, problems({
+      { name = "s", type = "stream", exclusive = false }, { name = "e", type = "classic", exclusive = true },
+      { name = "other", type = "stream" },
+    }, { "s", "e" }))
     local first = ladder:check({ { name = "app.wait.5s", messages_dlx = 3 } })[1]
     assert.equal(3, first.messages)
     assert.truthy(first.text:find("is a consumer's queue full?", 1, true))

@@ -7,6 +7,7 @@
 -- | `classic` | a wait queue dead-letters at most once |
 -- | `orphans` | messages whose consumer queue was deleted |
 -- | `delivery_limit` | a consumer's quorum queue gives a message up after fewer than 10 returns |
+-- | `kind` | a consumer's queue is a stream or exclusive at the broker, which no copy can come home to, and the script does not say so |
 -- @module moonrabbit.app.ladder_check
 
 local ladder_check = {}
@@ -21,7 +22,7 @@ local LEAST_DELIVERY_LIMIT = 10
 
 ---@class moonrabbit.LadderProblem
 ---@field queue string
----@field problem "stuck"|"policy"|"classic"|"orphans"|"delivery_limit"
+---@field problem "stuck"|"policy"|"classic"|"orphans"|"delivery_limit"|"kind"
 ---@field text string       for people
 ---@field messages integer? how many it is about
 
@@ -70,7 +71,18 @@ local function delivery_limit(queue)
   return math.min(limits[1], limits[2])
 end
 
+local function check_kind(list, queue)
+  if queue.type == "stream" then
+    add(list, queue, "kind", nil, "the queue '%s' is a stream, where a retry would come back to every reader: say "
+      .. "type = \"stream\" in the script, and its retries stay in the process", queue.name)
+  elseif queue.exclusive == true then
+    add(list, queue, "kind", nil, "the queue '%s' is exclusive, and gone before a retry comes back: say "
+      .. "exclusive = true in the script, and its retries stay in the process", queue.name)
+  end
+end
+
 local function check_consumer_queue(list, queue)
+  check_kind(list, queue)
   local limit = delivery_limit(queue)
   if limit < 0 or limit >= LEAST_DELIVERY_LIMIT then return end
   add(list, queue, "delivery_limit", nil, "the queue '%s' gives a message up after %d returns: a lost connection and "

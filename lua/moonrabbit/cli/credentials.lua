@@ -18,7 +18,7 @@ local function first_line(path, what)
   return line
 end
 
-local function find_url(args)
+local function find_url(args, own)
   if args.url then return args.url, "--url" end
   if args.url_file then
     local line, err = first_line(args.url_file, "URL file")
@@ -28,28 +28,30 @@ local function find_url(args)
     local value = os.getenv(name)
     if value and value ~= "" then return value, name end
   end
+  if own then return own, "the script" end
   return default_url, "the default"
 end
 
+-- What was given of TLS, over what the URL says.
 local function tls_options(args, parsed)
-  local given = args.ca or args.cert or args.key or args.insecure or args.server_name or args.tls_min_version
-  if not parsed.tls then
-    if given then return nil, "TLS options need a URL that starts with amqps://" end
-    return nil
-  end
-  if not given then return nil end
-  local tls = {}
-  for name, value in pairs(parsed.tls) do tls[name] = value end
-  tls.ca, tls.cert, tls.key = args.ca or tls.ca, args.cert or tls.cert, args.key or tls.key
-  tls.server_name = args.server_name or tls.server_name
-  tls.min_version = args.tls_min_version or tls.min_version
-  if args.insecure then tls.verify = false end
-  return tls
+  local given = {
+    ca = args.ca, cert = args.cert, key = args.key, server_name = args.server_name, min_version = args.tls_min_version,
+  }
+  if args.insecure then given.verify = false end
+  if next(given) == nil then return nil end
+  if not parsed.tls then return nil, "TLS options need a URL that starts with amqps://" end
+  return given
 end
 
---- Options for moonrabbit.connect, the parsed URI, and where the URL is from; or nil and what is wrong.
-function credentials.resolve(args)
-  local text, source = find_url(args)
+local inside = { ["the script"] = true, ["the default"] = true }
+
+--- Whether a URL was typed or is in the environment.
+function credentials.is_outside(source) return not inside[source] end
+
+--- Options for moonrabbit.connect, the parsed URI, and where the URL is from; or nil and what is wrong. `own`: a
+--- script's URL, which counts before the default.
+function credentials.resolve(args, own)
+  local text, source = find_url(args, own)
   if not text then return nil, source end
   local parsed, problem = uri.parse(text)
   if not parsed then return nil, ("%s (from %s)"):format(problem, source) end
@@ -71,7 +73,7 @@ function credentials.resolve(args)
   tls, problem = tls_options(args, parsed)
   if problem then return nil, problem end
   options.tls = tls
-  parsed.tls = tls or parsed.tls
+  for name, value in pairs(tls or {}) do parsed.tls[name] = value end
   return options, parsed, source
 end
 

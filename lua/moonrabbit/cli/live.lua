@@ -34,10 +34,10 @@ local function serve(args, log, opts)
   return server
 end
 
-local function new_host(args, given, log, metrics, more)
+local function new_host(args, given, client, log, metrics, more)
   local opts = {
     runtime = native(), load = function() return script.load_to_connect(args) end, connect = given, drain = args.drain,
-    log = log, metrics = metrics,
+    log = log, metrics = metrics, management = client or nil,
   }
   for name, value in pairs(more or {}) do opts[name] = value end
   return require("moonrabbit.life.host").new(opts)
@@ -50,11 +50,11 @@ local function code_of(log, host, ok, err)
   return connect.exit_code(err, not host.asked)
 end
 
---- One process.
-function live.alone(args, app, given)
+--- One process. `given`: options of connect; `client`: of the management API, or false.
+function live.alone(args, app, given, client)
   local log = make_log(args)
   local metrics = new_metrics(args, log)
-  local host = new_host(args, given, log, metrics)
+  local host = new_host(args, given, client, log, metrics)
   if metrics then metrics:ready("app", function() return host:is_ready() end) end
   local server = serve(args, log, { metrics = metrics })
   if not server then return exit.failed end
@@ -66,7 +66,7 @@ function live.alone(args, app, given)
 end
 
 --- A worker of a parent.
-function live.worker(args, app, given)
+function live.worker(args, app, given, client)
   local worker, problem = require("moonrabbit.life.worker").new(native())
   if not worker then
     output.complain(problem)
@@ -75,7 +75,7 @@ function live.worker(args, app, given)
   require("moonrabbit.life.notify").leave_to_parent()
   local log = make_log(args)
   local metrics = new_metrics(args, log)
-  local host = new_host(args, given, log, metrics, {
+  local host = new_host(args, given, client, log, metrics, {
     ready = function() worker:ready() end, reloaded = function(...) worker:reloaded(...) end,
   })
   worker:serve(host, log, metrics)

@@ -1,5 +1,7 @@
 --- moonrabbit run
 
+local api = require "moonrabbit.cli.api"
+local app_connection = require "moonrabbit.cli.app_connection"
 local exit = require "moonrabbit.cli.exit"
 local live = require "moonrabbit.cli.live"
 local output = require "moonrabbit.cli.output"
@@ -42,6 +44,7 @@ function run.build(command, common)
   command:option "--metrics" :argname "<address>" :convert(address)
     :description("Serve /metrics, /healthz and /readyz there, such as 127.0.0.1:9419. Port 0: any; a path: a unix "
       .. "socket.")
+  api.add_choice(command, "for the metrics of the retry ladder: what is stuck")
   command:option "--log-format" :argname "<format>" :choices { "line", "json" } :default "line"
     :description "line or json."
   command:option "--log-level" :argname "<level>" :choices { "debug", "info", "warn", "error" }
@@ -89,11 +92,13 @@ function run.run(args)
   local app, problem = script.load_to_connect(args)
   if not app then return wrong(problem) end
   if args.check then return check(app, args) end
-  local given
-  given, problem = script.connect_options(app, args)
+  local given, client
+  given, problem = app_connection.options(app, args)
   if not given then return wrong(problem) end
-  if args.worker then return live.worker(args, app, given) end
-  return with_pid_file(args, live.alone, app, given)
+  client, problem = api.of_app(args, given)
+  if client == nil then return wrong(problem) end
+  if args.worker then return live.worker(args, app, given, client) end
+  return with_pid_file(args, live.alone, app, given, client)
 end
 
 return run

@@ -1,5 +1,7 @@
 --- moonrabbit topology plan|apply
 
+local api = require "moonrabbit.cli.api"
+local app_connection = require "moonrabbit.cli.app_connection"
 local connect = require "moonrabbit.cli.connect"
 local exit = require "moonrabbit.cli.exit"
 local output = require "moonrabbit.cli.output"
@@ -14,7 +16,7 @@ local topology = {
 local function add(command, name, summary)
   local sub = command:command(name) :summary(summary) :description(summary)
   script.build(sub)
-  sub:option "--management" :argname "<url>" :description "http[s]://user:password@host:15672, to see bindings."
+  api.add_choice(sub, "to see bindings")
   return sub
 end
 
@@ -48,9 +50,9 @@ local function summary(count)
 end
 
 -- Policies and limits that would disturb retries. Without the management API only the script's own limits are known.
-local function warn(app, api, vhost)
+local function warn(app, client, vhost)
   local queues, err
-  if api then queues, err = api:queues { vhost = vhost } end
+  if client then queues, err = client:queues { vhost = vhost } end
   if err then return nil, err end
   local list = require("moonrabbit.life.warnings").of(app, queues)
   for _, text in ipairs(list) do output.complain("warning: " .. text) end
@@ -69,19 +71,14 @@ local function apply(conn, list)
   return ok, err
 end
 
-local function run(app, conn, args)
+local function run(app, conn, client, args)
   local explain, compare = require "moonrabbit.life.explain", require "moonrabbit.life.compare"
-  local server, api = conn:server(), nil
-  if args.management then
-    local parsed = require("moonrabbit.uri").parse((args.management:gsub("^http", "amqp")))
-    output.secret(parsed and parsed.password ~= parsed.user and parsed.password or nil)
-    api = require("moonrabbit.management").new(args.management)
-  end
+  local server = conn:server()
   local steps = explain.topology(app, server and server.version)
-  local list, err = compare.run(conn, steps, api, conn._target.vhost)
+  local list, err = compare.run(conn, steps, client, conn._target.vhost)
   if not list then return nil, err end
   local warned
-  warned, err = warn(app, api, conn._target.vhost)
+  warned, err = warn(app, client, conn._target.vhost)
   if not warned then return nil, err end
   local count, lines = report(explain, list)
   local different = count.differs + count.refused
@@ -101,19 +98,20 @@ local function run(app, conn, args)
   return exit.ok
 end
 
+local function wrong(problem)
+  output.complain(problem)
+  return exit.usage
+end
+
 function topology.run(args)
   local app, problem = script.load_to_connect(args)
-  if not app then
-    output.complain(problem)
-    return exit.usage
-  end
-  local given
-  given, problem = script.connect_options(app, args)
-  if not given then
-    output.complain(problem)
-    return exit.usage
-  end
-  return connect.with_channel(args, {}, function(_, conn) return run(app, conn, args) end, nil, given)
+  if not app then return wrong(problem) end
+  local given, client
+  given, problem = app_connection.options(app, args)
+  if not given then return wrong(problem) end
+  client, problem = api.of_app(args, given)
+  if client == nil then return wrong(problem) end
+  return connect.with_channel(args, {}, function(_, conn) return run(app, conn, client, args) end, nil, given)
 end
 
 return topology

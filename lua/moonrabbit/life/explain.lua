@@ -218,15 +218,20 @@ local function ladder_steps(app, consumer, add, version)
   for i, seconds in ipairs(made.ladder.steps or {}) do delays[i] = seconds end
   delays_of(consumer.retry, made, delays)
   if made.threshold < math.huge then
-    local all = made.ladder:entities({ consumer.queue }, delays, version)
-    for _, x in ipairs(all.exchanges) do add("exchange", x.name, { type = x.type, durable = x.durable,
-      arguments = x.arguments }) end
-    for _, q in ipairs(all.queues) do add("queue", q.name, { durable = q.durable, arguments = q.arguments }) end
-    for _, b in ipairs(all.bindings) do add("bind_queue", b.queue, b.exchange, b.routing_key) end
+    local all, more = made.ladder:entities({ consumer.queue }, delays, version),
+      { existing = made.ladder.mode == "existing" }
+    for _, x in ipairs(all.exchanges) do
+      add(more, "exchange", x.name, { type = x.type, durable = x.durable, arguments = x.arguments })
+    end
+    for _, q in ipairs(all.queues) do
+      local as_is = { existing = more.existing, as_is = q.name == made.ladder.orphans }
+      add(as_is, "queue", q.name, { durable = q.durable, arguments = q.arguments })
+    end
+    for _, b in ipairs(all.bindings) do add(more, "bind_queue", b.queue, b.exchange, b.routing_key) end
   end
   if made.parking then
     local q = require("moonrabbit.app.dead_letter").entity(made.parking, version)
-    add("queue", q.name, { durable = true, arguments = q.arguments })
+    add({ as_is = true }, "queue", q.name, { durable = true, arguments = q.arguments })
   end
 end
 
@@ -235,15 +240,16 @@ local order = { exchange = 1, queue = 2, bind_exchange = 3, bind_queue = 4 }
 --- Everything that the app declares, ladder and dead-letter queues included, as far as its policies tell their delays.
 ---@param app moonrabbit.App
 ---@param version string? the broker's; a new one by default
----@return table[] steps of moonrabbit.app.topology; those of the ladder have ladder = true
+---@return table[] steps of moonrabbit.app.topology. Those of ladders and dead letters have ladder = true; existing = true
+--- where the app only looks whether it is there, as_is = true where it takes what is there with other properties
 function explain.topology(app, version)
   local steps, seen = topology.steps(app.plan), {}
   for _, step in ipairs(steps) do seen[table.concat({ step[1], step[2] }, "\0")] = step[1]:find "^bind" == nil end
-  local function add(kind, name, third, key)
+  local function add(more, kind, name, third, key)
     local id = kind:find "^bind" and table.concat({ kind, name, third, key }, "\0") or kind .. "\0" .. name
     if seen[id] then return end
     seen[id] = true
-    steps[#steps + 1] = { kind, name, third, key, ladder = true }
+    steps[#steps + 1] = { kind, name, third, key, ladder = true, existing = more.existing, as_is = more.as_is }
   end
   for _, consumer in ipairs(app.plan.consumers) do ladder_steps(app, consumer, add, version) end
   local at = {}

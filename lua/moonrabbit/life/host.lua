@@ -19,6 +19,7 @@ local telemetry = require "moonrabbit.life.telemetry"
 ---@field drain number                seconds
 ---@field log fun(level: string, text: string, fields: table?)
 ---@field metrics moonrabbit.Metrics? that are to tell of it
+---@field management moonrabbit.Management?  whom they ask about its ladders
 ---@field ready fun()?                called when it consumes for the first time
 ---@field reloaded fun(ok: boolean, problem: any)?  called when the script was loaded again, or not
 
@@ -39,7 +40,7 @@ local function nothing() end
 function host.new(opts)
   return setmetatable({
     runtime = opts.runtime, load = opts.load, options = opts.connect, drain = opts.drain, log = opts.log,
-    telemetry = telemetry.new(opts.log, opts.metrics), on_ready = opts.ready or nothing,
+    telemetry = telemetry.new(opts), on_ready = opts.ready or nothing,
     on_reloaded = opts.reloaded or nothing, phase = "starting", asked = false, app = false,
     connections = {}, retiring = 0,
     changed = opts.runtime.condition(), backoff = Backoff.new { first = 0.5, max = 30 },
@@ -239,8 +240,8 @@ local function reload_all(self)
       ok, problem = swap(self, self.app, new)
     end
     self.telemetry:reloaded(ok)
+    if self.phase == "running" then self.telemetry:started(self.app) end -- the old one may have started anew
     if ok then
-      self.telemetry:started(new)
       self.log("info", "reloaded")
     else
       self.log("error", "not reloaded, the old script goes on: " .. tostring(problem))

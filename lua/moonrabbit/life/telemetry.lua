@@ -7,19 +7,20 @@ local journal = require "moonrabbit.life.journal"
 ---@class moonrabbit.life.Telemetry
 ---@field log fun(level: string, text: string, fields: table?)
 ---@field metrics moonrabbit.Metrics?
+---@field management moonrabbit.Management?
 local Telemetry = {}
 Telemetry.__index = Telemetry
 
 local telemetry = {}
 
----@param log fun(level: string, text: string, fields: table?)
----@param metrics moonrabbit.Metrics?
+---@param opts table  log, metrics and management, as moonrabbit.life.HostOptions has them
 ---@return moonrabbit.life.Telemetry
-function telemetry.new(log, metrics)
+function telemetry.new(opts)
+  local metrics = opts.metrics
   if metrics then
     for _, result in ipairs { "ok", "failed" } do metrics.families.reloads_total:with(result) end
   end
-  return setmetatable({ log = log, metrics = metrics, offs = {} }, Telemetry)
+  return setmetatable({ log = opts.log, metrics = metrics, management = opts.management, offs = {} }, Telemetry)
 end
 
 --- Before an app starts. Its handlers find the metrics as `app.metrics`.
@@ -43,13 +44,13 @@ function Telemetry:watch(role, connection, name)
   self.offs[role] = self.metrics:watch(connection, name)
 end
 
---- An app consumes.
+--- An app consumes; in the place of an earlier one.
 ---@param app moonrabbit.App
 function Telemetry:started(app)
   if not self.metrics then return end
   self.metrics:prepare(app)
   if self.ladders then self.ladders() end
-  self.ladders = self.metrics:watch_ladders(app)
+  self.ladders = self.metrics:watch_ladders(app, { management = self.management, log = self.log })
 end
 
 --- The script was loaded again, or could not be.

@@ -36,16 +36,26 @@ local function with_planned(app, there)
   return queues
 end
 
---- Lines for people.
+--- What is wrong, as moonrabbit.app.ladder_check finds it, by the queue's name.
 ---@param app moonrabbit.App
 ---@param there table[]? the queues of the vhost, as Management:queues answers; nil: only what the script says is known
+---@return moonrabbit.LadderProblem[]
+function warnings.problems(app, there)
+  local list, queues = {}, with_planned(app, there)
+  for _, each in ipairs(ladders_of(app)) do
+    for _, problem in ipairs(each.ladder:check(queues, each.consumed)) do list[#list + 1] = problem end
+  end
+  table.sort(list, function(a, b) return a.text < b.text end)
+  return list
+end
+
+--- The same as lines for people.
+---@param app moonrabbit.App
+---@param there table[]?
 ---@return string[]
 function warnings.of(app, there)
-  local texts, queues = {}, with_planned(app, there)
-  for _, each in ipairs(ladders_of(app)) do
-    for _, problem in ipairs(each.ladder:check(queues, each.consumed)) do texts[#texts + 1] = problem.text end
-  end
-  table.sort(texts)
+  local texts = {}
+  for i, problem in ipairs(warnings.problems(app, there)) do texts[i] = problem.text end
   return texts
 end
 

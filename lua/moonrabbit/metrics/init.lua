@@ -34,7 +34,7 @@ function metrics.new(opts)
   local registry = Registry.new(opts)
   local all = families.declare(registry)
   return setmetatable({
-    registry = registry, families = all, checks = { ready = {}, health = {} },
+    registry = registry, families = all, checks = { ready = {}, health = {} }, _seen = {},
     _connections = require("moonrabbit.metrics.connections").new(all, registry),
     _watch_runner = observer.runners(all, registry),
   }, Metrics)
@@ -109,7 +109,7 @@ end
 function Metrics:watch_ladders(app, opts)
   local ladders = require "moonrabbit.metrics.ladders"
   opts = options.check("Metrics:watch_ladders", opts, ladders.options)
-  return ladders.watch(self.families, app, opts)
+  return ladders.watch(self.families, app, opts, self._seen)
 end
 
 --- Watches the two connections of an app that has started, and its ladders, and makes `/readyz` tell whether it runs.

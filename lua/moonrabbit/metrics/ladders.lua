@@ -49,20 +49,22 @@ local function ask_management(self, ladder)
 end
 
 -- The queues to ask for: name -> the ladder that has used it, or true. One that was not there is asked for again only
--- once it was used: the broker logs each such question.
+-- once it was used: the broker logs each such question. What was seen or used once is looked at on: a script that was
+-- loaded again has used no step yet.
 local function candidates(self, ladder)
   local names = {}
   for _, name in ipairs(self.planned[ladder]) do
     if not self.absent[name] then names[name] = true end
   end
+  for name in pairs(self.seen[ladder]) do names[name] = true end
   for _, each in ipairs(self.ladders[ladder]) do
     for step in pairs(each:used()) do names[each:wait_name(step)] = each end
   end
   return names
 end
 
-local function not_there(self, name, owner)
-  self.absent[name] = true
+local function not_there(self, ladder, name, owner)
+  self.absent[name], self.seen[ladder][name] = true, nil
   if owner == true then return end
   for step in pairs(owner:used()) do
     if owner:wait_name(step) == name then owner:forget(step) end -- its next use declares it again
@@ -80,10 +82,11 @@ local function ask_broker(self, ladder)
     end
     local found, err = channel:queue_declare(name, { passive = true })
     if found then
+      self.seen[ladder][name] = true
       local step = step_of(ladder, name)
       if step then seen.steps[step] = { waiting = found.message_count } else seen.orphans = found.message_count end
     elseif err.code == 404 then
-      not_there(self, name, owner)
+      not_there(self, ladder, name, owner)
     else
       if channel:is_open() then channel:close() end
       return nil, err
@@ -169,24 +172,27 @@ local function planned(app, names)
   return found
 end
 
---- See Metrics:watch_ladders.
+--- See Metrics:watch_ladders. `seen`: the queues that were found, by ladder; kept from one watch to the next.
 ---@package
-function ladders.watch(families, app, opts)
+function ladders.watch(families, app, opts, seen)
   local connection = app._consuming
   local self = {
     families = families, connection = connection, vhost = connection._target and connection._target.vhost,
     runtime = connection._runtime, management = opts.management, interval = opts.interval or INTERVAL,
     log = opts.log or app._log or function() end, ladders = ladders_of(app), shown = {}, told = {}, absent = {},
-    wake = connection._runtime.condition(), closed = false,
+    wake = connection._runtime.condition(), closed = false, seen = seen,
   }
   self.planned = planned(app, self.ladders)
-  for ladder in pairs(self.ladders) do self.shown[ladder] = {} end
+  for ladder in pairs(self.ladders) do self.shown[ladder], seen[ladder] = {}, seen[ladder] or {} end
   if next(self.ladders) then self.runtime.spawn(run, self) end
   return function()
     if self.closed then return end
     self.closed = true
     self.wake:broadcast()
-    for ladder in pairs(self.ladders) do
+    for ladder, list in pairs(self.ladders) do
+      for _, each in ipairs(list) do
+        for step in pairs(each:used()) do seen[ladder][each:wait_name(step)] = true end
+      end
       show(self, ladder, nil)
       families.ladder_known:remove(ladder)
     end

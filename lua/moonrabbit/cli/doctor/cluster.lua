@@ -6,10 +6,10 @@ local connect = require "moonrabbit.cli.connect"
 local discovery = require "moonrabbit.cluster.discovery"
 local exit = require "moonrabbit.cli.exit"
 
-local doctor_cluster = {}
+local cluster = {}
 
 --- Adds the options to the command.
-function doctor_cluster.build(command)
+function cluster.build(command)
   command:flag "--cluster" :description("Ask the management API for the other nodes, and connect to each: "
     .. "can all be used from here?")
   api.add_option(command)
@@ -24,8 +24,8 @@ local function api_advice(err)
 end
 
 -- The nodes as the API has them, and where they say that they listen.
-local function learn(args)
-  local client, problem = api.client(args)
+local function learn(args, patient)
+  local client, problem = api.client(args, patient.app and patient.parsed)
   if not client then return nil, nil, { kind = "protocol", message = problem } end
   local overview, err = client:overview()
   if not overview then return nil, nil, err end
@@ -86,8 +86,8 @@ local function look_at(report, patient, node, found)
 end
 
 --- Looks at each node; adds to the report what it finds.
-function doctor_cluster.look(report, patient, args)
-  local nodes, found, err = learn(args)
+function cluster.look(report, patient, args)
+  local nodes, found, err = learn(args, patient)
   if not nodes then
     return report:fail("cluster", connect.exit_code(err, true), tostring(err.message or err), api_advice(err))
   end
@@ -96,4 +96,4 @@ function doctor_cluster.look(report, patient, args)
   for _, node in ipairs(nodes) do look_at(report, patient, node, found) end
 end
 
-return doctor_cluster
+return cluster
