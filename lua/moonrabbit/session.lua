@@ -272,15 +272,26 @@ local function unwatch_turns(self)
   end
 end
 
+-- Writes everything. A write that has to wait is watched meanwhile; one that does not wakes nobody.
+local function flush_all(self, transport, engine)
+  if not transport.blind then
+    local done, kind, text = transport:try_flush(engine)
+    if kind ~= "again" then return done, kind, text end
+    self.stuck:signal()
+  end
+  self.flushing = true
+  local done, kind, text = transport:flush(engine)
+  self.flushing = false
+  return done, kind, text
+end
+
 local function write_loop(self)
   local engine, transport, wake, now = self.engine, self.transport, self.wake, self.runtime.now
   while self.state ~= "closed" do
     self.dirty = false
     self.corked = false
     if not self.write_error then
-      self.flushing = true
-      local ok, kind, text = transport:flush(engine)
-      self.flushing = false
+      local ok, kind, text = flush_all(self, transport, engine)
       if ok then
         self.room:signal()
         self.flushed:broadcast()
@@ -318,6 +329,7 @@ local function write_loop(self)
     end
   end
   self.ended:broadcast()
+  self.stuck:broadcast()
   if self.last_flush then
     transport:flush(engine)
     transport:close()
@@ -328,13 +340,19 @@ end
 
 -- A flush may wait for as long as the socket is full: a peer that takes nothing and says nothing is
 -- noticed here, as soon as the writer would notice it. (The engine takes ticks that are further apart than three
--- quarters of an interval for a standstill of this process.)
+-- quarters of an interval for a standstill of this process.) Until then nothing is to be done: where a transport cannot tell
+-- that a write waits, what is looked for is a broker that has been silent for long.
 local function watch_loop(self)
-  local engine, now = self.engine, self.runtime.now
+  local engine, now, quarter = self.engine, self.runtime.now, self.heartbeat / 4
   while self.state ~= "closed" do
-    local silent_at, wait = engine:silence_deadline(), self.heartbeat / 4
-    if silent_at then wait = min(wait, max(SHORTEST_LOOK, silent_at - now())) end
-    self.ended:wait(wait)
+    local silent_at, wait = engine:silence_deadline(), nil
+    local left = silent_at and silent_at - now()
+    if self.flushing then
+      wait = left and min(quarter, max(SHORTEST_LOOK, left)) or quarter
+    elseif self.transport.blind then
+      wait = left and max(quarter, left - 2 * quarter) or quarter
+    end
+    self.stuck:wait(wait)
     if self.flushing and self.state ~= "closed" then
       local deadline = engine:deadline(now())
       if deadline and deadline <= now() then
@@ -577,6 +595,7 @@ function Session:finish(err)
   self.flushed:broadcast()
   self.changed:broadcast()
   self.ended:broadcast()
+  self.stuck:broadcast()
   self.emit("closed", err)
 end
 
@@ -626,6 +645,7 @@ function Session.open(config)
     flushed = condition(),
     changed = condition(), -- the state
     ended = condition(),
+    stuck = condition(),   -- the watch, which looks after a write that has to wait
     left = condition(),    -- the last bytes
   }, Session)
   self:keep_secret(config.secret)

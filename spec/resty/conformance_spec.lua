@@ -29,7 +29,7 @@ describe("the contract of runtimes in nginx #resty", function()
             local rabbit = require "moonrabbit.resty"
             local runtime = require "moonrabbit.runtime.resty"
             local t = { rt = runtime, moonrabbit = rabbit, url = os.getenv "AMQP_URL", errors = {},
-              lines = tonumber(os.getenv "LINES_PORT") }
+              lines = tonumber(os.getenv "LINES_PORT"), looks = true }
             local amqps = os.getenv "AMQPS_URL"
             if amqps ~= "" then
               local uri = assert(require "moonrabbit.uri".parse(amqps))

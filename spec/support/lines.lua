@@ -3,7 +3,8 @@
 -- prints a port. A connection to it makes a line and is told the line's own port; it then says, one word a line,
 --   cut      every connection that goes through is closed
 --   freeze   nothing is passed on or read any more, in both directions; thaw: it is again
--- and is answered "ok". The line goes when that connection does.
+--   count    how often something was passed on, in both directions
+-- and is answered "ok", or the number. The line goes when that connection does.
 local native = require "moonrabbit.runtime.native"
 
 local host, port = arg[1], tonumber(arg[2])
@@ -16,6 +17,7 @@ local function copy(self, from, to)
     local bytes = from:read(65536)
     while self.frozen do self.thawed:wait() end
     if not bytes or not to:write(bytes) then break end
+    self.passed = self.passed + 1
   end
   from:close()
   to:close()
@@ -44,6 +46,8 @@ function Line:thaw()
   self.thawed:broadcast()
 end
 
+function Line:count() return self.passed end
+
 function Line:cut()
   for _, one in ipairs(self.ends) do one:close() end
   self.ends = {}
@@ -52,15 +56,14 @@ end
 
 local function line(control)
   local self = setmetatable({
-    server = assert(native.listen("127.0.0.1", 0)), ends = {}, frozen = false, thawed = native.condition(),
+    server = assert(native.listen("127.0.0.1", 0)), ends = {}, frozen = false, thawed = native.condition(), passed = 0,
   }, Line)
   native.spawn(accept, self)
   control:write(self.server:port() .. "\n")
   while true do
     local word = control:read(64)
     if not word then break end
-    Line[word:match "%a+"](self)
-    control:write "ok\n"
+    control:write((Line[word:match "%a+"](self) or "ok") .. "\n")
   end
   self.server:close()
   self:cut()

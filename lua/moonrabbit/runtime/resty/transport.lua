@@ -15,7 +15,7 @@ local thread_spawn, thread_kill, exiting = ngx.thread.spawn, ngx.thread.kill, ng
 local M = {}
 
 ---@class moonrabbit.resty.Transport
-local Transport = {}
+local Transport = { blind = true }
 Transport.__index = Transport
 
 -- As long as nginx's timers allow with some room: a read is ended by other means.
