@@ -65,13 +65,15 @@ end
 ---@param given string|moonrabbit.ConnectOptions a URI or options
 ---@param level integer? of the caller, for errors
 ---@param deadline number? for all endpoints together, in the runtime's time
+---@param heritage table? the same for connections that take each other's place: what one has learned, the next one knows
 ---@return moonrabbit.Connection|nil, moonrabbit.Error?
-function Connection.connect(given, level, deadline)
+function Connection.connect(given, level, deadline, heritage)
   level = (level or 1) + 1
   local opts = connection_options.check(given, level)
   local runtime = runtimes.find(opts.runtime, level)
   local log = connection_options.log(opts.log, runtime)
-  local source = cluster.source(opts, { runtime = runtime, log = log }, level)
+  local source = cluster.source(opts, { runtime = runtime, log = log, past = heritage and heritage.source }, level)
+  if heritage then heritage.source = source end
   local health
   if opts.health then
     local heartbeat = math.huge

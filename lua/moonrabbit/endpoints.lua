@@ -14,7 +14,12 @@
 --
 -- All but `round` must not yield. A round whose every target fails with an error that is not temporary ends
 -- the connection, and so does a nil, err of that kind; else the next round waits for the backoff.
+--
+-- A connection that takes the place of an ended one has a source that knows what that one's had learned: each
+-- constructor takes the earlier source (nginx workers: moonrabbit.resty.options).
 -- @module moonrabbit.endpoints
+
+local uri = require "moonrabbit.uri"
 
 local Endpoints = {}
 Endpoints.__index = Endpoints
@@ -23,8 +28,14 @@ Endpoints.__index = Endpoints
 -- the end until another one is found: a frozen node takes connections and says nothing, and waiting for that would be a
 -- part of every failover.
 ---@param targets table[]
-function Endpoints.new(targets)
-  return setmetatable({ targets = targets }, Endpoints)
+---@param past table? the source of the connection before this one
+function Endpoints.new(targets, past)
+  local self = setmetatable({ targets = targets }, Endpoints)
+  local silent = past and past.silent and uri.endpoint(past.silent)
+  for _, target in ipairs(targets) do
+    if uri.endpoint(target) == silent then self.silent = target end
+  end
+  return self
 end
 
 function Endpoints:round()

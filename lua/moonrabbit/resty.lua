@@ -118,10 +118,10 @@ function resty.start(opts)
   }
   local function connector(role)
     local all = start_options.connect(given, role)
-    local limit = all.connect_timeout
+    local limit, heritage = all.connect_timeout, {}
     return function(most)
       all.connect_timeout = math.min(limit, most or limit)
-      return Connection.connect(all, 1)
+      return Connection.connect(all, 1, nil, heritage)
     end
   end
   -- What its connections have in common.

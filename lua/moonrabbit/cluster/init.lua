@@ -126,7 +126,7 @@ local function place(what, opts, context, level)
   end
   local plain = not opts.shuffle
   for _, each in ipairs(listed) do plain = plain and not each.srv end
-  if plain then return Endpoints.new(listed) end
+  if plain then return Endpoints.new(listed, context.past) end
   return List.new(listed, opts, context)
 end
 
@@ -152,7 +152,8 @@ local function two_sites(opts, context, level)
     local what = "connect: sites." .. name
     if not given[name] then error(what .. " is missing", level) end
     check(what, given[name], site_options, level)
-    sources[name] = place(what, merged(opts, given[name]), context, level)
+    sources[name] = place(what, merged(opts, given[name]), { runtime = context.runtime, log = context.log,
+      past = context.past and context.past.sources[name] }, level)
   end
   return require("moonrabbit.cluster.sites").new(sources, given, context)
 end
@@ -160,7 +161,7 @@ end
 --- The source of targets for checked options of a connection; throws at `level` of the caller.
 ---@package
 ---@param opts moonrabbit.ConnectOptions
----@param context { runtime: table, log: function }
+---@param context { runtime: table, log: function, past: table? } past: the source of the connection before this one
 ---@param level integer
 ---@return table source
 function cluster.source(opts, context, level)

@@ -11,10 +11,10 @@ List.__index = List
 
 ---@param listed table[]
 ---@param opts { shuffle: boolean?, dns: table? }
----@param context table { runtime, log }
+---@param context table { runtime, log, past }
 function List.new(listed, opts, context)
   return setmetatable({
-    targets = listed, shuffle = opts.shuffle,
+    targets = listed, shuffle = opts.shuffle, silent = context.past and context.past.silent,
     context = { runtime = context.runtime, log = context.log, dns = opts.dns },
   }, List)
 end

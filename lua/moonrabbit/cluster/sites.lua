@@ -204,8 +204,9 @@ end
 
 ---@param sources { primary: table, standby: table }
 ---@param opts moonrabbit.SitesOptions
----@param context table { runtime, log }
+---@param context table { runtime, log, past }
 function Sites.new(sources, opts, context)
+  local past = context.past or {}
   local all = {} -- what both list, whose heartbeats a detector asks for
   for _, name in ipairs { "primary", "standby" } do
     for _, target in ipairs(sources[name].targets) do all[#all + 1] = target end
@@ -214,6 +215,7 @@ function Sites.new(sources, opts, context)
     sources = sources, targets = all, runtime = context.runtime, log = context.log,
     after = opts.after or 30, hold = opts.hold or 60, every = opts.probe or 5, probe_timeout = 5,
     checks = { primary = opts.primary.check, standby = opts.standby.check },
+    current = past.current, released = past.released, down_since = past.down_since, wanted = past.wanted,
     site_of = setmetatable({}, { __mode = "k" }), changed = context.runtime.condition(),
     emit = function() end, move = function() end,
   }, Sites)

@@ -321,18 +321,21 @@ end
 
 ---@param listed table[]
 ---@param opts table    checked options of the connection: near, management, smart, shuffle, dns
----@param context table { runtime, log }
+---@param context table { runtime, log, past }
 ---@param level integer   of the caller, for errors
 function Smart.new(listed, opts, context, level)
   local tuning = opts.smart or {}
+  local past = context.past or {}
   local runtime = context.runtime
   return setmetatable({
     runtime = runtime, log = context.log, targets = listed, vhost = listed[1].vhost, near = opts.near,
     shuffle = opts.shuffle, given = given_apis(opts.management, listed, context, level + 1),
     discover = tuning.discover ~= false, follow = tuning.follow, address = tuning.address,
-    every = tuning.refresh or 30, wait = tuning.wait or 1, quarantine = Quarantine.new(tuning.quarantine),
+    every = tuning.refresh or 30, wait = tuning.wait or 1,
+    quarantine = past.quarantine or Quarantine.new(tuning.quarantine),
     context = { runtime = runtime, log = context.log, dns = opts.dns },
-    nodes = {}, members = {}, said = {}, learned = runtime.condition(), closing = runtime.condition(),
+    nodes = past.nodes or {}, leader = past.leader, members = past.members or {}, said = past.said or {},
+    learned = runtime.condition(), closing = runtime.condition(),
     emit = function() end, move = function() end,
   }, Smart)
 end

@@ -2,10 +2,10 @@
 -- @module moonrabbit.resty.options
 
 local Connection = require "moonrabbit.connection"
+local cluster = require "moonrabbit.cluster"
 local options = require "moonrabbit.options"
 local runtime = require "moonrabbit.runtime.resty"
 local transport = require "moonrabbit.runtime.resty.transport"
-local uri = require "moonrabbit.uri"
 
 local check, seconds = options.check, options.seconds
 
@@ -61,23 +61,15 @@ function resty_options.check(what, given, level)
   end
   given = check(what, given, start_options, level)
   if given.reconnect then check(what .. ": reconnect", given.reconnect, reconnect_options, level) end
-  if given.uri and given.endpoints then error(what .. ": options 'uri' and 'endpoints' exclude each other", level) end
   local dict = given.metrics
   if dict and not ngx.shared[dict] then
     error(("%s: option 'metrics': there is no dictionary '%s': nginx needs `lua_shared_dict %s 1m;`"):format(what, dict,
       dict), level)
   end
-  for _, text in ipairs(given.endpoints or { given.uri or "amqp://" }) do
-    local parsed, problem = uri.parse(text)
-    if not parsed then error(what .. ": " .. problem, level) end
-    local tls = given.tls ~= false and (parsed.tls or given.tls) and {}
-    if tls then
-      for key, value in pairs(parsed.tls or {}) do tls[key] = value end
-      if type(given.tls) == "table" then
-        for key, value in pairs(given.tls) do tls[key] = value end
-      end
-      local ok, identity
-      ok, identity, problem = pcall(transport.prepare, tls)
+  local source = cluster.source(given, { runtime = runtime, log = runtime.log }, level)
+  for _, target in ipairs(source.targets) do
+    if target.tls then
+      local ok, identity, problem = pcall(transport.prepare, target.tls)
       if not ok then error(what .. ": " .. tostring(identity), level) end
       if identity == nil then error(what .. ": " .. problem, level) end
     end

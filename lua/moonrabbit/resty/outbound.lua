@@ -175,6 +175,13 @@ function Outbound:away(timeout)
     failure.message), failure.temporary)
 end
 
+-- An error while publishing is held: the standby of two sites is consume-only until it is released.
+local function held(self)
+  local channel = self.channel
+  local why = self.keeper.state == "open" and channel and channel:is_open() and channel._session.held
+  return why and self:error("blocked", why, true) or nil
+end
+
 local function give_up(self, waiter, timeout)
   self.timeouts = self.timeouts + 1
   if self.metrics then self.metrics:touch() end
@@ -185,7 +192,8 @@ local function give_up(self, waiter, timeout)
       ("the broker has not confirmed the message within %g s: its outcome is unknown"):format(timeout))
   end
   take_out(self, index)
-  return nil, self:away(timeout) or self:error("timeout", ("the message was not sent within %g s"):format(timeout))
+  return nil, self:away(timeout) or held(self)
+    or self:error("timeout", ("the message was not sent within %g s"):format(timeout))
 end
 
 -- The broker refuses us for good: waiting would not help.
@@ -200,7 +208,7 @@ end
 ---@param timeout number seconds
 ---@return true|nil, moonrabbit.Error?
 function Outbound:publish(body, route, timeout)
-  local failure = self:refused()
+  local failure = self:refused() or held(self)
   if failure then return nil, failure end
   local waiter = table.remove(self.spare) or { semaphore = semaphore.new() }
   waiter.done = false
@@ -287,12 +295,17 @@ local function send_all(self, channel)
   return true
 end
 
--- Waits for something to do. Messages that nobody waits for may gather for `linger` seconds.
-local function rest(self, channel, limit)
-  if #self.jobs > 0 or not channel:is_open() then return end
+-- Waits to be woken, by any message.
+local function sleep(self, limit)
   self.sleeping = "any"
   self.wake:wait(limit)
   self.sleeping = nil
+end
+
+-- Waits for something to do. Messages that nobody waits for may gather for `linger` seconds.
+local function rest(self, channel, limit)
+  if #self.jobs > 0 or not channel:is_open() then return end
+  sleep(self, limit)
   local linger = self.config.linger
   if linger == 0 or self.urgent or self.sweep_due or #self.jobs > 0 or life.exiting or self.next == self.tail
     or not channel:is_open() then return end
@@ -367,6 +380,8 @@ local function use(self, conn, channel, keeper)
     start_jobs(self, conn)
     local sent = send_all(self, channel)
     if sent == false then runtime.sleep(0) end -- its end is about to be told
+    -- A message that there was no room for has waited; one that is held has not.
+    if sent == nil and held(self) then sleep(self, patience(self, keeper)) end
     if sent then rest(self, channel, patience(self, keeper)) end
   end
   off()
@@ -378,6 +393,7 @@ end
 function Outbound:serve(conn, keeper)
   self.endpoint = conn.endpoint
   self.idle_since = nil
+  conn:on("released", function() self:rouse() end)
   if self.config.setup then
     local ok, err = self.config.setup(conn)
     if not ok and err then return err end
