@@ -29,6 +29,10 @@ if not nginx or not nginx.get_phase or not nginx.socket then
   error('moonrabbit.resty runs inside nginx with ngx_lua (OpenResty): elsewhere use require "moonrabbit"', 0)
 end
 
+if nginx.config.subsystem ~= "http" then
+  error("moonrabbit.resty is for the http subsystem of nginx: in stream {} it has nothing to publish from", 0)
+end
+
 local Connection = require "moonrabbit.connection"
 local Consumer = require "moonrabbit.consumer"
 local Inbound = require "moonrabbit.resty.inbound"

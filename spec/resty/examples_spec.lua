@@ -275,26 +275,31 @@ describe("examples for nginx #resty", function()
     end)
   end)
 
-  it("docs/openresty.md: from nothing to a confirmed publish", function()
+  it("docs/openresty.md: from nothing to a confirmed publish, in ten lines", function()
     local file = assert(io.open "docs/openresty.md")
-    local text = file:read("*a"):match "\n```nginx\n(.-)\n```"
+    local text, location = file:read("*a"):match "\n```nginx\n(.-\n)```.-\n```nginx\n(.-\n)```"
     file:close()
+    assert.equal(10, select(2, text:gsub("\n", "")))
+    -- What Debian's package has in files of its own, and this checkout in place of /usr/local.
     local changes = {
-      { "worker_processes 2;", [[load_module $modules/ndk_http_module.so;
+      { "events { }", [[load_module $modules/ndk_http_module.so;
         load_module $modules/ngx_http_lua_module.so;
         user $owner;
         pid $prefix/nginx.pid;
-        error_log $prefix/logs/error.log info;]] },
-      { "amqp://guest:guest@127.0.0.1/", broker.uri {} },
-      { "lua_package_path '", [[access_log off;
+        error_log $prefix/logs/error.log info;
+        events { }]] },
+      { "http {", [[http {
+        access_log off;
         client_body_temp_path $prefix/tmp/body;
         proxy_temp_path $prefix/tmp/proxy;
         fastcgi_temp_path $prefix/tmp/fastcgi;
         uwsgi_temp_path $prefix/tmp/uwsgi;
         scgi_temp_path $prefix/tmp/scgi;
         lua_package_cpath '$build/5.1/?.so;;';
-        lua_package_path '$here/lua/?.lua;$here/lua/?/init.lua;]] },
-      { "listen 8080;", "listen 127.0.0.1:$port; location = /ping { return 200; }" },
+        lua_package_path '$here/lua/?.lua;$here/lua/?/init.lua;;';]] },
+      { "amqp://guest:guest@127.0.0.1/", broker.uri {} },
+      { "listen 8080;", "listen 127.0.0.1:$port; client_max_body_size 4m; location = /ping { return 200; }\n"
+        .. location },
     }
     for _, change in ipairs(changes) do
       local from, to = text:find(change[1], 1, true)
@@ -304,10 +309,15 @@ describe("examples for nginx #resty", function()
     local queue = broker.unique "docs"
     ok(channel:queue_declare(queue))
     server = nginx.start({ text = text }):ready "/ping"
-    local body, status = server:request("/publish/" .. queue, { body = "hello" })
+    assert.equal("the broker has it\n", (server:request("/hello/" .. queue)), server:log())
+    assert.equal("hello", next_message(queue).body)
+    local body, status = server:request("/publish/" .. queue, { body = "what came" })
     assert.equal("the broker has it\n", body, server:log())
     assert.equal(202, status)
-    assert.equal("hello", next_message(queue).body)
+    assert.equal("what came", next_message(queue).body)
+    body, status = server:request("/publish/" .. queue, { body = ("x"):rep(2000000) })
+    assert.matches("buffered the request body to disk", body)
+    assert.equal(503, status)
     channel:queue_delete(queue)
   end)
 

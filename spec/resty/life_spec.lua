@@ -41,6 +41,9 @@ local locations = [[
       require "moonrabbit.resty".publish_async("logged", { routing_key = ngx.var.arg_queue })
     }
   }
+  location /timers {
+    content_by_lua_block { ngx.say(Timers, " ", ngx.timer.running_count()) }
+  }
   location /stats {
     content_by_lua_block {
       local stats = require "moonrabbit.resty".stats()
@@ -64,7 +67,7 @@ describe("a worker of nginx #resty", function()
   -- options: of start, as Lua text.
   local function start(port, options, what)
     what = what or {}
-    what.http = ([[
+    what.http = (what.http_before or "") .. ([[
       init_worker_by_lua_block {
         require "moonrabbit.resty".start { uri = %q, reconnect = { first = 0.05, max = 0.2 }, %s }
       }]]):format(broker.uri { host = "127.0.0.1", port = port }, options or "")
@@ -169,6 +172,48 @@ describe("a worker of nginx #resty", function()
     assert.equal(0, stats().in_flight)
   end)
 
+  it("comes back in a timer of its own each time", function()
+    line = open_line()
+    start(line.port, "", { http_before = [[
+      init_by_lua_block {
+        local at = ngx.timer.at
+        Timers = 0
+        function ngx.timer.at(...)
+          Timers = Timers + 1
+          return at(...)
+        end
+      }
+    ]] })
+    for i = 1, 10 do
+      assert.equal("ok\n", (publish("m" .. i)))
+      line:cut()
+    end
+    assert.equal("ok\n", (publish "last"))
+    local sessions = stats().sessions
+    assert.truthy(sessions >= 10, sessions)
+    local all, now = (server:request "/timers"):match "^(%d+) (%d+)"
+    assert.truthy(tonumber(all) >= sessions + 1, all) -- one more notices the worker's end
+    assert.equal("1", now) -- those of lost connections have ended, and nginx has freed what they used
+  end)
+
+  it("goes to another node at once when one has fallen silent", function()
+    line = open_line()
+    local other = broker.parsed()
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block {
+        require "moonrabbit.resty".start { endpoints = { %q, %q }, heartbeat = 1, reconnect = { first = 0.05 } }
+      }]]):format(broker.uri { host = "127.0.0.1", port = line.port },
+        broker.uri { host = other.host, port = other.port }),
+      server = locations,
+    }
+    server:ready "/ping"
+    assert.equal("ok\n", (publish "before"))
+    local lines = #line.lines
+    line.silent = true
+    assert.equal("ok\n", (publish("after", 20)))
+    assert.equal(lines, #line.lines, "the silent one was asked again")
+  end)
+
   it("says that an outcome is unknown when the broker is silent", function()
     line = open_line()
     start(line.port)
@@ -202,41 +247,75 @@ describe("a worker of nginx #resty", function()
     assert.is_nil(server:log():find "%[error%]", server:log())
   end)
 
-  it("loses nothing that was confirmed while it is reloaded under load", function()
-    start(broker.parsed().port, "", { workers = 2 })
-    local old = {}
-    moonrabbit.run(function()
-      local accepted, failed, running, n = {}, {}, 8, 0
-      local over = false
-      for _ = 1, running do
-        moonrabbit.spawn(function()
-          while not over do
-            n = n + 1
-            local body = "m" .. n
-            local answer, status = publish(body)
-            if answer == "ok\n" then
-              accepted[#accepted + 1] = body
-            elseif status then -- a connection that nginx closed has promised nothing
-              failed[#failed + 1] = answer
-            end
-          end
-          running = running - 1
-        end)
-      end
+  -- Ways to go; each returns the processes that have to go.
+  local ways = {
+    ["it is reloaded"] = function()
+      local old = {}
       for _ = 1, 3 do
         moonrabbit.sleep(0.2)
         for _, pid in ipairs(server:reload()) do old[#old + 1] = pid end
       end
-      moonrabbit.sleep(0.1)
-      over = true
-      broker.eventually(function() return running == 0 end)
-      assert.same({}, failed, server:log())
-      local seen = taken()
-      for _, body in ipairs(accepted) do assert.truthy(seen[body], body) end
-      assert.truthy(#accepted > 50, #accepted)
+      return old
+    end,
+    ["its workers crash"] = function()
+      local old = {}
+      for _ = 1, 3 do
+        moonrabbit.sleep(0.2)
+        old[#old + 1] = server:workers()[1]
+        os.execute("kill -KILL " .. old[#old])
+      end
+      return old
+    end,
+    ["it quits"] = function()
+      moonrabbit.sleep(0.3)
+      local old = server:workers()
+      server:signal "QUIT"
+      return old
+    end,
+    ["it is stopped"] = function()
+      moonrabbit.sleep(0.3)
+      local old = server:workers()
+      server:signal "TERM"
+      return old
+    end,
+  }
+
+  for name, go in pairs(ways) do
+    it("loses nothing that was confirmed when, under load, " .. name, function()
+      start(broker.parsed().port, "", { workers = 2 })
+      local old
+      moonrabbit.run(function()
+        local accepted, failed, running, n = {}, {}, 8, 0
+        local over = false
+        for _ = 1, running do
+          moonrabbit.spawn(function()
+            while not over do
+              n = n + 1
+              local body = "m" .. n
+              local answer, status = publish(body)
+              if answer == "ok\n" then
+                accepted[#accepted + 1] = body
+              elseif status then -- a connection that nginx closed has promised nothing
+                failed[#failed + 1] = answer
+              else
+                moonrabbit.sleep(0.01)
+              end
+            end
+            running = running - 1
+          end)
+        end
+        old = go()
+        moonrabbit.sleep(0.1)
+        over = true
+        broker.eventually(function() return running == 0 end)
+        assert.same({}, failed, server:log())
+        nginx.gone(old, 8)
+        local seen = taken()
+        for _, body in ipairs(accepted) do assert.truthy(seen[body], body) end
+        assert.truthy(#accepted > 20, #accepted)
+      end)
     end)
-    nginx.gone(old, 8)
-  end)
+  end
 
   it("flushes what is queued when it quits", function()
     line = open_line()

@@ -74,14 +74,18 @@ http {
   fastcgi_temp_path $prefix/tmp/fastcgi;
   uwsgi_temp_path $prefix/tmp/uwsgi;
   scgi_temp_path $prefix/tmp/scgi;
-  lua_package_path '$here/lua/?.lua;$here/lua/?/init.lua;$here/spec/resty/?.lua;$path/usr/share/lua/5.1/?.lua;;';
-  lua_package_cpath '$build/5.1/?.so;;';
+  $paths
   $http
   server {
     listen 127.0.0.1:$port;
     $server
   }
 }
+]]
+
+local paths = [[
+  lua_package_path '$here/lua/?.lua;$here/lua/?/init.lua;$here/spec/resty/?.lua;$path/usr/share/lua/5.1/?.lua;;';
+  lua_package_cpath '$build/5.1/?.so;;';
 ]]
 
 local function fill(text, values)
@@ -93,10 +97,10 @@ local function write(self, what)
   local values = {
     modules = MODULES, owner = shell "id -un" .. " " .. shell "id -gn", workers = what.workers or 1,
     prefix = self.prefix, here = nginx.here, build = build, port = self.port, path = what.path or "",
-    main = what.main or "", http = what.http or "", server = what.server or "",
+    paths = what.paths or paths, main = what.main or "", http = what.http or "", server = what.server or "",
   }
-  -- Twice: what is filled in has such names itself.
-  local text = fill(fill(what.text or preamble, values), values)
+  -- Three times: what is filled in has such names itself.
+  local text = fill(fill(fill(what.text or preamble, values), values), values)
   local file = assert(io.open(self.prefix .. "/nginx.conf", "w"))
   file:write(text)
   file:close()
@@ -134,7 +138,7 @@ local function of_example(folder)
 end
 
 --- Starts one. what: `main`, `http` and `server` (pieces of configuration), `workers`, `env` (a table), `path` (put
---- before lua_package_path, ";" at its end); or `example`, a folder whose nginx.conf it is. $port, $prefix, $here, $build and $modules in
+--- before lua_package_path, ";" at its end), `paths` (in place of lua_package_path and lua_package_cpath); or `example`, a folder whose nginx.conf it is. $port, $prefix, $here, $build and $modules in
 --- them are filled in.
 ---@return support.Nginx
 function nginx.start(what)

@@ -12,6 +12,11 @@ local life = { exiting = false }
 
 local now = runtime.now
 
+-- A timer of nginx's own. Kong has put a wheel in the place of ngx.timer.at, whose jobs share a few timers, and has kept
+-- the original under this name.
+local function timer_at(...) return (_G.native_timer_at or ngx.timer.at)(...) end
+life.timer_at = timer_at
+
 -- A timer that is aborted when the worker leaves tells of it.
 local SENTINEL = 3600
 -- A worker that leaves tells the broker goodbye for so long.
@@ -31,11 +36,11 @@ local function sentinel(premature)
   life.exiting = true
   for _, fn in ipairs(listeners) do fn() end
   -- What a timer posts that is aborted arrives with nginx's next event: this is one.
-  ngx.timer.at(0, function() end)
+  timer_at(0, function() end)
 end
 
 function arm()
-  local ok, err = ngx.timer.at(SENTINEL, sentinel)
+  local ok, err = timer_at(SENTINEL, sentinel)
   if not ok and err ~= "process exiting" then
     ngx.log(ngx.ERR, "moonrabbit: no timer to notice the worker's end with: ", err)
   end
@@ -138,10 +143,10 @@ function Keeper:again()
     runtime.log("warn", ("%s: %s; trying again in %.1f s"):format(self.config.name, tostring(self.failure), delay))
   end
   local ok, err
-  if not life.exiting then ok, err = ngx.timer.at(delay, on_timer, self) end
+  if not life.exiting then ok, err = timer_at(delay, on_timer, self) end
   if not ok then
     if self.leave_by then delay = math.min(delay, self.leave_by - now()) end
-    ok, err = ngx.timer.at(0, wait_then_try, self, math.max(delay, 0.001))
+    ok, err = timer_at(0, wait_then_try, self, math.max(delay, 0.001))
   end
   if not ok then
     self.state = "idle"
@@ -154,7 +159,7 @@ function Keeper:start()
   if self.state ~= "idle" then return end
   self.state = "connecting"
   if life.exiting then self.leave_by = now() + self.config.exit_timeout end
-  local ok, err = ngx.timer.at(0, on_timer, self)
+  local ok, err = timer_at(0, on_timer, self)
   if not ok then
     self.state = "idle"
     runtime.log("error", self.config.name .. ": cannot start a timer: " .. tostring(err))
