@@ -2,6 +2,7 @@
 -- own is a fragment: it is given a connection and a channel. Those of the guide that return an app are run by
 -- `moonrabbit run` too, until they consume, and are then told to stop.
 local broker = require "support.broker"
+local pages = require "support.pages"
 local process = require "support.process"
 
 local url = broker.url
@@ -13,30 +14,17 @@ local ch = assert(conn:channel { confirm = true, prefetch = 100 })
 assert(ch:queue_declare("orders", { durable = true }))
 ]]
 
--- Every page there is: one that is added is run too.
-local function all_pages()
-  local list = {}
-  local pipe = assert(io.popen "ls README.md docs/*.md examples/*.md examples/*/README.md 2> /dev/null")
-  for path in pipe:lines() do list[#list + 1] = path end
-  pipe:close()
-  return list
-end
-local pages = all_pages()
+-- What a block of each language is: "runs" and "commands" are checked below, the others are to be read only.
+local languages = {
+  lua = "runs", sh = "commands", json = "read", text = "read", nginx = "read", mermaid = "read", [""] = "read",
+}
 
-local function blocks(text)
-  local list, line, start, body = {}, 0, nil, nil
-  for each in (text .. "\n"):gmatch "(.-)\n" do
-    line = line + 1
-    if body and each == "```" then
-      list[#list + 1] = { line = start, code = table.concat(body, "\n") .. "\n" }
-      body = nil
-    elseif body then
-      body[#body + 1] = each
-    elseif each == "```lua" then
-      start, body = line, {}
-    end
-  end
-  return list
+local function run(code)
+  if not code:find 'require%(?%s*"moonrabbit"' then code = fragment .. code end
+  local path = process.file(code)
+  local result = process.run({ path }, { env = { AMQP_URL = url }, timeout = 20 })
+  os.remove(path)
+  return result
 end
 
 local function runs_as_app(code)
@@ -69,35 +57,67 @@ describe("the documentation #smoke", function()
 
   local it_runs = broker.it_unless(it, pending, broker.not_ours())
 
-  for _, page in ipairs(pages) do
-    for _, block in ipairs(blocks(process.slurp(page) or "")) do
-      total = total + 1
-      it_runs(("runs: %s, line %d"):format(page, block.line), function()
-        local code = block.code
-        if not code:find 'require%(?%s*"moonrabbit"' then code = fragment .. code end
-        local path = process.file(code)
-        local result = process.run({ path }, { env = { AMQP_URL = url }, timeout = 20 })
-        os.remove(path)
-        assert.equal("", result.err)
-        assert.equal(0, result.code)
-      end)
+  for _, page in ipairs(pages.all()) do
+    for _, block in ipairs(pages.read(page)) do
+      if languages[block.language] == "runs" then
+        total = total + 1
+        it_runs(("runs: %s, line %d"):format(page, block.line), function()
+          local result = run(block.code)
+          assert.equal("", result.err)
+          assert.equal(0, result.code)
+        end)
+      end
       if page == "docs/guide.md" and block.code:find("return mr.app", 1, true) then
         it_runs(("moonrabbit run: %s, line %d"):format(page, block.line), function() runs_as_app(block.code) end)
       end
     end
   end
 
-  it("has blocks to run", function() assert.truthy(total >= 10, total) end)
+  it("has blocks to run", function() assert.truthy(total >= 50, total) end)
 
-  it("has no link to a file that is not there", function()
-    for _, page in ipairs(pages) do
+  it_runs("would fail with a block that is broken", function()
+    assert.not_equal(0, run("ch:publish(").code)
+    assert.not_equal(0, run('assert(ch:publish("x", { routing_key = "no such queue" }))').code)
+    local in_a_task = 'local mr = require "moonrabbit"\nmr.spawn(function() error "in a task" end)\nmr.sleep(0)'
+    assert.not_equal("", run(in_a_task).err)
+  end)
+
+  it("has no block in a language that nobody checks", function()
+    for _, page in ipairs(pages.all()) do
+      for _, block in ipairs(pages.read(page)) do
+        assert.truthy(languages[block.language], ("%s:%d: %s"):format(page, block.line, block.language))
+      end
+    end
+  end)
+
+  it("would see a block that is written differently", function()
+    for _, text in ipairs { "```Lua\n```\n", "  ```lua\n  ```\n", "~~~lua\n~~~\n", "```lua\n", "```lua x\n```\n" } do
+      assert.has_error(function() pages.blocks(text, "page") end)
+    end
+    assert.same({ { line = 2, language = "sh", code = "ls\n" } }, pages.blocks("a\n```sh\nls\n```\n", "page"))
+  end)
+
+  -- The anchors of a page's headings, as GitHub makes them.
+  local function anchors(text)
+    local set = {}
+    for heading in ("\n" .. text):gmatch "\n#+ ([^\n]+)" do
+      set[(heading:lower():gsub("[^%w%s_\128-\255-]", ""):gsub("%s", "-"))] = true
+    end
+    return set
+  end
+
+  it("has no link to a file, or a section, that is not there", function()
+    for _, page in ipairs(pages.all()) do
       local folder = page:match "^(.*/)" or ""
       for target in (process.slurp(page) or ""):gmatch "%]%(([^)%s]+)%)" do
-        local path = target:gsub("#.*$", "")
-        if path ~= "" and not path:find "^https?://" then
-          local file = io.open(folder .. path)
-          assert.truthy(file, page .. " links to " .. path)
-          file:close()
+        local path, anchor = target:match "^([^#]*)#?(.*)$"
+        if not target:find "^https?://" then
+          local text = process.slurp(path == "" and page or folder .. path)
+          local there = text or os.execute("test -d " .. process.quote(folder .. path))
+          assert.truthy(there == true or there == 0 or text, page .. " links to " .. target)
+          if anchor ~= "" and path:find "%.md$" or path == "" then
+            assert.truthy(anchors(text)[anchor], page .. " links to " .. target)
+          end
         end
       end
     end

@@ -2,6 +2,8 @@
 local broker = require "support.broker"
 local process = require "support.process"
 
+local it_always = it
+
 -- The tutorials have queues and exchanges of everyday names, and these specs delete them.
 local it = broker.it_unless(it, pending, broker.not_ours())
 
@@ -128,6 +130,36 @@ describe("examples #smoke", function()
       assert.equal(1, result.code)
       assert.truthy(result.err:find "^Usage: ")
     end
+  end)
+end)
+
+describe("the folder of examples", function()
+  -- Where each folder in it is run.
+  local folders = {
+    shop = "spec/broker/guide_spec.lua", openresty = "spec/resty/examples_spec.lua",
+    systemd = false, kubernetes = false, -- read by systemd and Kubernetes, not by us
+  }
+
+  it_always("holds no script that no spec runs", function()
+    local specs = process.slurp "spec/broker/examples_spec.lua"
+    local pipe = assert(io.popen "ls examples")
+    for name in pipe:lines() do
+      local script = name:match "^(.*)%.lua$"
+      if script then
+        assert.truthy(specs:find("%f[%w_]" .. script .. "%f[^%w_]"), name)
+      elseif name ~= "README.md" then
+        assert.truthy(folders[name] ~= nil, name)
+        if folders[name] then assert.truthy(process.slurp(folders[name]):find("examples/" .. name, 1, true), name) end
+      end
+    end
+    pipe:close()
+  end)
+
+  it_always("holds no example for nginx that no spec runs", function()
+    local specs = process.slurp "spec/resty/examples_spec.lua"
+    local pipe = assert(io.popen "ls examples/openresty")
+    for name in pipe:lines() do assert.truthy(specs:find('"' .. name .. '"', 1, true), name) end
+    pipe:close()
   end)
 end)
 

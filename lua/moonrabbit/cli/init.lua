@@ -64,31 +64,34 @@ local function thrown(err)
   return exit.usage
 end
 
---- Runs a command. argv: the arguments; returns the exit code.
-function cli.main(argv)
-  local ok, argparse = pcall(require, "argparse")
-  if not ok then
-    output.complain "the command line needs argparse (Debian: lua-argparse; else: luarocks install argparse)"
-    return exit.usage
-  end
+--- A command line, read and checked: its arguments, or nil and what is wrong with it. Nothing is run.
+function cli.parse(argv)
   local given = {}
-  local parser = build(argparse, given)
-  local parsed, args = parser:pparse(argv)
-  if not parsed then return usage_error(args) end
+  local parsed, args = build(require "argparse", given):pparse(argv)
+  if not parsed then return nil, args end
   for name, value in pairs(given) do args[name] = value end
   args.argv = argv
   output.configure(args)
   local command = require("moonrabbit.cli." .. args.command)
-  if command.check then
-    local problem = command.check(args)
-    if problem then return usage_error(problem) end
+  local problem = command.check and command.check(args)
+  if problem then return nil, problem end
+  return args
+end
+
+--- Runs a command. argv: the arguments; returns the exit code.
+function cli.main(argv)
+  if not pcall(require, "argparse") then
+    output.complain "the command line needs argparse (Debian: lua-argparse; else: luarocks install argparse)"
+    return exit.usage
   end
+  local args, problem = cli.parse(argv)
+  if not args then return usage_error(problem) end
   local loaded, moonrabbit = pcall(require, "moonrabbit")
   if not loaded then
     output.complain("moonrabbit's C modules cannot be loaded: " .. tostring(moonrabbit):match "^[^\n]*")
     return exit.failed
   end
-  local ran, code = pcall(moonrabbit.run, command.run, args)
+  local ran, code = pcall(moonrabbit.run, require("moonrabbit.cli." .. args.command).run, args)
   if not ran then return thrown(code) end
   local flushed, err = output.flush()
   if not flushed then

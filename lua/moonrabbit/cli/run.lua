@@ -88,6 +88,7 @@ local function with_pid_file(args, fn, ...)
 end
 
 function run.run(args)
+  io.stdout:setvbuf "line" -- what handlers print is in the log of a service at once, not when a block is full
   if args.workers and not args.worker and not args.check then return with_pid_file(args, live.parent) end
   local app, problem = script.load_to_connect(args)
   if not app then return wrong(problem) end
