@@ -46,15 +46,19 @@ local function detection(queue, from, to, ...)
   return first and first - from
 end
 
--- Seconds from the loss of the publisher's connection to the first confirm after it: nil when it was not lost.
+-- Seconds from the loss of the publisher's connection until it is open again, and to the first confirm after the loss:
+-- nil when it was not lost.
 local function failover(entries, queue, from)
-  local lost
+  local lost, back
   for _, entry in ipairs(entries) do
     if entry.queue == queue and entry.at >= from then
-      if entry.kind == "event" and entry.text:match "^recovering" then lost = lost or entry.at end
-      if lost and entry.kind == "confirmed" and entry.at >= lost then return entry.at - lost end
+      local event = entry.kind == "event" and entry.text:match "^%S+"
+      if event == "recovering" then lost = lost or entry.at end
+      if event == "open" and lost then back = back or entry.at - lost end
+      if lost and entry.kind == "confirmed" then return back, entry.at - lost end
     end
   end
+  return back
 end
 
 --- The sums of one queue.
@@ -97,7 +101,7 @@ function account.of(queue, published, consumed, from, to)
   end
   table.sort(sums.missing)
   sums.detect = detection(queue, from, to, published, consumed)
-  sums.failover = failover(published, queue, from)
+  sums.back, sums.failover = failover(published, queue, from)
   sums.publish_gap = gap(times_of(published, queue, "confirmed"), from, to)
   sums.deliver_gap = gap(times_of(consumed, queue, "delivered"), from, to)
   return sums

@@ -9,7 +9,7 @@ local function ms(seconds) return seconds and math.floor(seconds * 1000 + 0.5) e
 function report.row(fault, sums)
   return {
     fault = fault.name, queue = sums.queue,
-    detect_ms = ms(sums.detect), failover_ms = ms(sums.failover),
+    detect_ms = ms(sums.detect), back_ms = ms(sums.back), failover_ms = ms(sums.failover),
     publish_gap_ms = ms(sums.publish_gap), deliver_gap_ms = ms(sums.deliver_gap),
     confirmed = sums.confirmed, delivered = sums.delivered, lost = sums.lost, duplicated = sums.duplicated,
     out_of_order = sums.out_of_order, reordered = sums.out_of_order, failed = sums.failed,
@@ -39,9 +39,9 @@ function report.problems(run)
 end
 
 local columns = {
-  { "fault", "fault" }, { "queue", "queue" }, { "detect ms", "detect_ms" }, { "own ms", "failover_ms" },
-  { "publish gap ms", "publish_gap_ms" }, { "deliver gap ms", "deliver_gap_ms" }, { "confirmed", "confirmed" },
-  { "delivered", "delivered" }, { "**lost**", "lost" }, { "duplicated", "duplicated" },
+  { "fault", "fault" }, { "queue", "queue" }, { "detect ms", "detect_ms" }, { "back ms", "back_ms" },
+  { "confirm ms", "failover_ms" }, { "publish gap ms", "publish_gap_ms" }, { "deliver gap ms", "deliver_gap_ms" },
+  { "confirmed", "confirmed" }, { "delivered", "delivered" }, { "**lost**", "lost" }, { "duplicated", "duplicated" },
   { "out of order", "out_of_order" },
 }
 
@@ -65,8 +65,8 @@ function report.table(rows)
 end
 
 local order = {
-  "fault", "queue", "detect_ms", "failover_ms", "publish_gap_ms", "deliver_gap_ms", "confirmed", "delivered", "lost",
-  "duplicated", "out_of_order", "reordered", "failed",
+  "fault", "queue", "detect_ms", "back_ms", "failover_ms", "publish_gap_ms", "deliver_gap_ms", "confirmed", "delivered",
+  "lost", "duplicated", "out_of_order", "reordered", "failed",
 }
 
 local function encoded(value)

@@ -387,11 +387,12 @@ describe("a connection that survives", function()
     it("go on in messages() and receive() across a reconnect, and handlers finish", function()
       local iterated = ok(ch:consume(queue))
       local bodies, handled, late = {}, {}, nil
-      local hold = true
+      local hold, begun = true, false
       local work = unique "work"
       ok(ch:queue_declare(work, {}))
       ok(conn:consume(work, { concurrency = 4 }, function(message)
         if message.body == "slow" and not message.redelivered then
+          begun = true
           while hold do moonrabbit.sleep(0.01) end
           late = { message:ack() }
         else
@@ -408,7 +409,7 @@ describe("a connection that survives", function()
         end)
         ok(ch:publish("1", { routing_key = queue }))
         ok(ch:publish("slow", { routing_key = work }))
-        eventually(function() return #bodies == 1 end)
+        eventually(function() return #bodies == 1 and begun end)
         cut()
         hold = false
         eventually(function() return late end)
@@ -596,6 +597,63 @@ describe("a connection that survives", function()
     assert.equal("closed", err.kind)
     assert.is_false(err.temporary)
     assert.is_nil(next(conn._channels))
+  end)
+
+  it("ends every waiting call within its own timeout while the broker says nothing", function()
+    connect { timeout = 60 }
+    local ch, plain = ok(conn:channel { confirm = true }), ok(conn:channel())
+    local queue = unique "silence"
+    ok(ch:queue_declare(queue, { exclusive = true }))
+    local consumer, other = ok(ch:consume(queue)), ok(ch:consume(queue))
+    local narrow = ok(conn:publisher { routing_key = queue, max_kept = 1, timeout = 0.2 })
+    local publisher = ok(conn:publisher { routing_key = queue })
+    local own = { timeout = 0.2 }
+    local function publishing() return { routing_key = queue, timeout = 0.2 } end
+    through.silent = true
+    local confirmation, kept = ok(ch:publish_async("x", { routing_key = queue })), ok(narrow:send_async "x")
+    local calls = {
+      publish = function() return ch:publish("x", publishing()) end,
+      ["Confirmation:wait"] = function() return confirmation:wait(0.2) end,
+      wait_for_confirms = function() return ch:wait_for_confirms(0.2) end,
+      queue_declare = function() return plain:queue_declare(queue, own) end,
+      queue_bind = function() return plain:queue_bind(queue, "amq.fanout", "", own) end,
+      qos = function() return plain:qos(5, own) end,
+      get = function() return plain:get(queue, own) end,
+      consume = function() return plain:consume(queue, own) end,
+      cancel = function() return other:cancel(own) end,
+      receive = function() return consumer:receive(0.2) end,
+      channel = function() return conn:channel(own) end,
+      publisher = function() return conn:publisher(own) end,
+      call = function() return conn:call("x", publishing()) end,
+      update_secret = function() return conn:update_secret("x", own) end,
+      ["Publisher:send"] = function() return publisher:send("x", own) end,
+      ["Publisher:send_async"] = function() return narrow:send_async "y" end,
+      ["Publisher:wait"] = function() return narrow:wait(0.2) end,
+      ["the Confirmation of a Publisher"] = function() return kept:wait(0.2) end,
+    }
+    local results, left = {}, 0
+    local function start(name, fn)
+      left = left + 1
+      moonrabbit.spawn(function()
+        local started = native.now()
+        local value, err = fn()
+        results[name] = { value = value, err = err, took = native.now() - started }
+        left = left - 1
+      end)
+    end
+    moonrabbit.run(function()
+      for name, fn in pairs(calls) do start(name, fn) end
+      eventually(function() return left == 0 end, 10, "all calls end")
+      start("Channel:close", function() return plain:close(0.2) end)
+      eventually(function() return left == 0 end, 10, "close of a channel ends")
+      start("Connection:close", function() return conn:close(0.2) end)
+      eventually(function() return left == 0 end, 10, "close ends")
+    end)
+    for name, result in pairs(results) do
+      assert.is_nil(result.value, name)
+      assert.equal(name == "Publisher:send_async" and "overflow" or "timeout", result.err.kind, name)
+      assert.truthy(result.took > 0.19 and result.took < 3, name .. ": " .. result.took)
+    end
   end)
 
   it("tells of lost publishes once, and publishes again on the same channel", function()

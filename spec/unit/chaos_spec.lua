@@ -44,15 +44,19 @@ describe("the chaos harness", function()
 
   it("tells when the fault was noticed, and how long the client took to be back", function()
     local published = entries { { 1, "event", "q", 0, "recovering early" }, { 5.25, "event", "q", 0, "open x" },
-      { 6, "event", "q", 0, "recovering x" }, { 6.1, "event", "q", 0, "recovering y" }, { 6.5, "confirmed", "q", 3 } }
+      { 6, "event", "q", 0, "recovering x" }, { 6.1, "event", "q", 0, "recovering y" },
+      { 6.25, "event", "q", 0, "open y" }, { 6.3, "event", "other", 0, "open y" }, { 6.5, "confirmed", "q", 3 },
+      { 7, "event", "q", 0, "open y" } }
     local consumed = entries { { 5.5, "event", "q", 0, "cancelled" }, { 5.2, "event", "other", 0, "cancelled" } }
     local sums = account.of("q", published, consumed, 5, 10)
     assert.is_near(0.5, sums.detect, 1e-9)
+    assert.is_near(0.25, sums.back, 1e-9)
     assert.is_near(0.5, sums.failover, 1e-9)
     published[#published + 1] = { at = 12, kind = "event", queue = "other", serial = 0, text = "closed by itself" }
     sums = account.of("other", published, {}, 5, 10)
     assert.is_nil(sums.detect)
     assert.is_nil(sums.failover)
+    assert.is_nil(sums.back)
   end)
 
   it("reads a ledger while it is written, and no half lines", function()
@@ -82,9 +86,9 @@ describe("the chaos harness", function()
     assert.equal('kill "-9"', decoded[1].fault)
     assert.equal(12, decoded[1].detect_ms)
     assert.equal(1500, decoded[1].publish_gap_ms)
-    assert.equal(cjson.null, decoded[1].failover_ms)
+    assert.same({ cjson.null, cjson.null }, { decoded[1].failover_ms, decoded[1].back_ms })
     assert.equal(0, decoded[1].out_of_order)
-    local line = '| kill "-9" | quorum | 12 | – | 1500 | 2000 | 10 | 10 | 0 | 1 | 0 |'
+    local line = '| kill "-9" | quorum | 12 | – | – | 1500 | 2000 | 10 | 10 | 0 | 1 | 0 |'
     assert.is_truthy(report.table(rows):find(line, 1, true))
     assert.same({}, cjson.decode(report.json {}))
   end)

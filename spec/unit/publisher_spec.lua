@@ -341,22 +341,29 @@ describe("a publisher #smoke", function()
     assert.is_true(result[1])
   end)
 
-  it("goes by another channel when the broker refuses again and again on this one, and nothing is under way", function()
-    start { routing_key = "k", retry = { first = 0.1, factor = 1, jitter = 0, attempts = math.huge } }
-    local sequence, renewed = 0, {}
-    -- Another channel of the same connection, a moment later.
+  -- When a channel is left there is another one of the same connection, a moment later: `opened(err)` is called.
+  local function leaves_channels(opened)
     w.channel.leaves = function(err)
-      renewed[#renewed + 1] = w.runtime.now()
       assert.equal("nacked", err.kind)
       assert.equal(0, w.channel._core:unconfirmed())
       w.channel._core:close(200, "Goodbye")
       w.channel.hooks.lost(errors.new { kind = "closed", message = "left", temporary = true })
+      opened()
       w.runtime.spawn(function()
         w.runtime.sleep(0.01)
-        w.channel._core, sequence = core_channel(w.broker, w.channel, w.window), 0
+        w.channel._core = core_channel(w.broker, w.channel, w.window)
         w.channel.hooks.recovered()
       end)
     end
+  end
+
+  it("goes by another channel when the broker refuses again and again on this one, and nothing is under way", function()
+    start { routing_key = "k", retry = { first = 0.1, factor = 1, jitter = 0, attempts = math.huge } }
+    local sequence, renewed = 0, {}
+    leaves_channels(function()
+      sequence = 0
+      renewed[#renewed + 1] = w.runtime.now()
+    end)
     local function refuse(n)
       sequence = sequence + n
       w:say(fake.nack(w.channel._core:id(), sequence, true))
@@ -390,6 +397,65 @@ describe("a publisher #smoke", function()
     w:say(fake.ack(w.channel._core:id(), sequence + 2, true))
     assert.same({ "acked", "acked" }, outcomes(c))
     assert.same({ 0, 0 }, { p:unconfirmed(), p._keeper._due })
+  end)
+
+  it("goes by another channel under a steady load too: what is under way is settled first, none goes twice", function()
+    start { routing_key = "k", retry = { first = 0.1, factor = 1, jitter = 0, attempts = math.huge } }
+    local sequence, channels, under_way, order = 0, 1, {}, {}
+    leaves_channels(function() sequence, channels = 0, channels + 1 end)
+    -- The broker answers after 20 ms, while a message comes every 5: something is always under way.
+    local function tick()
+      for _, body in ipairs(w:published()) do
+        sequence = sequence + 1
+        if body:find "good" then order[#order + 1] = body end
+        local answer = body:find "bad" and channels == 1 and fake.nack or fake.ack
+        table.insert(under_way, { due = w.runtime.now() + 0.02, answer = answer(w.channel._core:id(), sequence) })
+      end
+      while under_way[1] and under_way[1].due <= w.runtime.now() do w:say(table.remove(under_way, 1).answer) end
+      w.runtime.advance(0.005)
+    end
+    local c, expected = { p:send_async "bad" }, {}
+    for i = 1, 400 do
+      expected[i] = "good " .. i
+      c[#c + 1] = p:send_async(expected[i])
+      tick()
+    end
+    assert.equal(2, channels)
+    assert.equal("acked", c[1]:outcome())
+    for _ = 1, 20 do tick() end
+    for i = 1, #c do assert.equal("acked", c[i]:outcome()) end
+    assert.same(expected, order) -- none marked, none twice
+    assert.same({ 0, 0 }, { p:unconfirmed(), p._keeper._due })
+  end)
+
+  it("stays on such a channel while something on it is not settled, and goes on after five seconds", function()
+    start { routing_key = "k", retry = { first = 0.1, factor = 1, jitter = 0, attempts = math.huge } }
+    local left = 0
+    leaves_channels(function() left = left + 1 end)
+    local slow, bad = p:send_async "slow", p:send_async "bad" -- the first is not answered
+    for sequence = 2, 4 do
+      w:say(fake.nack(1, sequence))
+      w.runtime.advance(0.11)
+    end
+    assert.same({ "slow", "bad", "!bad", "!bad" }, w:published())
+    local later = p:send_async "later"
+    local result
+    w.runtime.run(function() result = { p:send("too late", { timeout = 1 }) } end)
+    w.runtime.advance(4.5)
+    assert.same({}, w:published())
+    assert.same({ "timeout", true }, { result[2].kind, result[2].unsent })
+    w.runtime.advance(0.5)
+    assert.same({ "!bad", "later" }, w:published())
+    assert.equal(0, left)
+    w.runtime.advance(0.6)
+    w:say(fake.nack(1, 5), fake.ack(1, 6))
+    w.runtime.advance(0.5)
+    assert.equal(0, left) -- it waits again
+    w:say(fake.ack(1, 1))
+    w.runtime.advance(0.02)
+    assert.equal(1, left)
+    assert.same({ "acked", "acked", "pending" }, outcomes { slow, later, bad })
+    assert.same({ "!bad" }, w:published())
   end)
 
   it("keeps strict order with a window of one", function()
@@ -630,6 +696,102 @@ describe("an outbox in memory #smoke", function()
     w.runtime.advance(1)
     assert.equal(0, p:stats().stored)
     assert.is_true(p:close())
+  end)
+
+  it("forgets none that waits for room when the next ones have failed", function()
+    w = world()
+    p = w:publisher { routing_key = "k", max_kept = 2, retry = { attempts = 0 },
+      outbox = { kind = "memory", interval = 10 } }
+    for i = 1, 2 do
+      p:send_async "a"
+      p:send_async "b"
+      w:say(fake.nack(1, 2 * i - 1), fake.nack(1, 2 * i))
+    end
+    assert.equal(4, #w:published())
+    w.runtime.advance(10)
+    assert.same({ "!a", "!b" }, w:published()) -- there is no room for the other two
+    w:say(fake.nack(1, 5))
+    assert.same({ "!a" }, w:published())
+    w:cut()
+    w.runtime.advance(11) -- the first one's time has come again, and the last one still waits
+    w:restore()
+    assert.same({ "!b", "!a" }, w:published())
+    w:say(fake.ack(1, 1), fake.ack(1, 2))
+    assert.same({ "!a", "!b" }, w:published())
+    w:say(fake.ack(1, 4, true))
+    w.runtime.advance(1)
+    assert.equal(0, p:stats().stored)
+  end)
+
+  it("keeps what cannot be sent by this connection, says so, and sends it by another one", function()
+    w = world()
+    p = w:publisher { routing_key = "k", outbox = { kind = "memory", interval = 10 }, retry = { attempts = 0 } }
+    assert(p:send_async("large", { headers = { much = ("x"):rep(5000) } }))
+    w:say(fake.nack(1, 1))
+    w:cut()
+    w.config = { frame_max = 4096 }
+    w:restore()
+    w.runtime.advance(11)
+    assert.same({}, w:published())
+    assert.equal(1, p:stats().stored)
+    assert.matches("stays in the outbox.*too_large", w.log[1])
+    local _, err = p:send_async("large too", { headers = { much = ("x"):rep(5000) } })
+    assert.matches("too_large", err.message)
+    assert.equal(2, p:stats().stored) -- until it is deleted, a moment later
+    w.runtime.advance(1)
+    assert.equal(1, p:stats().stored)
+    w:cut()
+    w.config = nil
+    w:restore()
+    w.runtime.advance(11)
+    assert.same({ "!large" }, w:published())
+    w:say(fake.ack(1, 1))
+    w.runtime.advance(1)
+    assert.equal(0, p:stats().stored)
+  end)
+
+  it("that cannot be read for a while loses nothing, and takes nothing new before it", function()
+    local Memory = require "moonrabbit.outbox.memory"
+    local open, store = Memory.open, Memory.open()
+    for i = 1, 3 do -- as a file would have them from before
+      local exchange, key, mandatory, props = core.pack({ routing_key = "k" }, true)
+      store:add { exchange = exchange, routing_key = key, mandatory = mandatory, props = props, body = "old " .. i }
+    end
+    local broken = errors.new { kind = "outbox", message = "the disk cannot be read", temporary = true }
+    function store.after(_, row)
+      if row == 1 and broken then return nil, nil, broken end
+      return Memory.after(store, row)
+    end
+    function store.get(_, row)
+      if broken then return nil, broken end
+      return Memory.get(store, row)
+    end
+    Memory.open = function() return store end
+    finally(function() Memory.open = open end)
+    w = world()
+    p = w:publisher { routing_key = "k", outbox = { kind = "memory", interval = 10 }, retry = { attempts = 0 } }
+    assert.same({ "!old 1" }, w:published())
+    local results = {}
+    w.runtime.run(function() results[1] = { p:send_async("new", { timeout = 1 }) } end)
+    w.runtime.advance(2)
+    assert.equal(broken, results[1][2])
+    assert.matches("cannot be read", w.log[1])
+    w:say(fake.nack(1, 1))
+    w.runtime.run(function() results[2] = p:send_async("newer", { timeout = 100 }) end)
+    broken = nil
+    w.runtime.advance(20)
+    assert.same({ "!old 2", "!old 3", "newer", "!old 1" }, w:published())
+    broken = errors.new { kind = "outbox", message = "the disk cannot be read again", temporary = true }
+    w:say(fake.ack(1, 2), fake.ack(1, 3), fake.nack(1, 4), fake.ack(1, 5))
+    w.runtime.advance(11)
+    assert.same({}, w:published())
+    assert.matches("cannot be read again", w.log[2])
+    broken = nil
+    w.runtime.advance(10)
+    assert.same({ "!newer" }, w:published())
+    w:say(fake.ack(1, 6))
+    w.runtime.advance(1)
+    assert.equal(0, p:stats().stored)
   end)
 
   it("has a bound", function()

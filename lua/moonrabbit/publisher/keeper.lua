@@ -4,7 +4,8 @@
 -- * down: messages are kept, `unsent` is the oldest number that waits for the next channel;
 -- * up again: `feed` sends from `unsent` on, in order, as fast as the window and the buffer allow. Numbers up to
 --   `sent` have been on the wire before and carry the mark; what is new waits behind them;
--- * a message that the broker refuses gets a time when it is due, and goes again then or with the next channel.
+-- * a message that the broker refuses gets a time when it is due, and goes again then or with the next channel;
+-- * a channel on which it refuses again and again is left for another one: until then nothing is sent (renewal.lua).
 --
 -- The core holds the confirmations: until one is concluded, or acked, it is pending, whatever channel it was on.
 -- Nothing that a channel calls here (`_confirmed`, `_failed`, `lost`, `recovered`, `ended`) yields.
@@ -45,14 +46,14 @@ Keeper.MARK = MARK
 local failure_of = setmetatable({}, { __mode = "k" })
 
 --- config: channel, route and again (core.route, plain and with the mark), policy, window (0: none),
---- most (messages), most_bytes, log, outbox (moonrabbit.publisher.outbox) or nil
+--- most (messages), most_bytes, outbox (moonrabbit.publisher.outbox) or nil
 function Keeper.new(config)
   local runtime = config.channel._runtime
   local self = setmetatable({
     channel = config.channel, runtime = runtime, ring = Ring.new(), waiters = Waiters.new(runtime),
     fast = 0, resent = 0,
     _route = config.route, _again = config.again, _policy = config.policy, _strict = config.window == 1,
-    _most = config.most, _most_bytes = config.most_bytes, _outbox = config.outbox, _log = config.log,
+    _most = config.most, _most_bytes = config.most_bytes, _outbox = config.outbox,
     _up = true, _core = config.channel._core,
     _sent = 0,                        -- everything up to it has been on the wire
     _unsent = nil,                    -- the oldest number that is to be sent (again); nil: none
@@ -72,9 +73,12 @@ end
 -- With a window of one, what is to go again goes before anything newer.
 local function held_up(self) return self._strict and self._due > 0 end
 
+-- Whether anything may go out on the channel.
+local function sends(self) return self._up and not self._renewal.by end
+
 local function refresh(self)
   local ring = self.ring
-  if self._up and not self._unsent and not self._outbox and not self._closed and ring.bytes < self._most_bytes
+  if sends(self) and not self._unsent and not self._outbox and not self._closed and ring.bytes < self._most_bytes
     and not held_up(self) then
     self.fast = ring.first - 1 + min(ring.size, self._most)
   else
@@ -122,7 +126,7 @@ end
 local function feed(self)
   local ring = self.ring
   while self._unsent do
-    if not self._up then return "down" end
+    if not sends(self) then return "down" end
     local n = self._unsent
     local message, confirmation = ring:at(n)
     if held_up(self) and not (type(message) == "table" and message.due) then return "held" end
@@ -203,6 +207,7 @@ function Keeper:room(deadline, timeout)
     session:try_flush()
     local left = deadline - now()
     if left <= 0 then
+      if self._outbox and self._outbox.problem then return nil, self._outbox.problem end
       local blocked = session.blocked
       return nil, session:error((blocked or session.held) and "blocked" or "overflow",
         ("the message was not taken%s: %s%s"):format(timeout > 0 and (" within %g s"):format(timeout) or "", why,
@@ -215,7 +220,7 @@ end
 
 -- The message goes out at once where nothing stands before it: confirmation, or nil, status.
 local function try_now(self, n, message)
-  if not self._up or self._unsent or held_up(self) then return nil end
+  if not sends(self) or self._unsent or held_up(self) then return nil end
   local confirmation, flush = put(self, n, message)
   if confirmation then left_for(self, flush) end
   return confirmation, flush
@@ -231,13 +236,16 @@ local function trouble(self, n)
   self:_wake_at(record.give_up)
 end
 
+local function takes(self) return not self._closed and self.channel._session.state ~= "closing" end
+
 --- Takes a message, for which there is room: its confirmation. Never waits.
 ---@param message string|table a body for the route, or a record
 ---@return moonrabbit.Confirmation|nil, moonrabbit.Error?
 function Keeper:take(message)
-  local ring, session = self.ring, self.channel._session
-  if self._closed or session.state == "closing" then return nil, self:_closed_error() end
-  if self._outbox and not message.row then
+  local ring = self.ring
+  if not takes(self) then return nil, self:_closed_error() end
+  local fresh = self._outbox and not message.row
+  if fresh then
     local row, err = self._outbox:add(message)
     if not row then return nil, err end
     message.row = row
@@ -247,7 +255,7 @@ function Keeper:take(message)
   if type(message) == "table" then message.number = n end
   local confirmation, status = try_now(self, n, message)
   if not confirmation and status and not passing[status] then
-    if self._outbox then self._outbox:done(message.row) end
+    if fresh then self._outbox:done(message.row) end -- its sender is told
     return nil, hopeless(self, status)
   end
   ring:add(message, confirmation or self._core:hold(n))
@@ -282,6 +290,7 @@ local function settled(self)
     self._unsent = nil
     self._settled:broadcast()
   end
+  if self._renewal.by and self.channel._core:unconfirmed() == 0 then self:_wake_at(self.runtime.now()) end
   if self._unsent and not self._feeding then pour(self) end
   refresh(self)
 end
@@ -351,7 +360,7 @@ end
 -- ---- Times ------------------------------------------------------------------------------------------
 
 local function go_again(self, n, record, now)
-  if not self._up or self._unsent and n >= self._unsent then
+  if not sends(self) or self._unsent and n >= self._unsent then
     record.due = now + LOOK_AGAIN -- it goes with the next channel, or in its turn
     return
   end
@@ -377,17 +386,26 @@ local function given_up(self, record)
     err and { code = err.code, class = err.class, method = err.method })
 end
 
--- Leaves the channel where another one may do better by a message that is due. Only while nothing is under way on it,
--- whose outcome would be unknown then: so nothing is sent twice for it.
-local function renew(self, now)
-  if not self._up or self.channel._core:unconfirmed() > 0 then return end
+-- A message that is due and may do better on another channel.
+local function badly_served(self, now)
   for _, record in pairs(self._troubled) do
-    if record.due and record.due <= now and self._renewal:helps(record, now) then
-      self._renewal:done(now)
-      self.channel:_renew(record.err)
-      return
-    end
+    if record.due and record.due <= now and self._renewal:helps(record, now) then return record end
   end
+end
+
+-- Leaves the channel for such a message, once nothing is under way on it.
+local function renew(self, now)
+  local renewal = self._renewal
+  if not self._up then return end
+  if not renewal.by then
+    local record = badly_served(self, now)
+    if not record then return end
+    renewal:begin(record.err, now)
+  end
+  local idle = self.channel._core:unconfirmed() == 0
+  if not idle and now < renewal.by then return self:_wake_at(renewal.by) end
+  local why = renewal:over(now)
+  if idle then self.channel:_renew(why) end
 end
 
 -- Does what is due, the oldest first; when there is something again, or nil.
@@ -456,6 +474,7 @@ end
 function Keeper:lost(err)
   if self._closed then return end
   self._up = false
+  self._renewal:forget()
   self.ring:advance(self._ended)
   all_unsent(self)
   refresh(self)
@@ -540,10 +559,11 @@ end
 ---@package
 function Keeper:_load()
   local outbox = self._outbox
-  while not self._closed and self.ring:count() < self._most and self.ring.bytes < self._most_bytes do
+  while takes(self) and self.ring:count() < self._most and self.ring.bytes < self._most_bytes do
     local record = outbox:next()
     if not record then break end
-    self:take(record)
+    local confirmation, err = self:take(record)
+    if not confirmation then outbox:refused(record.row, err) end
   end
   if not outbox.backlog then self._room:signal() end
 end

@@ -24,6 +24,7 @@ local options = require "moonrabbit.options"
 ---@class moonrabbit.publisher.Outbox
 ---@field ending boolean?  nothing goes again any more
 ---@field backlog boolean  whether there are messages of before that have not been taken
+---@field problem moonrabbit.Error?  why they cannot be read now
 local Outbox = {}
 Outbox.__index = Outbox
 
@@ -59,7 +60,7 @@ local function checked(given, what, level, runtime)
   return opts
 end
 
---- Opens it. `again(record)`: called for what failed, when its time has come; false when there is no room.
+--- Opens it. `on_backlog` is called when there is something to take again.
 ---@return moonrabbit.publisher.Outbox|nil, moonrabbit.Error?
 function Outbox.open(given, what, level, runtime, log)
   local opts = checked(given, what, level + 1, runtime)
@@ -74,7 +75,8 @@ function Outbox.open(given, what, level, runtime, log)
   return setmetatable({
     store = store, count = count, backlog = count > 0,
     _most = opts.most, _interval = opts.interval, _runtime = runtime, _log = log,
-    _at = 0, _read = count == 0, _done = {}, _failed = {}, _closed = false,
+    _at = 0, _read = count == 0, _done = {}, _failed = {}, _again = {}, _next = 1,
+    _closed = false,
   }, Outbox)
 end
 
@@ -129,44 +131,62 @@ end
 
 -- ---- What goes again --------------------------------------------------------------------------------
 
---- A row's message has failed: it stays, and goes again when the interval has passed.
-function Outbox:failed(row)
-  self._failed[#self._failed + 1] = row
-  if self._waiting or self._closed or self.ending then return end
-  self._waiting = true
+-- Calls fn when the interval has passed, unless the outbox is closed by then.
+local function later(self, fn)
   self._runtime.spawn(function()
     self._runtime.sleep(self._interval)
-    self._waiting = false
     if self._closed then return end
-    table.sort(self._failed)
-    self._again, self._failed = self._failed, {}
+    fn()
     self.backlog = true
     if self.on_backlog then self.on_backlog() end
   end)
 end
 
--- The next of those that failed.
+-- What has failed joins those that wait for room since the last time, in the order of all.
+local function join(self)
+  local list = {}
+  for i = self._next, #self._again do list[#list + 1] = self._again[i] end
+  for _, row in ipairs(self._failed) do list[#list + 1] = row end
+  table.sort(list)
+  self._again, self._next, self._failed, self._waiting = list, 1, {}, false
+end
+
+--- A row's message has failed: it stays, and goes again when the interval has passed.
+function Outbox:failed(row)
+  self._failed[#self._failed + 1] = row
+  if self._waiting or self._closed or self.ending then return end
+  self._waiting = true
+  later(self, function() join(self) end)
+end
+
+--- A row's message was not taken from here, and nobody else is told why.
+---@param err moonrabbit.Error
+function Outbox:refused(row, err)
+  self._runtime.spawn(self._log, "error", "a message stays in the outbox, for it cannot be sent: " .. tostring(err))
+  self:failed(row)
+end
+
+-- The next of those that failed; nil, nil or err.
 local function next_failed(self)
-  while self._again and #self._again > 0 do
-    local row = table.remove(self._again, 1)
+  local row = self._again[self._next]
+  while row do
     local record, err = self.store:get(row)
+    if err then return nil, err end
+    self._next = self._next + 1
     if record then
       record.row, record.again = row, true
       return record
     end
-    if err then self._failed[#self._failed + 1] = row end
+    row = self._again[self._next]
   end
-  self._again = nil
+  self._again, self._next = {}, 1
 end
 
--- The next of those that were there from the start.
+-- The next of those that were there from the start; nil, nil or err.
 local function next_old(self)
   if self._read then return nil end
   local row, record, err = self.store:after(self._at)
-  if err then
-    self._runtime.spawn(self._log, "error", "the outbox cannot be read: " .. tostring(err))
-    return nil
-  end
+  if err then return nil, err end
   if not row then
     self._read = true
     return nil
@@ -176,13 +196,23 @@ local function next_old(self)
   return record
 end
 
---- The next message of the backlog, or nil: there is none any more.
+-- What cannot be read now is read later, still before anything new.
+local function unreadable(self, err)
+  self.problem = err
+  self._runtime.spawn(self._log, "error", "the outbox cannot be read: " .. tostring(err))
+  later(self, function() self.problem = nil end)
+end
+
+--- The next message of the backlog, or nil: there is none any more, or none can be read now (`problem`).
 ---@return table? record
 function Outbox:next()
-  if not self.backlog then return nil end
-  local record = next_old(self) or next_failed(self)
-  if not record then
-    self.backlog, self._read = false, true
+  if not self.backlog or self.problem then return nil end
+  local record, err = next_old(self)
+  if not record and not err then record, err = next_failed(self) end
+  if err then
+    unreadable(self, err)
+  elseif not record then
+    self.backlog = false
   end
   return record
 end

@@ -4,6 +4,9 @@
 -- meets the moment in which the leader's node is gone refuses everything for that queue until the node is back, while
 -- every other channel is served. A full queue refuses on every channel: there another one changes nothing, so channels
 -- are left ever more seldom.
+--
+-- What is under way on a channel that is left has no outcome, and would go out twice. So from `begin` to `over` nothing
+-- is sent, until the broker has settled it all; where it does not do so in time, the channel stays for now.
 -- @module moonrabbit.publisher.renewal
 
 local min, huge = math.min, math.huge
@@ -12,8 +15,11 @@ local min, huge = math.min, math.huge
 local REFUSALS = 3
 -- Seconds between two renewals: the first, each twice the one before, and after so long without one the first again.
 local FIRST, MOST, QUIET = 0.5, 60, 120
+-- Seconds in which the broker settles what is under way: a full window takes it about three.
+local PATIENCE = 5
 
 ---@class moonrabbit.publisher.Renewal
+---@field by number?   nothing is sent, until this time at most; nil: the channel is not to be left
 local Renewal = {}
 Renewal.__index = Renewal
 
@@ -27,12 +33,25 @@ function Renewal:helps(record, now)
   return record.outcome == "nacked" and record.attempts >= REFUSALS and now >= self.at
 end
 
---- The channel is left.
+--- The channel is to be left, as soon as nothing is under way on it.
+---@param why moonrabbit.Error
 ---@param now number
-function Renewal:done(now)
+function Renewal:begin(why, now)
+  self.by, self._why = now + PATIENCE, why
+end
+
+--- The channel is left, or stays for now: why it was to be left.
+---@param now number
+---@return moonrabbit.Error
+function Renewal:over(now)
   if now - self.at > QUIET then self.pause = FIRST end
   self.at = now + self.pause
   self.pause = min(MOST, 2 * self.pause)
+  self.by = nil
+  return self._why
 end
+
+--- The channel is gone by itself.
+function Renewal:forget() self.by = nil end
 
 return Renewal
