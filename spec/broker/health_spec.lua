@@ -138,6 +138,21 @@ describe("health", function()
     assert.is_true(conn:is_open())
   end)
 
+  it("the broker suspects nobody whose handler waits and who has nothing else to say", function()
+    local conn, seen = connect_through(nil)
+    local ch = ok(conn:channel { confirm = true })
+    local queue = ok(ch:queue_declare("", { exclusive = true })).queue
+    local ended
+    ok(ch:consume(queue, function(msg)
+      moonrabbit.sleep(5) -- the broker hangs up after two intervals without a sign of life, or three
+      ended = msg:ack()
+    end))
+    ok(ch:publish("x", { routing_key = queue }))
+    broker.eventually(function() return ended ~= nil or seen.err end, 10)
+    assert.is_nil(seen.err)
+    assert.is_true(ended)
+  end)
+
   it("nothing is suspected when the event loop stood still", function()
     local conn, seen = connect_through({ strategy = "adaptive", probe = 0.1, least = 2 }, 2)
     conn._session.log = function() end -- it warns of that

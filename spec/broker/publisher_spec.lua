@@ -382,6 +382,41 @@ describe("publisher", function()
     for n = 1, total + 10 do assert.truthy(seen[n], "message " .. n .. " is lost") end
   end)
 
+  with_sqlite("sends what a process had sent and saw no confirm of when it was killed", function()
+    local name, path, accepted, to = declare(), outbox_path(), os.tmpname(), broker.parsed()
+    local script, line = process.file(child), proxy.start(to.host, to.port)
+    finally(function()
+      os.remove(script)
+      os.remove(accepted)
+      line:stop()
+    end)
+    moonrabbit.run(function()
+      line.swallows = function(bytes) return bytes:sub(1, 1) == "\1" and bytes:sub(8, 11) == "\0\60\0\80" end -- basic.ack
+      local url = broker.uri { host = "127.0.0.1", port = line.port }
+      local run = process.start { script, url, path, name, 1, 20, accepted }
+      broker.eventually(function() return (process.slurp(accepted) or ""):find "\n20\n" or run:code() end, 20)
+      local ch = ok(broker.connect():channel())
+      broker.eventually(function() return ok(ch:queue_declare(name, { passive = true })).message_count == 20 end, 20)
+      moonrabbit.sleep(0.2) -- what it takes for confirmed it would have deleted by now
+      run:signal "KILL"
+      run:wait(10)
+      local problem = run:err()
+      run:stop()
+      assert.equal("", problem)
+      local p = ok(connect():publisher { routing_key = name, outbox = { kind = "sqlite", path = path } })
+      assert.equal(20, p:stats().stored)
+      broker.eventually(function() return p:stats().stored == 0 end, 20)
+      p:close()
+    end)
+    local times, marked = {}, 0
+    for _, msg in ipairs(drain(name)) do
+      times[msg.headers.n] = (times[msg.headers.n] or 0) + 1
+      if msg.headers["moonrabbit-resent"] then marked = marked + 1 end
+    end
+    for n = 1, 20 do assert.equal(2, times[n]) end
+    assert.equal(20, marked)
+  end)
+
   with_sqlite("is refused a file that another process uses, and one that is damaged", function()
     local name, path = declare(), outbox_path()
     local conn = connect()

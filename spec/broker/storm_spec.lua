@@ -194,25 +194,29 @@ describe("a connection that is lost again and again", function()
       return fake.method(frame.channel, 20, 11, fake.long "")
     end
     other.answers["60.40"] = function(frame)
-      local broker, key = other, frame.args:match "^..%z.(%a+)"
+      local peer, key = other, frame.args:match "^..%z.(%a+)"
       count, published[key] = count + 1, published[key] + 1
       local confirm = key == "bad" and channels == 1 and fake.nack or fake.ack
       local answer = confirm(frame.channel, count)
-      native.spawn(function() -- a little later, so that something is under way at any time
-        native.sleep(0.01)
-        broker:say(answer)
+      native.spawn(function() -- so much later that something is under way at any time
+        native.sleep(0.03)
+        peer:say(answer)
       end)
       return ""
     end
     local p = ok(conn:publisher { routing_key = "good", retry = { first = 0.02, factor = 1, attempts = math.huge } })
     local bad = ok(p:send_async("x", { routing_key = "bad" }))
-    local sent = 0
-    eventually(function()
-      sent = sent + 1
-      ok(p:send_async "x")
-      moonrabbit.sleep(0.002)
-      return bad:outcome() == "acked"
-    end, 10)
+    local sent, stop = 0, false
+    moonrabbit.spawn(function()
+      while not stop do
+        sent = sent + 1
+        ok(p:send_async "x")
+        moonrabbit.sleep(0.002)
+      end
+    end)
+    finally(function() stop = true end)
+    eventually(function() return bad:outcome() == "acked" end, 10)
+    stop = true
     assert.equal(2, channels)
     ok(p:wait(5))
     assert.equal(sent, published.good)

@@ -207,12 +207,15 @@ describe("a connection that survives", function()
     ok(tx:qos(9, { global = true }))
     local queue = ok(confirmed:queue_declare("", { exclusive = true })).queue
     local consumer = ok(confirmed:consume(queue, { prefetch = 2 }))
+    local ordinary = ok(conn:channel { prefetch = 4 })
+    local other = ok(ordinary:consume(ok(ordinary:queue_declare("", { exclusive = true })).queue))
     cut()
+    for i = 1, 8 do ok(confirmed:publish("o" .. i, { routing_key = other.queue })) end
     queue = consumer.queue
     for i = 1, 5 do ok(confirmed:publish("m" .. i, { routing_key = queue })) end
-    eventually(function() return consumer:buffered() == 2 end)
+    eventually(function() return consumer:buffered() == 2 and other:buffered() >= 4 end)
     moonrabbit.sleep(0.05)
-    assert.equal(2, consumer:buffered())
+    assert.same({ 2, 4 }, { consumer:buffered(), other:buffered() })
     ok(tx:publish("held", { routing_key = queue }))
     ok(tx:tx_rollback())
     assert.equal(3, ok(confirmed:queue_declare(queue, { passive = true })).message_count)

@@ -6,20 +6,22 @@ local proxy = {}
 local Proxy = {}
 Proxy.__index = Proxy
 
-local function copy(self, from, to)
+local function copy(self, from, to, back)
   while true do
     while self.stuck do native.sleep(0.02) end
     local bytes = from:read(65536)
     if not bytes then break end
     while self.stuck do native.sleep(0.02) end
-    if not self.silent and not to:write(bytes) then break end
+    local swallowed = self.silent or back and self.swallows and self.swallows(bytes)
+    if not swallowed and not to:write(bytes) then break end
   end
   from:close()
   to:close()
 end
 
 --- Starts one; proxy.port is where it listens: `at`, or a free port. `silent = true` swallows everything,
---- `stuck = true` reads nothing, so that the sockets before it become full.
+--- `stuck = true` reads nothing, so that the sockets before it become full, `swallows(bytes)` is asked of what the
+--- broker says.
 function proxy.start(host, port, at)
   local server = assert(native.listen("127.0.0.1", at or 0))
   local self = setmetatable({ server = server, port = server:port(), silent = false, lines = {} }, Proxy)
@@ -32,7 +34,7 @@ function proxy.start(host, port, at)
         self.lines[#self.lines + 1] = client
         self.lines[#self.lines + 1] = upstream
         native.spawn(copy, self, client, upstream)
-        native.spawn(copy, self, upstream, client)
+        native.spawn(copy, self, upstream, client, true)
       else
         client:close()
       end

@@ -794,6 +794,23 @@ describe("an outbox in memory #smoke", function()
     assert.equal(0, p:stats().stored)
   end)
 
+  it("keeps a message until its confirm, however long that takes, and through outages", function()
+    w = world()
+    p = w:publisher { routing_key = "k", outbox = "memory" }
+    local store = p._keeper._outbox.store
+    p:send_async "1"
+    assert.equal("1", store:get(1).body)
+    w.runtime.advance(100)
+    w:cut()
+    w.runtime.advance(100)
+    w:restore()
+    w.runtime.advance(100)
+    assert.equal(1, store:count())
+    w:say(fake.ack(1, 1))
+    w.runtime.advance(1)
+    assert.equal(0, store:count())
+  end)
+
   it("has a bound", function()
     w = world()
     p = w:publisher { routing_key = "k", outbox = { kind = "memory", most = 1 } }
