@@ -25,29 +25,23 @@ end
 
 describe("moonrabbit run", function()
   local it = broker.it_unless(it, pending, broker.none())
-  local bench, conn, ch
+  local bench
 
   before_each(function()
     bench = life.new()
-    conn = broker.connect()
-    ch = broker.ok(conn:channel { confirm = true })
+    bench:connect()
   end)
 
   after_each(function()
     bench:stop()
-    local cleaning = broker.ok(conn:channel())
-    for _, name in ipairs { bench.queue, bench.name .. ".dead", bench.name .. ".orphans" } do
-      cleaning:queue_delete(name)
-    end
-    cleaning:exchange_delete(bench.name .. ".home")
-    broker.close_all()
+    bench:clean()
   end)
 
   local function publish(count, more)
     for i = 1, count do
-      local opts = { routing_key = bench.queue, message_id = "id-" .. i }
+      local opts = { message_id = "id-" .. i }
       for name, value in pairs(more or {}) do opts[name] = value end
-      broker.ok(ch:publish("precious-body", opts))
+      bench:publish("precious-body", opts)
     end
   end
 
@@ -205,7 +199,7 @@ describe("moonrabbit run", function()
 
   it("leaves out what is below --log-level", function()
     bench:write("app.lua", text { body = "error('boom', 0)" })
-    broker.ok(ch:queue_declare(bench.queue, { durable = true }))
+    broker.ok(bench.channel:queue_declare(bench.queue, { durable = true }))
     local running = bench:start { "--log-level", "error" }
     publish(1)
     life.said(running, "a dead letter: boom")

@@ -19,25 +19,19 @@ return mr.app {
 
 describe("a reload of moonrabbit run under load", function()
   local it = broker.it_unless(it, pending, broker.none())
-  local bench, conn, ch
+  local bench
 
   before_each(function()
     bench = life.new()
-    conn = broker.connect()
-    ch = broker.ok(conn:channel { confirm = true })
+    bench:connect()
   end)
 
   after_each(function()
     bench:stop()
-    local cleaning = broker.ok(conn:channel())
-    for _, name in ipairs { bench.queue, bench.name .. ".dead", bench.name .. ".orphans" } do
-      cleaning:queue_delete(name)
-    end
-    cleaning:exchange_delete(bench.name .. ".home")
-    broker.close_all()
+    bench:clean()
   end)
 
-  local function publish(body) broker.ok(ch:publish(tostring(body), { routing_key = bench.queue })) end
+  local function publish(body) bench:publish(tostring(body)) end
 
   local function seen(word)
     local count = 0
@@ -91,7 +85,7 @@ describe("a reload of moonrabbit run under load", function()
     running:signal "TERM"
     assert.equal(0, life.ended(running))
     broker.eventually(function()
-      return broker.ok(ch:queue_declare(bench.queue, { passive = true })).message_count == 80 - seen "one"
+      return broker.ok(bench.channel:queue_declare(bench.queue, { passive = true })).message_count == 80 - seen "one"
     end)
   end)
 

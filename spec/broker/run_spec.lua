@@ -28,26 +28,20 @@ end
 
 describe("moonrabbit run", function()
   local it = broker.it_unless(it, pending, broker.none())
-  local bench, conn, ch
+  local bench
 
   before_each(function()
     bench = life.new()
-    conn = broker.connect()
-    ch = broker.ok(conn:channel { confirm = true })
+    bench:connect()
   end)
 
   after_each(function()
     bench:stop()
-    local cleaning = broker.ok(conn:channel())
-    for _, name in ipairs { bench.queue, bench.name .. ".dead", bench.name .. ".orphans" } do
-      cleaning:queue_delete(name)
-    end
-    cleaning:exchange_delete(bench.name .. ".home")
-    broker.close_all()
+    bench:clean()
   end)
 
   local function publish(from, to)
-    for i = from, to or from do broker.ok(ch:publish(tostring(i), { routing_key = bench.queue })) end
+    for i = from, to or from do bench:publish(tostring(i)) end
   end
 
   local function seen(word)
@@ -63,7 +57,7 @@ describe("moonrabbit run", function()
   end
 
   local function left()
-    local found = broker.ok(ch:queue_declare(bench.queue, { passive = true }))
+    local found = broker.ok(bench.channel:queue_declare(bench.queue, { passive = true }))
     return found.message_count
   end
 
@@ -106,7 +100,7 @@ describe("moonrabbit run", function()
   end)
 
   it("ends with 1 where a queue is there with other properties", function()
-    broker.ok(ch:queue_declare(bench.queue, { durable = false, auto_delete = false }))
+    broker.ok(bench.channel:queue_declare(bench.queue, { durable = false, auto_delete = false }))
     bench:write("app.lua", text("one"))
     local running = bench:start()
     assert.equal(1, life.ended(running))
@@ -198,7 +192,7 @@ describe("moonrabbit run", function()
     life.said(running, "runs")
     local total = 300
     for i = 1, total do
-      broker.ok(ch:publish(tostring(i), { routing_key = bench.queue, message_id = tostring(i) }))
+      bench:publish(tostring(i), { message_id = tostring(i) })
       if i == 100 or i == 200 then
         bench:write("app.lua", text(i == 100 and "two" or "three", "mr.sleep(0.01)", fields))
         running:signal "HUP"
@@ -211,7 +205,7 @@ describe("moonrabbit run", function()
     broker.eventually(function() return (seen "one") + (seen "two") + (seen "three") >= total end, 30, "all handled")
     -- Those that the old script has done are known to the new one.
     for _, i in ipairs { 1, 50, 150 } do
-      broker.ok(ch:publish(tostring(i), { routing_key = bench.queue, message_id = tostring(i) }))
+      bench:publish(tostring(i), { message_id = tostring(i) })
     end
     publish(total + 1) -- comes after them
     broker.eventually(function() return select(2, seen "three")[total + 1] end)

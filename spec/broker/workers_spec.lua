@@ -37,12 +37,11 @@ local alive = _VERSION == "Lua 5.1" and function(pid) return is_alive(pid) == 0 
 
 describe("moonrabbit run --workers", function()
   local it = broker.it_unless(it, pending, broker.none())
-  local bench, conn, ch
+  local bench
 
   before_each(function()
     bench = life.new()
-    conn = broker.connect()
-    ch = broker.ok(conn:channel { confirm = true })
+    bench:connect()
   end)
 
   local function pids()
@@ -71,16 +70,11 @@ describe("moonrabbit run --workers", function()
     bench:stop()
     for _, pid in ipairs(list) do net.kill(pid, "KILL") end
     none_is_left(list)
-    local cleaning = broker.ok(conn:channel())
-    for _, name in ipairs { bench.queue, bench.name .. ".dead", bench.name .. ".orphans" } do
-      cleaning:queue_delete(name)
-    end
-    cleaning:exchange_delete(bench.name .. ".home")
-    broker.close_all()
+    bench:clean()
   end)
 
   local function publish(from, to)
-    for i = from, to or from do broker.ok(ch:publish(tostring(i), { routing_key = bench.queue })) end
+    for i = from, to or from do bench:publish(tostring(i)) end
   end
 
   -- How many messages were seen with a word, and by how many processes.
@@ -94,7 +88,7 @@ describe("moonrabbit run --workers", function()
     return count, processes
   end
 
-  local function left() return broker.ok(ch:queue_declare(bench.queue, { passive = true })).message_count end
+  local function left() return broker.ok(bench.channel:queue_declare(bench.queue, { passive = true })).message_count end
 
   local function start(count, words, env)
     local all = { "--workers", tostring(count), "--metrics", "127.0.0.1:0" }
@@ -254,7 +248,7 @@ describe("moonrabbit run --workers", function()
     fails(2, "app.lua:2: boom")
     bench:write("app.lua", text {})
     fails(4, "ACCESS_REFUSED", { AMQP_URL = broker.uri { password = "open-sesame" } })
-    broker.ok(ch:queue_declare(bench.queue, { durable = false, auto_delete = false }))
+    broker.ok(bench.channel:queue_declare(bench.queue, { durable = false, auto_delete = false }))
     fails(1, "PRECONDITION_FAILED")
   end)
 

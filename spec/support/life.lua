@@ -17,6 +17,19 @@ function life.new()
   return self
 end
 
+--- Connects: `conn`, and `channel` with confirms.
+function Bench:connect()
+  self.conn = broker.connect()
+  self.channel = broker.ok(self.conn:channel { confirm = true })
+  return self.channel
+end
+
+function Bench:publish(body, opts)
+  opts = opts or {}
+  opts.routing_key = self.queue
+  broker.ok(self.channel:publish(body, opts))
+end
+
 function Bench:path(name) return self.folder .. "/" .. name end
 
 function Bench:write(name, text)
@@ -56,9 +69,18 @@ function life.ended(running)
   return running:code()
 end
 
+--- Ends what was started, and removes the folder.
 function Bench:stop()
   for _, running in ipairs(self.running) do running:stop() end
   os.execute("rm -rf " .. self.folder)
+end
+
+--- Takes what the apps have declared from the broker, and closes every connection.
+function Bench:clean()
+  local channel = broker.ok(self.conn:channel())
+  for _, name in ipairs { self.queue, self.name .. ".dead", self.name .. ".orphans" } do channel:queue_delete(name) end
+  channel:exchange_delete(self.name .. ".home")
+  broker.close_all()
 end
 
 return life
