@@ -149,6 +149,7 @@ typedef struct mrl_queue {
   uint32_t ref;
   uint32_t head, count, capacity; /* of the ring; capacity is a power of two */
   size_t bytes;                   /* of the bodies in the ring */
+  uint32_t prefetch;              /* what the broker was told; 0: nothing, or not known */
   bool announced;                 /* stands in the outbox for a "deliver" */
   bool no_ack;
   bool full;   /* the engine takes no input until it is half empty */

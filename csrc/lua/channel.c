@@ -151,6 +151,7 @@ static void register_queue(lua_State *L, mrl_engine *e, mrl_queue *q) {
 static int channel_consume(lua_State *L) {
   mrl_channel *channel = mrl_check_channel(L, 1);
   amqp_basic_consume_t consume;
+  uint32_t prefetch = lua_isnoneornil(L, 3) ? 0 : (uint32_t)mrl_check_uint(L, 3, UINT16_MAX);
   luaL_checktype(L, 2, LUA_TTABLE);
   lua_settop(L, 2);
   mrl_read_consume(L, 2, &consume);
@@ -160,6 +161,7 @@ static int channel_consume(lua_State *L) {
   push_queues(L, 3);
   mrl_queue *q = mrl_queue_new(L, 3);
   q->no_ack = consume.no_ack;
+  q->prefetch = prefetch;
   q->engine = channel->engine;
   register_queue(L, channel->engine, q);
   mrl_read_consume(L, 2,

@@ -5,7 +5,7 @@
 #include "lua/binding.h"
 
 /* The broker bounds an acking consumer by its prefetch; nothing but this bounds one without acks. */
-enum { FIRST_CAPACITY = 64, MOST_MESSAGES = 4096 };
+enum { FIRST_CAPACITY = 64, MOST_MESSAGES = 4096, BESIDES_PREFETCH = 64 };
 static const size_t MOST_BYTES = (size_t)16 << 20;
 
 static mrl_queue *check_queue(lua_State *L) {
@@ -42,8 +42,12 @@ void mrl_queue_grow(lua_State *L, mrl_queue *q, int queue, int ring) {
   lua_replace(L, ring);
 }
 
-/* A prefetch is a 16-bit number: more than that is a broker that does not keep to it. */
-static uint32_t most_messages(const mrl_queue *q) { return q->no_ack ? MOST_MESSAGES : UINT16_MAX; }
+/* More than this is a broker that does not keep to its prefetch, a 16-bit number. A recover makes it deliver again
+ * what still waits here. */
+static uint32_t most_messages(const mrl_queue *q) {
+  if (q->no_ack) return MOST_MESSAGES;
+  return q->prefetch ? 2 * q->prefetch + BESIDES_PREFETCH : UINT16_MAX;
+}
 
 static size_t most_bytes(const mrl_queue *q) { return q->no_ack ? MOST_BYTES : SIZE_MAX; }
 

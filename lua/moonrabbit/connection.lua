@@ -90,7 +90,7 @@ function Connection.connect(given, level, deadline, heritage)
     _state = "connecting", _changed = runtime.condition(), _nudge = runtime.condition(),
     _channels = {}, -- those that survive, as keys
     _secrets = {},  -- user -> what update_secret told the broker
-    _listeners = {}, _events = {}, _first = 1, _last = 0,
+    _listeners = {}, _events = {}, _first = 1, _last = 0, _event_bytes = 0,
   }, Connection)
   self._repairs = Repairs.new(self)
   source:attach(hooks_of(self))

@@ -54,9 +54,9 @@ local Engine = {}
 function Engine:start(now) end
 --- Copies received bytes in. Returns how many were taken: fewer than given means that `pump` must
 --- be called before the rest is fed. None are taken while the DeliveryQueue of a no-ack consumer holds
---- 4096 messages or 16 MiB of bodies, or that of another 65535 messages (a broker that keeps to a prefetch
---- stays below), until it is popped to less than half of that, discarded or cancelled. What has been received
---- already still comes out of `pump`.
+--- 4096 messages or 16 MiB of bodies, or that of another 64 messages more than twice its prefetch (65535 where that
+--- is not known; a broker that keeps to a prefetch stays below), until it is popped to less than half of that,
+--- discarded or cancelled. What has been received already still comes out of `pump`.
 ---@return integer taken
 function Engine:feed(bytes, now) end
 --- Everything that is to be written now, or its first `most` bytes, as one string (maybe ""), counted as written.
@@ -138,8 +138,10 @@ function Channel:is_open() end
 ---@return true|nil, string? status
 function Channel:call(method, fields) end
 --- basic.consume; fields as in `call`, consumer_tag must be set. A "reply" follows.
+---@param fields table
+---@param prefetch integer? what the broker was told for it: how far it is trusted with memory
 ---@return moonrabbit.core.DeliveryQueue|nil, string? status
-function Channel:consume(fields) end
+function Channel:consume(fields, prefetch) end
 --- basic.get: a "get" or a "reply" with "basic.get-empty" follows.
 ---@return true|nil, string? status
 function Channel:get(queue, no_ack) end

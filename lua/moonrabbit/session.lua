@@ -105,12 +105,18 @@ end
 
 -- ---- Waiting ----------------------------------------------------------------------------------------
 
+--- Whether listeners have so much to take that nothing more is to be read. A handshake and a goodbye go on.
+---@return boolean
+function Session:is_overfull()
+  return self.state == "open" and self.overfull()
+end
+
 --- Reads once where the transport lets a caller without a loop do so; false: it does not, or not now.
 ---@param deadline number
 ---@return boolean
 function Session:read_alone(deadline)
   local transport = self.transport
-  if not transport.fill_alone or self.state == "closed" then return false end
+  if not transport.fill_alone or self.state == "closed" or self:is_overfull() then return false end
   local n, kind, text = transport:fill_alone(self.engine, deadline)
   if n then
     self.admitted = 0
@@ -126,9 +132,9 @@ end
 --- Waits on a condition for something that only reading can bring.
 function Session:block(condition, left)
   if self:read_alone(self.runtime.now() + left) then return end
+  self.awaiting = self.awaiting + 1
   local check_owner = self.transport.check_owner
   if check_owner then check_owner(self.transport) end
-  self.awaiting = self.awaiting + 1
   local until_then = self.runtime.now() + left
   if until_then > self.awaiting_until then self.awaiting_until = until_then end
   if self.paused and self.admitted < MOST_ADMITTED then self.drained:signal() end
@@ -157,7 +163,7 @@ end
 --- Waits for a call: its result, or nil, err.
 function Session:await(call, timeout)
   local whole, err = protect(wait_for, self, call, self.runtime.now() + timeout)
-  if not whole then -- the task was cancelled: nobody takes the answer
+  if not whole then -- the task was cancelled, or may not wait here: nobody takes the answer
     self.awaiting = self.awaiting - 1
     call.abandoned = true
     if call.done and call.ok and call.late then call.late(call.result, call.extra) end
@@ -365,15 +371,15 @@ end
 
 -- ---- Reading ----------------------------------------------------------------------------------------
 
--- A consumer without acks has been given more than it takes: reading waits for it, unless somebody
--- waits for an answer that only reading can bring.
+-- A consumer without acks, or a listener, has been given more than it takes: reading waits for it, unless somebody
+-- waits for an answer that only reading can bring; then it answers true.
 local function hold(self)
   local engine, now = self.engine, self.runtime.now
   if self.awaiting > 0 and self.admitted < MOST_ADMITTED and now() < self.awaiting_until then
     engine:admit()
     self.admitting = true
     self.runtime.sleep(0) -- what waits has its deadline, and consumers want their turn
-    return
+    return true
   end
   local detector = self.detector
   engine:pause(true, now())
@@ -388,6 +394,7 @@ end
 local function read_loop(self)
   local engine, transport, now = self.engine, self.transport, self.runtime.now
   while self.state ~= "closed" do
+    while self:is_overfull() and not hold(self) do end -- luacheck: ignore 542
     local n, kind, text = transport:fill(engine)
     if n then
       self.admitted = self.admitting and self.admitted + n or 0
@@ -403,7 +410,7 @@ local function read_loop(self)
   end
 end
 
---- A consumer has taken all that came: reading may go on.
+--- A consumer or listener has taken what came: reading may go on.
 function Session:drain()
   if self.paused then self.drained:signal() end
 end
@@ -613,7 +620,7 @@ local function shake_hands(self, deadline, timeout)
 end
 
 --- Connects and shakes hands.
----@param config table runtime, endpoint {host, port, path}, label, tls, engine (config of core.engine), timeout, secret, log, emit, health, survives
+---@param config table runtime, endpoint {host, port, path}, label, tls, engine (config of core.engine), timeout, secret, log, emit, overfull, health, survives
 ---@return moonrabbit.Session|nil, moonrabbit.Error?
 function Session.open(config)
   local runtime, timeout = config.runtime, config.timeout
@@ -632,11 +639,12 @@ function Session.open(config)
   local self = setmetatable({
     engine = engine, transport = transport, runtime = runtime, state = "connecting",
     endpoint = config.label, secrets = {}, log = config.log, emit = config.emit, health = config.health,
+    overfull = config.overfull, -- () -> whether nothing more is to be read, but for answers
     survives = config.survives, -- (session, err) -> what the calls of its channels are told until they are back, or nil
     channels = {}, calls = Calls.new(),
     closing = {},  -- the calls of channels that wait for their channel.close-ok
     dirty = false, corked = false, flushing = false, paused = false, heartbeat = 0,
-    awaiting = 0,          -- tasks in `block`, and those that were cancelled there
+    awaiting = 0,          -- tasks in `block`, and those that something was thrown into there
     awaiting_until = 0,    -- the latest that one of them waits
     admitting = false, admitted = 0, -- bytes read past a full consumer
     wake = condition(),    -- the writer

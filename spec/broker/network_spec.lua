@@ -302,6 +302,50 @@ describe("network", function()
       assert.equal(0, ch:unsettled())
     end)
 
+    it("is held back by a listener that is slower, and answers come all the same", function()
+      for size, most in pairs { [10] = 5000, [100000] = 250 } do
+        local conn = connect()
+        local ch = ok(conn:channel())
+        local returned = fake.returned(1, ("x"):rep(size), {})
+        local sent, heard, open, total = 0, 0, false, most * 2
+        other.flood = function()
+          if sent == total then return nil end
+          sent = sent + 1
+          return returned
+        end
+        moonrabbit.run(function()
+          local gate = native.condition()
+          ch:on("return", function()
+            while not open do gate:wait() end
+            heard = heard + 1
+          end)
+          other.more:broadcast()
+          broker.eventually(function() return conn._session.paused end)
+          local held = sent
+          assert(held < most, held)
+          ok(ch:qos(10)) -- its answer comes
+          assert(sent < most, sent)
+          open = true
+          gate:broadcast()
+          broker.eventually(function() return heard == total end)
+        end)
+        ok(conn:close(5))
+        other = scripted.start()
+      end
+    end)
+
+    it("leaves nothing behind when a call may not wait where it is made", function()
+      local conn = connect()
+      local ch = ok(conn:channel())
+      other.transport.check_owner = function() error("not in this loop", 0) end
+      moonrabbit.run(function()
+        local waited, text = moonrabbit.pcall(ch.get, ch, "q")
+        assert(not waited and text == "not in this loop")
+      end)
+      other.transport.check_owner = nil
+      assert.equal(0, conn._session.awaiting)
+    end)
+
     it("leaves nothing behind when the task that connects, opens or calls first is cancelled", function()
       local conn = connect()
       moonrabbit.run(function()

@@ -25,8 +25,8 @@ local function leaf(folder, ca, name, names)
     name, ca, ca, name, name)), "openssl makes " .. name)
 end
 
---- ca.pem signs server (localhost, 127.0.0.1), other (rabbit.example) and client; stranger.pem is
---- another authority.
+--- ca.pem signs server (localhost, 127.0.0.1), other (rabbit.example), client and loud (a name with an escape
+--- sequence and many more); stranger.pem is another authority.
 ---@return string folder
 function M.certificates()
   local folder = os.tmpname()
@@ -37,6 +37,7 @@ function M.certificates()
   leaf(folder, "ca", "server", "DNS:localhost,IP:127.0.0.1")
   leaf(folder, "ca", "other", "DNS:rabbit.example,DNS:*.rabbit.example")
   leaf(folder, "ca", "client", "DNS:client")
+  leaf(folder, "ca", "loud", "DNS:red\\033[31m.example,IP:::1" .. (",DNS:" .. ("x"):rep(50) .. ".example"):rep(20))
   assert(execute(("cd %s && openssl ec -aes128 -passout pass:secret -in client.key -out locked.key")
     :format(folder)))
   return folder

@@ -933,6 +933,22 @@ describe("a no-ack consumer", function()
 end)
 
 describe("a consumer whose broker ignores the prefetch", function()
+  it("is waited for when it has more than twice what was asked for", function()
+    local b = fake.new():open()
+    local channel = b:channel()
+    local queue = assert(channel:consume({ queue = "q", consumer_tag = "tag" }, 100))
+    b:send(fake.method(1, 60, 21, fake.short "tag"))
+    local tag, left = 0, 0
+    local function deliver() tag = tag + 1 return fake.deliver(1, "tag", tag, "") end
+    while left == 0 and tag < 1000 do left = b:send(deliver()) end
+    assert.equal(264, queue:count())
+    assert.is_true(left > 0)
+    while queue:count() > 131 do queue:pop() end
+    assert.equal(0, b:send(deliver()))
+    assert.has_error(function() channel:consume({ queue = "q", consumer_tag = "other" }, 65536) end)
+    assert.has_error(function() channel:consume({ queue = "q", consumer_tag = "other" }, "1") end)
+  end)
+
   it("is waited for when it has more than any prefetch allows", function()
     local b = fake.new():open()
     local channel = b:channel()

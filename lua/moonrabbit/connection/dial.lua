@@ -47,6 +47,7 @@ function dial.one(self, to, deadline)
     log = self._log,
     health = self._health,
     emit = function(event, ...) if link.session then self:_heard(link.session, event, ...) end end,
+    overfull = function() return self:_overfull() end,
     survives = function(session, why) return self:_survives(session, why) end,
     engine = {
       vhost = to.vhost, user = not external and to.user or nil, password = not external and password or nil,

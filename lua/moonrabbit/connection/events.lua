@@ -1,10 +1,14 @@
 --- The events of a connection: who listens, and the task that calls them.
 -- @module moonrabbit.connection
 
+local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
 local pcall = require "moonrabbit.protect"
 
 local argument = options.argument
+
+-- Calls of listeners that may wait, and bytes of the bodies of messages among them: past that nothing is read.
+local MOST_WAITING, MOST_BYTES = 4096, 16 * 1024 * 1024
 
 ---@class moonrabbit.Connection
 local Connection = {}
@@ -15,7 +19,9 @@ local events = {
   suspect = true, cluster = true, site = true, held = true, released = true,
 }
 
---- Calls `fn` on an event. The calls come one after the other, in a task of their own:
+--- Calls `fn` on an event. The calls come one after the other, in a task of their own. A broker that brings more
+--- than they take is held back: past 4,096 waiting calls, or 16 MiB of returned messages, the connection reads only
+--- what brings an answer that somebody waits for.
 ---
 --- * "state" (state, err): "open", "recovering", "closing", "closed"; err: why
 --- * "open" (): also when it has come back; "closed" (err): for good
@@ -62,7 +68,9 @@ local function deliver_events(self)
     local item = queue[self._first]
     queue[self._first] = nil
     self._first = self._first + 1
+    self._event_bytes = self._event_bytes - item.bytes
     count = count + 1
+    if self._session and not self:_overfull() then self._session:drain() end
     if count % 64 == 0 then self._runtime.sleep(0) end
     item[1](unpack(item, 2, item.n))
   end
@@ -80,16 +88,28 @@ local function dispatcher(self)
       end
     until ok
     self._delivering = nil
+    if self._first <= self._last then -- the listener's task was cancelled: the others are called all the same
+      self._delivering = true
+      dispatcher(self)
+    end
   end)
+end
+
+--- Whether so many calls of listeners wait that nothing more is to be read.
+---@package
+function Connection:_overfull()
+  return self._last - self._first >= MOST_WAITING or self._event_bytes > MOST_BYTES
 end
 
 --- Queues calls of listeners; never yields.
 ---@package
 function Connection:_dispatch(list, ...)
-  local n = select("#", ...)
+  local n, first = select("#", ...), (...)
+  local bytes = core.is_message(first) and #first.body or 0
   for i = 1, #list do
     self._last = self._last + 1
-    self._events[self._last] = { list[i], n = n + 1, ... }
+    self._event_bytes = self._event_bytes + bytes
+    self._events[self._last] = { list[i], n = n + 1, bytes = bytes, ... }
   end
   if not self._delivering then
     self._delivering = true

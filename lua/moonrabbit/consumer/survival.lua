@@ -35,7 +35,7 @@ function Consumer:_subscribe(level)
     channel._told = self.prefetch
     calls[1] = session:expect(channel._calls, "basic.qos")
   end
-  local queue, status = channel._core:consume(self:_consume_fields())
+  local queue, status = channel._core:consume(self:_consume_fields(), self.prefetch)
   if not queue then
     if calls[1] then calls[1].abandoned = true end
     if status == "closed" then return nil, channel:_closed_error() end
