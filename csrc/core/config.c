@@ -5,7 +5,7 @@
 
 #include "core/engine.h"
 
-enum { DEFAULT_MAX_MESSAGE = 128 << 20, DEFAULT_MAX_BUFFER = 16 << 20, MAX_PROPERTIES = 64 };
+enum { DEFAULT_MAX_MESSAGE = 128 << 20, DEFAULT_MAX_BUFFER = 1 << 20, MAX_PROPERTIES = 64 };
 
 static const double DEFAULT_ACK_DELAY = 0.001;
 

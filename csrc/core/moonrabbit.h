@@ -91,7 +91,7 @@ typedef struct {
       frame_max; /* bytes; 0: 131072; at least 4096; the smaller of ours and the broker's holds */
   uint16_t channel_max;           /* 0: what the broker says */
   uint64_t max_message_size;      /* bytes of a body, both ways; 0: 128 MiB */
-  size_t max_buffer;              /* bytes of output that may wait; 0: 16 MiB */
+  size_t max_buffer;              /* bytes of output that may wait; 0: 1 MiB */
   double ack_delay;               /* seconds that a gathered ack may wait; negative: 0.001 */
   amqp_table_t client_properties; /* merged over the engine's own (product, capabilities, ...) */
 } mr_config;

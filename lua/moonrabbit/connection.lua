@@ -247,8 +247,8 @@ function Connection:update_secret(secret, opts)
   return true
 end
 
---- Runs `fn` and lets everything it publishes and settles leave together at its end, whatever its
---- size (else 256 KiB leave as soon as they are there).
+--- Runs `fn` and lets everything it publishes and settles leave together at its end (else 256 KiB leave as soon as
+--- they are there). It holds back what the option `max_buffer` allows: what is more leaves before.
 ---@param fn function
 ---@param ... any its arguments
 ---@return true|nil, moonrabbit.Error?

@@ -378,7 +378,11 @@ static void expect_confirm_at(peer *p, mr_channel *channel, uint64_t first, uint
   expect_confirm_at(p, channel, first, last, outcome, __FILE__, __LINE__)
 
 static void publishes(peer *p, mr_channel *channel, int n) {
-  for (int i = 0; i < n; i++) CHECK(peer_publish(channel, false, "b", NULL) >= 0);
+  for (int i = 0; i < n; i++) {
+    mr_status status = peer_publish(channel, false, "b", NULL);
+    CHECK(status >= 0);
+    if (status == MR_FLUSH) peer_discard(p);
+  }
   peer_discard(p);
 }
 
@@ -880,6 +884,26 @@ static void max_buffer_bounds_the_output(void) {
   peer_free(p);
 }
 
+/* Also where the socket takes nothing: a try for each publish would be a system call each. */
+static void a_flush_is_asked_for_every_256_kib(void) {
+  peer *p = peer_open();
+  mr_channel *channel = peer_channel(p);
+  uint8_t *body = random_bytes(1000);
+  mr_publish_args args = {.body = {.len = 1000, .bytes = body}};
+  mr_status status;
+  size_t asked = 0;
+  while ((status = mr_publish(channel, &args, NULL)) >= 0) {
+    if (status == MR_FLUSH) asked++;
+    CHECK_EQ(asked, mr_engine_tx_pending(p->engine) / 262144);
+  }
+  CHECK_EQ(status, MR_OVERFLOW); /* at a megabyte, the default */
+  CHECK_EQ(asked, 3);
+  CHECK(mr_engine_tx_pending(p->engine) > (1 << 20) - 2000);
+  free(body);
+  mr_channel_release(channel);
+  peer_free(p);
+}
+
 static void a_body_larger_than_max_buffer_can_be_sent(void) {
   mr_config config = peer_config();
   peer *p;
@@ -960,6 +984,7 @@ int main(int argc, char **argv) {
   RUN(what_was_lost_is_counted);
   RUN(confirms_before_close_ok_still_count);
   RUN(max_buffer_bounds_the_output);
+  RUN(a_flush_is_asked_for_every_256_kib);
   RUN(a_body_larger_than_max_buffer_can_be_sent);
   RUN(small_writes_of_the_output_lose_nothing);
   return check_end();

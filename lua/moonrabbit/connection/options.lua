@@ -30,7 +30,7 @@ local check = options.check
 ---@field name string?             shown by the management UI (connection_name)
 ---@field client_properties table? further client properties; they go over ours
 ---@field max_message_size integer? bytes of a body, both ways; 128 MiB by default. A larger one to send is `overflow`, one that comes ends the connection
----@field max_buffer integer?      bytes of output that may wait; 16 MiB by default. Past it a publish waits
+---@field max_buffer integer?      bytes of output that may wait; 1 MiB by default. Past it a publish waits
 ---@field ack_delay number?        seconds that an ack may wait for others to go with; 0.001 by default
 ---@field health ("fixed"|"adaptive"|"consecutive"|moonrabbit.HealthOptions|false)?  how the broker's silence is judged; by default, and at the latest, nothing heard for two heartbeat intervals ends the connection. See moonrabbit.health
 ---@field reconnect (boolean|moonrabbit.ReconnectOptions)?  how to come back when the connection is lost; on by default, false: it ends then. docs/connections.md
