@@ -394,7 +394,7 @@ end
 local function read_loop(self)
   local engine, transport, now = self.engine, self.transport, self.runtime.now
   while self.state ~= "closed" do
-    while self:is_overfull() and not hold(self) do end -- luacheck: ignore 542
+    while self:is_overfull() and not hold(self) do end
     local n, kind, text = transport:fill(engine)
     if n then
       self.admitted = self.admitting and self.admitted + n or 0

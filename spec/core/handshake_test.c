@@ -90,10 +90,13 @@ static const amqp_field_value_t *find(const amqp_table_t *table, const char *key
 }
 
 static void the_clients_properties_are_told(void) {
-  static const char *const capabilities[] = {"publisher_confirms", "exchange_exchange_bindings",
-                                             "basic.nack",         "consumer_cancel_notify",
-                                             "connection.blocked", "authentication_failure_close"};
+  static const char *const capabilities[] = {"publisher_confirms",  "exchange_exchange_bindings",
+                                             "basic.nack",          "consumer_cancel_notify",
+                                             "connection.blocked",  "authentication_failure_close",
+                                             "consumer_priorities", "per_consumer_qos"};
   amqp_table_entry_t own[] = {
+      {.key = BYTES("capabilities"),
+       .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("none: but ours stay")}}},
       {.key = BYTES("connection_name"),
        .value = {.kind = AMQP_FIELD_KIND_UTF8, .value = {.bytes = BYTES("me")}}},
       {.key = BYTES("product"),
@@ -103,7 +106,7 @@ static void the_clients_properties_are_told(void) {
   const amqp_field_value_t *value;
   int products = 0;
   peer *p;
-  config.client_properties = (amqp_table_t){.num_entries = 2, .entries = own};
+  config.client_properties = (amqp_table_t){.num_entries = 3, .entries = own};
   ok = start_ok(&config, "PLAIN", &p);
   value = find(&ok->client_properties, "capabilities");
   CHECK(value && value->kind == AMQP_FIELD_KIND_TABLE);

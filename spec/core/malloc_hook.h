@@ -1,6 +1,6 @@
 /*
  * Replaces malloc for the whole test program, librabbitmq included: counts allocations, counts what
- * is live, and can refuse the n-th. Include it once, in the program's only source file. Works with
+ * is live, keeps the size of the largest, and can refuse the n-th. Include it once, in the program's only source file. Works with
  * glibc, also under AddressSanitizer; hook_works() says whether it does (not under valgrind).
  */
 #ifndef MOONRABBIT_MALLOC_HOOK_H
@@ -46,6 +46,7 @@ static volatile struct {
   long failed;
   long failed_below; /* of them, those that librabbitmq asked for */
   long live;         /* blocks allocated less blocks freed, while on */
+  size_t largest;    /* block asked for while on */
 } hook;
 
 HOOK static bool hook_is_below(const void *caller) {
@@ -53,9 +54,10 @@ HOOK static bool hook_is_below(const void *caller) {
   return dladdr(caller, &info) && info.dli_fname && strstr(info.dli_fname, "librabbitmq");
 }
 
-HOOK static bool hook_refuses(const void *caller) {
+HOOK static bool hook_refuses(const void *caller, size_t size) {
   if (!hook.on) return false;
   hook.calls++;
+  if (size > hook.largest) hook.largest = size;
   if (hook.fail_at == 0 || hook.calls < hook.fail_at ||
       (hook.calls > hook.fail_at && !hook.fail_rest))
     return false;
@@ -71,17 +73,18 @@ HOOK static void *hook_counted(void *block) {
 }
 
 HOOK_PUBLIC void *malloc(size_t n) {
-  return hook_refuses(__builtin_return_address(0)) ? NULL : hook_counted(HOOK_REAL(malloc)(n));
+  return hook_refuses(__builtin_return_address(0), n) ? NULL : hook_counted(HOOK_REAL(malloc)(n));
 }
 
 HOOK_PUBLIC void *calloc(size_t n, size_t size) {
-  return hook_refuses(__builtin_return_address(0)) ? NULL
-                                                   : hook_counted(HOOK_REAL(calloc)(n, size));
+  return hook_refuses(__builtin_return_address(0), n * size)
+             ? NULL
+             : hook_counted(HOOK_REAL(calloc)(n, size));
 }
 
 HOOK_PUBLIC void *realloc(void *old, size_t n) {
   void *block;
-  if (hook_refuses(__builtin_return_address(0))) return NULL;
+  if (hook_refuses(__builtin_return_address(0), n)) return NULL;
   block = HOOK_REAL(realloc)(old, n);
   return old ? block : hook_counted(block);
 }

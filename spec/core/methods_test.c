@@ -539,7 +539,8 @@ static void qos_is_the_smallest_prefetch(void) {
   peer *p = peer_open();
   mr_channel *channel = peer_channel(p);
   CHECK_EQ(mr_channel_prefetch(channel), 0);
-  peer_qos(p, channel, 300);
+  peer_qos(p, channel, 50);
+  peer_qos(p, channel, 300); /* nobody has the first */
   CHECK_EQ(mr_channel_prefetch(channel), 300);
   peer_consume(p, channel, "a", 1, false);
   peer_qos(p, channel, 100);

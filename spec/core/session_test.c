@@ -1,5 +1,7 @@
 /* The open connection: frames in any pieces, contents, closes, flow, heartbeats and other time. */
 #include "peer.h"
+/* keep behind the headers above */
+#include "malloc_hook.h"
 
 /* ---- the same bytes in any pieces ---- */
 
@@ -195,6 +197,26 @@ static void bodies_of_every_size_arrive(void) {
       CHECK_BYTES(ev->content.body.bytes, ev->content.body.len, body, sizes[i]);
       CHECK_BYTES(ev->content.props.bytes, ev->content.props.len, "\0\0", 2);
     }
+  mr_channel_release(channel);
+  peer_free(p);
+}
+
+/* Else a broker could have memory set aside on every channel by announcing bodies that never come. */
+static void room_grows_with_what_has_come(void) {
+  if (!hook_works()) check_skip("malloc cannot be replaced here");
+  peer *p = peer_open();
+  mr_channel *channel = peer_channel(p);
+  char piece[1000] = "";
+  peer_consume(p, channel, "c", 1, false);
+  peer_send(p, 1, BASIC_DELIVER, basic_deliver, .consumer_tag = BYTES("c"), .delivery_tag = 1);
+  peer_header(p, 1, 100 << 20, NULL);
+  peer_body(p, 1, piece, sizeof piece);
+  hook.largest = 0;
+  hook.on = true;
+  mr_event_type type = peer_next(p);
+  hook.on = false;
+  CHECK_EQ(type, MR_EV_NONE);
+  CHECK(hook.largest < 65536);
   mr_channel_release(channel);
   peer_free(p);
 }
@@ -1231,6 +1253,12 @@ static void a_silent_handshake_has_no_deadline_of_its_own(void) {
   peer_free(p);
 }
 
+static size_t room_to_receive(peer *p) {
+  size_t space;
+  CHECK(mr_engine_rx_reserve(p->engine, &space));
+  return space;
+}
+
 static void an_idle_engine_gives_its_buffers_back(void) {
   peer *p = beating(10);
   mr_channel *a = peer_channel(p);
@@ -1245,11 +1273,13 @@ static void an_idle_engine_gives_its_buffers_back(void) {
   expect_no_event(p);
   CHECK_EQ(mr_flush_acks(a), MR_OK);
   peer_discard(p);
+  CHECK(room_to_receive(p) > 100000);
   for (int i = 0; i < 10; i++) {
     step(p, p->now + 4);
     peer_heartbeat(p); /* and works on */
     expect_no_event(p);
   }
+  CHECK(room_to_receive(p) <= 16384);
   peer_deliver(p, 1, "c", 21, "still here");
   CHECK_TEXT(expect_event(p, MR_EV_DELIVER)->content.body, "still here");
   mr_channel_release(a);
@@ -1261,6 +1291,7 @@ int main(int argc, char **argv) {
   RUN(the_pieces_of_the_input_do_not_matter);
   RUN(the_handshake_in_pieces);
   RUN(bodies_of_every_size_arrive);
+  RUN(room_grows_with_what_has_come);
   RUN(empty_body_frames_are_nothing);
   RUN(a_delivery_for_nobody_is_a_protocol_error);
   RUN(frames_out_of_place_are_a_protocol_error);

@@ -6,7 +6,7 @@
 local core = require "moonrabbit.core"
 local fake = require "spec.support.fake_broker"
 
-local unpack = table.unpack or unpack
+local unpack = table.unpack or unpack -- luacheck: ignore 143 113
 local u8, u16, u32, u64, short, long = fake.u8, fake.u16, fake.u32, fake.u64, fake.short, fake.long
 
 -- ---- The input --------------------------------------------------------------------------------------
