@@ -150,7 +150,7 @@ describe("a connection #smoke", function()
   end)
 
   it("drains in one string, however much there is", function()
-    local b = fake.new():open()
+    local b = fake.new({ max_buffer = 4194304 }):open()
     local channel = b:channel()
     local body = ("x"):rep(300000)
     for _ = 1, 5 do channel:publish(body, { routing_key = "q" }) end
