@@ -176,7 +176,7 @@ deps: ## install what building and testing need (Debian packages), or say what i
 	@scripts/deps build broker test
 
 demo: ## a shop on a real broker of its own (or on AMQP_URL): retries, dead letters, a kill -9, 0 lost; one minute
-	@$(call check_deps,build $(broker_deps) demo)
+	@$(call check_deps,$(broker_deps) demo)
 	@$(MAKE) --no-print-directory all
 	@scripts/demo
 

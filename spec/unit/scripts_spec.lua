@@ -51,8 +51,31 @@ describe("scripts/deps", function()
     assert.matches("librabbitmq%-dev", missing)
     assert.matches("rabbitmq%-server", missing)
     assert.falsy((" " .. missing .. " "):find(" gcc ", 1, true))
-    assert.matches("sudo apt%-get update && sudo apt%-get install", result.err)
+    assert.matches("apt%-get update && .*apt%-get install", result.err)
     assert.matches("AMQP_URL=", result.err)
+  end)
+
+  it("tells nobody to use a sudo that is not there, or not needed", function()
+    for _, case in ipairs {
+      { id = 0, sudo = true, says = "run this, then try again:\n  apt%-get update && apt%-get install" },
+      { id = 1000, sudo = true, says = "run this, then try again:\n  sudo apt%-get update && sudo apt%-get install" },
+      { id = 1000, sudo = false, says = "who is root run this, then try again:\n  apt%-get update" },
+    } do
+      local bin = folder { "sh", "sed", "tr", "timeout" }
+      local function program(name, text)
+        local file = assert(io.open(bin .. "/" .. name, "w"))
+        file:write("#!/bin/sh\n", text, "\n")
+        file:close()
+        os.execute("chmod 755 " .. bin .. "/" .. name)
+      end
+      program("dpkg-query", "exit 1")
+      program("id", "echo " .. case.id)
+      if case.sudo then program("sudo", "exit 1") end
+      local result = run({ "/bin/sh", "scripts/deps", "demo" }, { PATH = bin })
+      os.execute("rm -r " .. bin)
+      assert.equal(1, result.code, result.err)
+      assert.matches(case.says, (result.err:gsub("deps: ", "")))
+    end
   end)
 
   it("knows its groups", function()
