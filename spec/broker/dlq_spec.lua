@@ -271,6 +271,20 @@ describe("moonrabbit dlq", function()
     for i = 1, 40 do assert.is_true(seen["m" .. i]) end
   end)
 
+  it("ends at once at its limit or a signal, however slow the rate", function()
+    for i = 1, 3 do park("m" .. i, { message = "bad", kind = "error" }) end
+    ok(bench.consuming:cancel())
+    local slow = { "bin/moonrabbit", "dlq", "replay", parking, "--rate", "0.01" } -- one in 100 seconds
+    local limited = dlq("replay", parking, "--rate", "0.01", "--limit", "1")
+    assert.equal("1 replayed, 0 failed, 2 left in " .. parking .. "\n", limited.out)
+    local running = process.start(slow, { env = { AMQP_URL = broker.url } })
+    broker.eventually(function() return bench:count(bench.queue) == 2 end, 20, "the first is replayed")
+    running:signal "INT"
+    assert.equal(130, running:wait(20), running:err())
+    running:stop()
+    broker.eventually(function() return bench:count(parking) == 1 end, 10, "the rest is there")
+  end)
+
   it("killed in the middle of a replay, has lost nothing, and sends hardly anything twice", function()
     for i = 1, 60 do park("m" .. i, { message = "bad", kind = "error" }) end
     ok(bench.consuming:cancel())

@@ -117,7 +117,7 @@ end
 local function begins(s, what) return s:sub(1, #what) == what end
 
 -- Without an answer: does it speak TLS, or HTTP, when spoken to so?
-local function second_try(again)
+local function second_try(again, timeout)
   local stream = again(true)
   if stream then
     stream:close()
@@ -125,7 +125,7 @@ local function second_try(again)
   end
   stream = again(false)
   if stream then
-    local received = probe.ask(stream, "GET / HTTP/1.0\r\n\r\n", 2, function(s) return #s >= 5 end)
+    local received = probe.ask(stream, "GET / HTTP/1.0\r\n\r\n", timeout, function(s) return #s >= 5 end)
     stream:close()
     if begins(received, "HTTP/") then return "http" end
   end
@@ -148,14 +148,14 @@ function probe.protocol(stream, timeout, again)
     return "amqp_version", ("%d-%d-%d-%d"):format(id, major, minor, revision)
   end
   if #received > 0 then return "other", received:sub(1, 40):gsub("[^\32-\126]", ".") end
-  return second_try(again) or ended
+  return second_try(again, timeout) or ended
 end
 
 --- Whether a port that refused TLS speaks plain AMQP or HTTP: "amqp", "http" or nil.
-function probe.plain(again)
+function probe.plain(again, timeout)
   local stream = again(false)
   if not stream then return nil end
-  local kind = probe.protocol(stream, 2, again)
+  local kind = probe.protocol(stream, timeout, again)
   stream:close()
   return kind
 end

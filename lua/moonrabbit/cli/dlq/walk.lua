@@ -15,18 +15,21 @@ local WORKERS = 16
 local Walk = {}
 Walk.__index = Walk
 
--- Waits until the rate allows one more.
+local function is_over(self)
+  return self.stopped or self.problem or self.taken >= self.total or self.matched >= self.limit
+end
+
+-- Waits until the rate allows one more, or it is over.
 local function pace(self)
   local rate = self.args.rate
   if not rate then return end
   local now = connect.now()
   local at = math.max(now, self.next_at or now)
   self.next_at = at + 1 / rate
-  if at > now then require "moonrabbit".sleep(at - now) end
-end
-
-local function is_over(self)
-  return self.stopped or self.problem or self.taken >= self.total or self.matched >= self.limit
+  while now < at and not is_over(self) do
+    self.wake:wait(at - now)
+    now = connect.now()
+  end
 end
 
 -- One message: whether there was one.
@@ -57,11 +60,12 @@ local function worker(self)
   if not ok then self.thrown = self.thrown or err end
   self.running = self.running - 1
   self.ended:signal()
+  if is_over(self) then self.wake:broadcast() end
 end
 
 local function run_workers(self, count)
   local native = require "moonrabbit.runtime.native"
-  self.ended, self.running = native.condition(), count
+  self.ended, self.wake, self.running = native.condition(), native.condition(), count
   for _ = 1, count do native.spawn(worker, self) end
   while self.running > 0 do self.ended:wait() end
   if self.thrown then error(self.thrown, 0) end
@@ -78,7 +82,10 @@ function walk.run(ch, args, visit, options)
     taken = 0, seen = 0, matched = 0,
   }, Walk)
   if options.started then options.started(self) end
-  local unwatch = connect.on_stop(function(code) self.stopped = code end)
+  local unwatch = connect.on_stop(function(code)
+    self.stopped = code
+    if self.wake then self.wake:broadcast() end
+  end)
   run_workers(self, options.workers or WORKERS)
   unwatch()
   if ch:is_open() and ch:unsettled() > 0 then ch:nack(0, { multiple = true, requeue = true }) end

@@ -93,12 +93,15 @@ local function context(tls, verify)
   }
 end
 
+-- How long a second look at the port may take: it only tells what else may be there.
+local function patience(patient) return math.min(2, patient.timeout) end
+
 -- Opens the port once more, with or without an unverified TLS.
 local function again(patient)
   local probe = require "moonrabbit.cli.probe"
   return function(with_tls)
     local ctx = with_tls and context(patient.parsed.tls or {}, false) or nil
-    return (probe.connect(patient.address, ctx, patient.parsed.host, 2))
+    return (probe.connect(patient.address, ctx, patient.parsed.host, patience(patient)))
   end
 end
 
@@ -113,7 +116,7 @@ local function tls_advice(patient, text)
   elseif lower:find("peer refused", 1, true) then
     return "the broker wants a client certificate that it trusts: --cert FILE --key FILE"
   end
-  local kind = require "moonrabbit.cli.probe".plain(again(patient))
+  local kind = require "moonrabbit.cli.probe".plain(again(patient), patience(patient))
   if kind == "amqp" then
     return "this port speaks plain AMQP: use amqp://, or the broker's TLS port (usually 5671)"
   elseif kind == "http" then
