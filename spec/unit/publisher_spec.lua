@@ -698,6 +698,43 @@ describe("an outbox in memory #smoke", function()
     assert.is_true(p:close())
   end)
 
+  it("lets send wait through an outage, and sends what it has taken though the time was up", function()
+    w = world()
+    p = w:publisher { routing_key = "k", outbox = "memory" }
+    local results = {}
+    w.runtime.run(function() results[1] = { p:send "1" } end)
+    w:cut()
+    w.runtime.run(function() results[2] = { p:send("2", { timeout = 5 }) } end)
+    w.runtime.run(function() results[3] = { p:send("3", { timeout = 50 }) } end)
+    w.runtime.advance(6)
+    assert.same({ "timeout" }, { results[2][2].kind, results[2][2].unsent }) -- stored: it is not taken back
+    w:restore()
+    assert.same({ "!1", "2", "3" }, w:published())
+    w:say(fake.nack(1, 2), fake.ack(1, 1), fake.ack(1, 3))
+    w:cut() -- before the refused one's time has come
+    w:restore()
+    assert.same({ "!2" }, w:published())
+    assert.same({ { true }, { true } }, { results[1], results[3] })
+    w:say(fake.ack(1, 1))
+    w.runtime.advance(1)
+    assert.same({ 0, 0 }, { p:stats().stored, p:unconfirmed() })
+  end)
+
+  it("has what was not confirmed when it is closed, and nothing else", function()
+    w = world()
+    p = w:publisher { routing_key = "k", outbox = "memory", max_kept = 3, retry = { attempts = 0 } }
+    local c, store = {}, p._keeper._outbox.store
+    for i = 1, 3 do c[i] = p:send_async(tostring(i)) end
+    local late
+    w.runtime.run(function() late = { p:send "4" } end) -- waits for room
+    w:say(fake.ack(1, 2), fake.nack(1, 3))
+    assert.is_true(p:close())
+    w.runtime.settle()
+    assert.same({ "lost", "acked", "nacked" }, outcomes(c))
+    assert.same({ "closed", 2 }, { late[2].kind, store:count() })
+    assert.same({ "1", "3" }, { store:get(1).body, store:get(3).body })
+  end)
+
   it("forgets none that waits for room when the next ones have failed", function()
     w = world()
     p = w:publisher { routing_key = "k", max_kept = 2, retry = { attempts = 0 },
