@@ -6,7 +6,7 @@
 enum {
   RX_FIRST = 4096,     /* an idle connection should cost little */
   RX_LARGEST = 262144, /* a busy one should read much at once */
-  TX_KEEP = 262144,    /* a larger output buffer is given back once it is empty */
+  TX_KEEP = 524288,    /* a larger output buffer is given back once it is empty: twice FLUSH_AT */
   IDLE_AFTER = 1       /* seconds without a byte after which a large receive buffer is given back */
 };
 

@@ -58,7 +58,7 @@ enum {
 enum { MR_LARGE_BODY = 3 };
 
 /* Slots of the table kept by an engine userdata. */
-enum { MR_ENGINE_CHANNELS = 1, MR_ENGINE_QUEUES, MR_ENGINE_OUTBOX };
+enum { MR_ENGINE_CHANNELS = 1, MR_ENGINE_QUEUES, MR_ENGINE_OUTBOX, MR_ENGINE_ASIDE };
 
 /* Slots of a queue's ring table: the anchor, then the messages. */
 enum { MR_RING_ANCHOR = 1, MR_RING_FIRST };

@@ -82,7 +82,7 @@ int mrl_take_acked(lua_State *L) {
     lua_rawgeti(L, 2, at);
     if (lua_type(L, 6) != LUA_TSTRING) break;
     lua_rawgeti(L, 1, at);
-    mrl_confirmation *c = mrl_test(L, 7, MR_UP_CONFIRMATION);
+    mrl_confirmation *c = mrl_test_tag(L, 7, MR_IS_CONFIRMATION, sizeof *c);
     if (!c || outcome_of(c) != MR_ACKED) break;
     bytes += (size_t)lua_rawlen(L, 6);
     lua_pushboolean(L, 0);

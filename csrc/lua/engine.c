@@ -152,10 +152,39 @@ static int engine_feed(lua_State *L) {
   return 1;
 }
 
-/* Pushes the string of at most `room` waiting bytes. The memory comes first: allocating it may run
- * finalizers, which may write to the output buffer. Returns whether anything is left. */
+/* Drains of less leave nothing behind: such are those with a password in them. */
+enum { ASIDE_LEAST = 4096 };
+
+/* Pushes memory for `size` bytes: what the last drain has left, where that does. */
+static char *take_aside(lua_State *L, size_t size) {
+  if (size < ASIDE_LEAST) return lua_newuserdata(L, size);
+  mr_get_uservalue(L, 1);
+  lua_rawgeti(L, -1, MR_ENGINE_ASIDE);
+  if (!lua_isuserdata(L, -1) || lua_rawlen(L, -1) < size) {
+    lua_pop(L, 2);
+    return lua_newuserdata(L, size);
+  }
+  lua_pushnil(L); /* a finalizer may drain as well */
+  lua_rawseti(L, -3, MR_ENGINE_ASIDE);
+  lua_remove(L, -2);
+  return lua_touserdata(L, -1);
+}
+
+/* Leaves the memory on top of the stack to the next drain, and pops it. */
+static void leave_aside(lua_State *L, size_t size) {
+  if (size >= ASIDE_LEAST) {
+    mr_get_uservalue(L, 1);
+    lua_pushvalue(L, -2);
+    lua_rawseti(L, -2, MR_ENGINE_ASIDE);
+    lua_pop(L, 1);
+  }
+  lua_pop(L, 1);
+}
+
+/* Pushes the string of at most `room` waiting bytes. They are copied aside first: a new string may run finalizers,
+ * which may write to the output buffer. Returns whether anything is left. */
 static bool drain_some(lua_State *L, mrl_engine *e, size_t room, double now) {
-  char *copy = lua_newuserdata(L, room);
+  char *copy = take_aside(L, room);
   size_t used = 0, len;
   const uint8_t *bytes;
   while ((bytes = mr_engine_tx_peek(e->handle, &len)) != NULL && len > 0 && used < room) {
@@ -165,7 +194,8 @@ static bool drain_some(lua_State *L, mrl_engine *e, size_t room, double now) {
     used += len;
   }
   lua_pushlstring(L, copy, used);
-  lua_remove(L, -2);
+  lua_insert(L, -2);
+  leave_aside(L, room);
   return bytes != NULL && len > 0;
 }
 

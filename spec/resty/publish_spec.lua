@@ -327,6 +327,88 @@ describe("publishing in nginx #resty", function()
   end)
 end)
 
+describe("the queue of a worker #resty", function()
+  if not broker.url then pending "AMQP_URL is not set" return end
+  if nginx.missing() then pending(nginx.missing()) return end
+
+  local server, channel, queue
+
+  -- A linger that no spec lives to see the end of.
+  before_each(function()
+    channel = ok(broker.connect():channel())
+    queue = broker.unique "nginx"
+    ok(channel:queue_declare(queue, { durable = true }))
+    server = nginx.start {
+      http = [[
+        init_worker_by_lua_block {
+          require "moonrabbit.resty".start { uri = os.getenv "AMQP_URL", entries = 100, bytes = 10000, linger = 1000 }
+        }
+      ]],
+      server = locations .. [[
+        location /mixed {
+          content_by_lua_block {
+            local rabbit = require "moonrabbit.resty"
+            for i = 1, 40 do
+              local key = i % 2 == 0 and ngx.var.arg_queue or "no-such-queue"
+              assert(rabbit.publish_async("m" .. i, { routing_key = key }))
+            end
+            ngx.say(rabbit.publish("last", { routing_key = ngx.var.arg_queue }) and "ok")
+          }
+        }
+        location /large {
+          content_by_lua_block {
+            local rabbit = require "moonrabbit.resty"
+            for _ = 1, 3 do assert(rabbit.publish_async(("x"):rep(2500), { routing_key = ngx.var.arg_queue })) end
+            ngx.say "ok"
+          }
+        }
+      ]],
+    }
+    server:ready "/ping"
+    assert.equal("ok\n", (server:request("/publish?queue=" .. queue, { body = "first" })))
+  end)
+
+  after_each(function()
+    server:stop()
+    channel:queue_delete(queue)
+    broker.close_all()
+  end)
+
+  local function stats() return cjson.decode((server:request "/stats")) end
+
+  local function come_to(confirmed)
+    broker.eventually(function() return stats().confirmed == confirmed end, 10, confirmed .. " confirmed")
+  end
+
+  it("lets messages gather, until somebody waits for one", function()
+    assert.equal("ok\n", (server:request("/many?n=5&queue=" .. queue)))
+    assert.equal(5, stats().queued)
+    assert.equal("ok\n", (server:request("/publish?queue=" .. queue, { body = "x" })))
+    come_to(7)
+  end)
+
+  it("lets none gather in a queue that is half full, of messages or of bytes", function()
+    assert.equal("ok\n", (server:request("/many?n=100&queue=" .. queue)), server:log())
+    come_to(101)
+    assert.equal("ok\n", (server:request("/large?queue=" .. queue)), server:log())
+    come_to(104)
+  end)
+
+  it("is empty once all is settled, in whatever order", function()
+    for round = 1, 5 do
+      assert.equal("ok\n", (server:request("/mixed?queue=" .. queue)), server:log())
+      come_to(1 + round * 21)
+    end
+    local now = stats()
+    assert.equal(100, now.failed.unroutable)
+    for _, what in ipairs { "queued", "in_flight", "bytes" } do assert.equal(0, now[what], what) end
+    -- Nor does the worker stay for anything.
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 5)
+  end)
+end)
+
 describe("dedupe.shared #resty", function()
   if nginx.missing() then pending(nginx.missing()) return end
 

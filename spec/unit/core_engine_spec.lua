@@ -164,6 +164,72 @@ describe("a connection #smoke", function()
     assert.equal(1500000, total)
     assert.equal("", b.engine:drain(0))
   end)
+
+  it("drains in pieces, and costs no more memory than they have", function()
+    local b = fake.new():open()
+    local channel = b:channel()
+    local n, size = 0, 65536
+    for i = 1, 200 do channel:publish(tostring(i):rep(4000), { routing_key = "q" }) end
+    local all = b.engine:pending()
+    local pieces = { b.engine:drain(0, size) }
+    collectgarbage()
+    collectgarbage "stop"
+    local before = collectgarbage "count"
+    repeat
+      pieces[#pieces + 1] = b.engine:drain(0, size)
+    until b.engine:pending() == 0
+    local took = (collectgarbage "count" - before) * 1024
+    collectgarbage "restart"
+    local bytes = table.concat(pieces)
+    assert.equal(all, #bytes)
+    assert.truthy(took < 1.1 * all, ("%d bytes for %d"):format(took, all))
+    for _, frame in ipairs(fake.frames(bytes)) do
+      if frame.kind == 3 then
+        n = n + 1
+        assert.equal(tostring(n):rep(4000), frame.payload)
+      end
+    end
+    assert.equal(200, n)
+  end)
+
+  it("drains while finalizers write: nothing is lost, nothing comes twice", function()
+    local b = fake.new():open()
+    local channel = b:channel()
+    local sent, meanwhile, draining, pieces = 0, 0, false, {}
+    local function send()
+      sent = sent + 1
+      channel:publish(("%06d"):format(sent):rep(1000), { routing_key = "q" })
+    end
+    local function finalize()
+      if draining then meanwhile = meanwhile + 1 end
+      send()
+    end
+    local pause, stepmul = collectgarbage("setpause", 0), collectgarbage("setstepmul", 1000) -- collects all the time
+    local round = 0
+    repeat
+      round = round + 1
+      send()
+      send()
+      guard(finalize)
+      draining = true
+      repeat pieces[#pieces + 1] = b.engine:drain(0, 8192) until b.engine:pending() == 0
+      draining = false
+    until meanwhile > 20 or round == 5000
+    collectgarbage("setpause", pause)
+    collectgarbage("setstepmul", stepmul)
+    collectgarbage()
+    pieces[#pieces + 1] = b.engine:drain(0)
+    local n, seen = 0, {}
+    for _, frame in ipairs(fake.frames(table.concat(pieces))) do
+      if frame.kind == 3 then
+        local number = frame.payload:sub(1, 6)
+        assert.is_true(frame.payload == number:rep(1000) and not seen[number], number)
+        n, seen[number] = n + 1, true
+      end
+    end
+    assert.equal(sent, n)
+    assert.truthy(meanwhile > 0)
+  end)
 end)
 
 describe("methods #smoke", function()

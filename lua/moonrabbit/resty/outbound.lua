@@ -17,7 +17,7 @@ local runtime = require "moonrabbit.runtime.resty"
 local semaphore = require "ngx.semaphore"
 local new_table = require "table.new"
 
-local core_acked, core_outcome = core.acked, core.outcome
+local core_acked, core_outcome, core_take_acked = core.acked, core.outcome, core.take_acked
 local now, huge = runtime.now, math.huge
 
 ---@class moonrabbit.resty.Outbound
@@ -47,10 +47,12 @@ function Outbound.new(config)
   local entries = config.entries
   local self = setmetatable({
     config = config, entries = entries,
-    bodies = new_table(entries, 0), routes = new_table(entries, 0), waiters = new_table(entries, 0),
-    confirmations = new_table(entries, 0),
+    -- Index i has place i % entries + 1. Kept is the body where nobody waits, else the waiter, which has it; false where
+    -- there is no message any more.
+    kept = new_table(entries, 0), routes = new_table(entries, 0), confirmations = new_table(entries, 0),
     head = 1, next = 1, tail = 1, bytes = 0, in_flight = 0,
     sent_to = 1,           -- those below it were sent at least once
+    sending = 0,           -- the one that waits for room in the output
     suspects = 1,          -- those below it go one at a time
     wake = semaphore.new(), spare = {},
     sleeping = nil,        -- what the sender may be woken by: "any" message, or an "urgent" one
@@ -61,7 +63,7 @@ function Outbound.new(config)
     metrics = nil, seconds = nil, -- moonrabbit.resty.metrics: who is told of changes, and of how long a confirm took
   }, Outbound)
   for slot = 1, entries do
-    self.bodies[slot], self.routes[slot], self.waiters[slot], self.confirmations[slot] = false, false, false, false
+    self.kept[slot], self.routes[slot], self.confirmations[slot] = false, false, false
   end
   self.keeper = life.keep {
     name = config.name, connect = config.connect, backoff = config.backoff, exit_timeout = config.exit_timeout,
@@ -90,6 +92,11 @@ end
 
 -- ---- Into the queue ---------------------------------------------------------------------------------
 
+-- What is on its way into a queue that is half full is sent at once: nothing gathers any more.
+local function crowded(self)
+  return self.tail - self.head > self.entries / 2 or self.bytes > self.config.bytes / 2
+end
+
 -- Puts a message in; never yields. nil, err when there is no room.
 local function push(self, body, route, waiter)
   local tail, size = self.tail, #body
@@ -100,15 +107,14 @@ local function push(self, body, route, waiter)
       tail - self.head, self.bytes), size <= self.config.bytes)
   end
   local slot = tail % self.entries + 1
-  self.bodies[slot], self.routes[slot], self.waiters[slot] = body, route, waiter
-  self.confirmations[slot] = false
+  self.kept[slot], self.routes[slot], self.confirmations[slot] = waiter or body, route, false
   self.tail, self.bytes, self.published = tail + 1, self.bytes + size, self.published + 1
   if waiter then
-    waiter.index = tail
+    waiter.index, waiter.body = tail, body
     self.urgent = true
   end
   local sleeping = self.sleeping
-  if sleeping == "any" or sleeping and (waiter or tail - self.head > self.entries / 2) then
+  if sleeping == "any" or sleeping and (waiter or crowded(self)) then
     self.sleeping = nil
     self.wake:post(1)
   end
@@ -117,22 +123,32 @@ local function push(self, body, route, waiter)
   return true
 end
 
--- Takes a message out of the ring.
-local function take_out(self, index)
-  local entries, routes = self.entries, self.routes
-  local slot = index % entries + 1
-  self.bytes = self.bytes - #self.bodies[slot]
-  if self.confirmations[slot] then self.in_flight = self.in_flight - 1 end
-  self.bodies[slot], routes[slot], self.waiters[slot], self.confirmations[slot] = false, false, false, false
-  local head, tail = self.head, self.tail
-  while head < tail and not routes[head % entries + 1] do head = head + 1 end
+-- The body of a message, and who waits for it.
+local function what_is(kept)
+  if type(kept) == "string" then return kept, nil end
+  return kept.body, kept
+end
+
+-- The head is a message, or the tail.
+local function advance(self, head)
+  local entries, kept, tail = self.entries, self.kept, self.tail
+  while head < tail and not kept[head % entries + 1] do head = head + 1 end
   self.head = head
   if self.next < head then self.next = head end
 end
 
+-- Takes a message out of the ring.
+local function take_out(self, index)
+  local kept, slot = self.kept, index % self.entries + 1
+  self.bytes = self.bytes - #what_is(kept[slot])
+  if self.confirmations[slot] then self.in_flight = self.in_flight - 1 end
+  kept[slot], self.routes[slot], self.confirmations[slot] = false, false, false
+  advance(self, self.head)
+end
+
 -- Ends a message: whoever waits for it learns how.
 local function finish(self, index, ok, err)
-  local waiter = self.waiters[index % self.entries + 1]
+  local _, waiter = what_is(self.kept[index % self.entries + 1])
   take_out(self, index)
   if self.metrics then self.metrics:touch() end
   if ok then
@@ -186,8 +202,8 @@ local function give_up(self, waiter, timeout)
   self.timeouts = self.timeouts + 1
   if self.metrics then self.metrics:touch() end
   local index = waiter.index
-  if index < self.sent_to then
-    self.waiters[index % self.entries + 1] = false
+  if index < self.sent_to or index == self.sending then
+    self.kept[index % self.entries + 1] = waiter.body
     return nil, self:error("timeout",
       ("the broker has not confirmed the message within %g s: its outcome is unknown"):format(timeout))
   end
@@ -221,15 +237,32 @@ function Outbound:publish(body, route, timeout)
     ok, err = waiter.ok, waiter.err
     if ok and seconds then seconds:observe(now() - began) end
   end
-  waiter.err = nil
+  waiter.err, waiter.body = nil, nil
   if waiter.semaphore:count() == 0 and #self.spare < SPARE then self.spare[#self.spare + 1] = waiter end
   return ok, err
 end
 
 -- ---- Out of the queue -------------------------------------------------------------------------------
 
+-- Takes off the front what is acked and nobody waits for: mostly all there is.
+local function take_front(self)
+  local head, entries, routes, confirmations = self.head, self.entries, self.routes, self.confirmations
+  local past, bytes = core_take_acked(confirmations, self.kept, head + 1, self.next, entries)
+  past = past - 1 -- what has index i here has number i + 1 there
+  if past == head then return end
+  for index = head, past - 1 do
+    local slot = index % entries + 1
+    routes[slot], confirmations[slot] = false, false
+  end
+  local n = past - head
+  self.bytes, self.confirmed, self.in_flight = self.bytes - bytes, self.confirmed + n, self.in_flight - n
+  advance(self, past)
+  if self.metrics then self.metrics:touch() end
+end
+
 -- Takes out what is settled, looking past `limit` messages that are not. Returns whether it has seen all.
 local function settle(self, limit)
+  take_front(self)
   local entries, confirmations = self.entries, self.confirmations
   local index, pending = self.head, 0
   while index < self.next do
@@ -256,27 +289,29 @@ local function noticed(self)
   if self.sweep_due or self.next < self.suspects or life.exiting then self:rouse() end
 end
 
--- Sends the message at `next`. false: the channel or connection is gone. nil: not now.
-local function send_one(self, channel)
+local function sent(self, index, confirmation)
+  self.confirmations[index % self.entries + 1] = confirmation
+  self.in_flight = self.in_flight + 1
+  self.next = index + 1
+  if index >= self.sent_to then self.sent_to = index + 1 end
+end
+
+-- Sends the message at `next`, which the engine has refused, once there is room. False: the channel or connection is
+-- gone. nil: not now.
+local function send_slowly(self, channel)
   local index = self.next
   local slot = index % self.entries + 1
-  local route = self.routes[slot]
-  if not route then -- given up meanwhile
-    self.next = index + 1
-    return true
-  end
-  local whole, confirmation, err = pcall(channel._publish_route, channel, route, self.bodies[slot], ROOM)
+  self.sending = index
+  local whole, confirmation, err = pcall(channel._publish_route, channel, self.routes[slot], what_is(self.kept[slot]),
+    ROOM)
   if not whole then
     confirmation, err = nil, self:error("protocol", "the message cannot be sent: " .. tostring(confirmation), false)
   end
   if confirmation then
-    if self.routes[slot] ~= route then return true end -- its caller gave up while it waited for room
-    self.confirmations[slot] = confirmation
-    self.in_flight = self.in_flight + 1
-    self.next = index + 1
-    if index >= self.sent_to then self.sent_to = index + 1 end
+    sent(self, index, confirmation)
     return true
   end
+  self.sending = 0
   if not whole or err.kind == "overflow" and err.temporary == false then
     finish(self, index, nil, err)
     return true
@@ -285,12 +320,31 @@ local function send_one(self, channel)
   return false
 end
 
+-- Sends what there is; false and nil as send_slowly. The engine is called here, and not by a function or a pcall, for
+-- LuaJIT compiles no return into one that it has not entered since the last call into C.
 local function send_all(self, channel)
+  local core_channel, session, kept, routes, entries =
+    channel._core, channel._session, self.kept, self.routes, self.entries
+  local publish_route = core_channel.publish_route
   self.urgent = false
   while self.next < self.tail do
-    if self.next < self.suspects and self.in_flight > 0 then return true end
-    local sent = send_one(self, channel)
-    if not sent then return sent end
+    local index = self.next
+    if index < self.suspects and self.in_flight > 0 then return true end
+    local slot = index % entries + 1
+    if not kept[slot] then -- given up meanwhile
+      self.next = index + 1
+    else
+      local confirmation, flush = publish_route(core_channel, routes[slot], (what_is(kept[slot])))
+      if confirmation then
+        sent(self, index, confirmation)
+        -- So much is not to gather: the writer's turn.
+        if flush and not session:flush(ROOM) then return nil end
+        if not session.dirty then session:touch() end
+      else
+        local went = send_slowly(self, channel)
+        if not went then return went end
+      end
+    end
   end
   return true
 end
@@ -308,7 +362,7 @@ local function rest(self, channel, limit)
   sleep(self, limit)
   local linger = self.config.linger
   if linger == 0 or self.urgent or self.sweep_due or #self.jobs > 0 or life.exiting or self.next == self.tail
-    or not channel:is_open() then return end
+    or crowded(self) or not channel:is_open() then return end
   self.sleeping = "urgent"
   self.wake:wait(linger)
   self.sleeping = nil
@@ -338,10 +392,10 @@ end
 -- What was under way on a channel that has ended is to be sent again.
 local function take_back(self, reason)
   settle(self, huge)
-  local sent = self.next
+  local past = self.next
   local coded = reason and (reason.kind == "channel" or reason.kind == "protocol") and reason.code
   local culprit
-  for index = self.head, sent - 1 do
+  for index = self.head, past - 1 do
     local slot = index % self.entries + 1
     if self.confirmations[slot] then
       self.confirmations[slot] = false
@@ -355,7 +409,7 @@ local function take_back(self, reason)
       self.resent = self.resent - 1
       finish(self, culprit, nil, reason)
     end
-    self.suspects = math.max(self.suspects, sent)
+    self.suspects = math.max(self.suspects, past)
   end
   self.in_flight = 0
   self.next = self.head
@@ -378,11 +432,11 @@ local function use(self, conn, channel, keeper)
   while channel:is_open() and not leaving(self, keeper) do
     if self.sweep_due then self.sweep_due = not settle(self, huge) end
     start_jobs(self, conn)
-    local sent = send_all(self, channel)
-    if sent == false then runtime.sleep(0) end -- its end is about to be told
+    local went = send_all(self, channel)
+    if went == false then runtime.sleep(0) end -- its end is about to be told
     -- A message that there was no room for has waited; one that is held has not.
-    if sent == nil and held(self) then sleep(self, patience(self, keeper)) end
-    if sent then rest(self, channel, patience(self, keeper)) end
+    if went == nil and held(self) then sleep(self, patience(self, keeper)) end
+    if went then rest(self, channel, patience(self, keeper)) end
   end
   off()
   if channel:is_open() then return nil end
@@ -415,7 +469,7 @@ function Outbound:abandon()
   local err = self:error("shutdown", "the worker has left before the broker confirmed the message", true)
   local n = 0
   for index = self.head, self.tail - 1 do
-    if self.routes[index % self.entries + 1] then
+    if self.kept[index % self.entries + 1] then
       n = n + 1
       finish(self, index, nil, err)
     end
@@ -433,7 +487,7 @@ function Outbound:connecting_failed(err)
   if err.temporary ~= false then return end
   -- Who waits learns at once what waiting does not help against.
   for index = self.head, self.tail - 1 do
-    if self.waiters[index % self.entries + 1] then finish(self, index, nil, err) end
+    if type(self.kept[index % self.entries + 1]) == "table" then finish(self, index, nil, err) end
   end
   self:fail_jobs(err)
 end
@@ -498,7 +552,7 @@ function Outbound:stats()
   for kind, n in pairs(self.failures) do failed[kind] = n end
   local queued = 0
   for index = self.next, self.tail - 1 do
-    if self.routes[index % self.entries + 1] then queued = queued + 1 end
+    if self.kept[index % self.entries + 1] then queued = queued + 1 end
   end
   return {
     state = self.keeper.state == "open" and "open" or "connecting", reason = self.keeper.failure,
