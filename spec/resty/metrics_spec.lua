@@ -7,6 +7,7 @@ local ok = broker.ok
 
 local http = [[
   lua_shared_dict numbers 1m;
+  lua_shared_dict hold 64k;
   init_worker_by_lua_block {
     local rabbit = require "moonrabbit.resty"
     local metrics = require "moonrabbit.resty.metrics"
@@ -27,6 +28,7 @@ local http = [[
 local locations = [[
   location = /ping { content_by_lua_block { Visit() ngx.say "pong" } }
   location = /metrics { content_by_lua_block { require "moonrabbit.resty.metrics".serve() } }
+  location = /hold { content_by_lua_block { ngx.shared.hold:set("on", ngx.var.arg_on == "1") ngx.say "ok" } }
   location = /readyz { content_by_lua_block { require "moonrabbit.resty.metrics".readyz() } }
   location = /healthz { content_by_lua_block { require "moonrabbit.resty.metrics".healthz() } }
   location = /publish {
@@ -42,7 +44,11 @@ local mr = require "moonrabbit"
 return mr.app {
   name = "$name",
   queues = { ["$name"] = {} },
-  consumers = { { queue = "$name", handler = function() mr.sleep(0.001) end } },
+  consumers = {
+    { queue = "$name", concurrency = 8, handler = function()
+      repeat mr.sleep(0.001) until not ngx.shared.hold:get "on"
+    end },
+  },
 }
 ]]
 
@@ -156,6 +162,22 @@ describe("metrics in nginx #resty", function()
     come_to("spec_visits_total", visits + 10)
   end)
 
+  it("tells how many messages are being handled now, in all workers", function()
+    local in_flight = ('moonrabbit_messages_in_flight{queue="%s"}'):format(name)
+    local handled = value(page(), HANDLED)
+    come_to(in_flight, 0)
+    server:request "/hold?on=1"
+    publish(6)
+    come_to(in_flight, 6)
+    -- What a worker that dies was handling comes to one that lives, and is counted there.
+    os.execute("kill -KILL " .. server:workers()[1])
+    come_to(in_flight, 6)
+    assert.equal(handled, value(page(), HANDLED))
+    server:request "/hold?on=0"
+    come_to(in_flight, 0)
+    come_to(HANDLED, handled + 6)
+  end)
+
   it("is a page that promtool finds nothing wrong with", function()
     if nginx.shell "command -v promtool" == "" then return pending "promtool is not installed" end
     local file = server.prefix .. "/page"
@@ -216,5 +238,119 @@ describe("metrics in nginx #resty", function()
     assert.matches("worker: [^\n]*start { metrics = \"…\" } in init_worker_by_lua%* first", server:log())
     local log = server:log():gsub("[^\n]*exited on signal 9[^\n]*", "")
     assert.is_nil(log:find("%[alert%]"), log)
+  end)
+end)
+
+describe("metrics in a dictionary that is too small #resty", function()
+  if not broker.url then pending "AMQP_URL is not set" return end
+  if nginx.missing() then pending(nginx.missing()) return end
+
+  local name, server = broker.unique "small", nil
+
+  local small = [[
+    lua_shared_dict numbers $size;
+    init_worker_by_lua_block {
+      require "moonrabbit.resty".start { uri = os.getenv "AMQP_URL", name = "edge", metrics = "numbers" }
+    }
+  ]]
+
+  -- Others keep things in the dictionary too, until nothing fits.
+  local others = locations .. [[
+    location = /fill {
+      content_by_lua_block {
+        local dict, size, n = ngx.shared.numbers, 65536, 0
+        while size >= 16 do
+          n = n + 1
+          if not dict:safe_add("junk" .. n, ("x"):rep(size)) then size = size / 2 end
+        end
+        ngx.say(n)
+      }
+    }
+    location = /empty {
+      content_by_lua_block {
+        for i = 1, tonumber(ngx.var.arg_n) do ngx.shared.numbers:delete("junk" .. i) end
+        ngx.say "ok"
+      }
+    }
+    location = /grow {
+      content_by_lua_block {
+        local own = require "moonrabbit.resty.metrics".worker()
+        local growth = own.metrics.registry:counter("spec_growth_total", "Series.", { "n" })
+        for i = 1, 150 do growth:with(("x"):rep(100) .. i):inc() end
+        own:touch()
+        ngx.say "ok"
+      }
+    }
+  ]]
+
+  local function start(size)
+    server = nginx.start { workers = 2, http = (small:gsub("%$size", size)), server = (others:gsub("Visit%(%)", "")) }
+    server:ready "/ping"
+  end
+
+  local function publish(n)
+    for _ = 1, n do assert.equal("ok\n", (server:request("/publish?key=" .. name)), server:log()) end
+  end
+
+  local function published()
+    local text, status = server:request "/metrics"
+    return status == 200 and tonumber(text:match '\nmoonrabbit_publishes_total{publisher="edge"} (%S+)\n') or status
+  end
+
+  local function come_to(n)
+    broker.eventually(function() return published() == n end, 10, "the metrics say " .. n)
+  end
+
+  setup(function() ok(ok(broker.connect():channel()):queue_declare(name)) end)
+
+  after_each(function()
+    local log = server:log():gsub("[^\n]*exited on signal 9[^\n]*", "")
+    server:stop()
+    assert.is_nil(log:find "%[alert%]", log)
+  end)
+
+  teardown(function()
+    ok(broker.connect():channel()):queue_delete(name)
+    broker.close_all()
+  end)
+
+  local TOO_SMALL = "the dictionary 'numbers' is too small for what is measured (no memory): "
+    .. "make its `lua_shared_dict` larger"
+
+  local function complaints()
+    local n = 0
+    for _ in server:log():gmatch("metrics: " .. TOO_SMALL:gsub("%p", "%%%0")) do n = n + 1 end
+    return n
+  end
+
+  it("says so, in place of numbers that lack something, and publishing goes on", function()
+    start "12k"
+    publish(5)
+    assert.equal(500, published())
+    assert.truthy(complaints() > 0, server:log())
+    publish(5)
+  end)
+
+  it("loses no count: what is there stays, the rest comes when there is room", function()
+    start "1m"
+    publish(10)
+    come_to(10)
+    local n = tonumber((server:request "/fill"))
+    server:request "/grow"
+    broker.eventually(function() return published() == 500 end, 10, "it does not fit")
+    assert.truthy(complaints() > 0, server:log())
+    publish(10)
+    server:request("/empty?n=" .. n)
+    come_to(20)
+    assert.equal(150, select(2, server:request("/metrics"):gsub("\nspec_growth_total", "")))
+    -- What a worker that dies has left counts on, though there is no room to bury it, nor for its successor.
+    n = tonumber((server:request "/fill"))
+    local pid = server:workers()[1]
+    os.execute("kill -KILL " .. pid)
+    nginx.gone { pid }
+    broker.eventually(function() return #server:workers() == 2 end, 10, "another worker")
+    publish(10)
+    server:request("/empty?n=" .. n)
+    come_to(30)
   end)
 end)

@@ -7,21 +7,18 @@
 --     location = /healthz { content_by_lua_block { require "moonrabbit.resty.metrics".healthz() } }
 --
 -- Each worker counts for itself, and puts its page into the dictionary `EVERY` seconds after something has happened
--- (and before it answers); one that is idle does not wake up for it. Each worker that ever began has a slot of its own.
--- When its process is gone its counters and histograms are added to what all have left before, so a sum never falls, over
--- reloads and crashes; its gauges vanish. Who looks into the slots holds a lock, for as long as it takes to
--- copy them; a worker that dies with it loses it after some seconds. A crash takes what it did since its last page.
+-- (and before it answers); one that is idle does not wake up for it. A crash takes what it did since its last page.
+-- moonrabbit.resty.metrics.slots is how the workers share the dictionary.
 -- @module moonrabbit.resty.metrics
 
-local ffi = require "ffi"
+local Slots = require "moonrabbit.resty.metrics.slots"
 local json = require "moonrabbit.cli.json"
+local kept_connection = require "moonrabbit.resty.metrics.kept"
 local life = require "moonrabbit.resty.life"
 local moonrabbit_metrics = require "moonrabbit.metrics"
 local observer = require "moonrabbit.metrics.observer"
 local runtime = require "moonrabbit.runtime.resty"
 local sum = require "moonrabbit.metrics.sum"
-
-pcall(ffi.cdef, "int getpgid(int pid);")
 
 local metrics = {}
 
@@ -29,32 +26,17 @@ local metrics = {}
 local EVERY = 1
 -- The same in a worker that leaves.
 local SOON = 0.1
--- Seconds after which the lock of a process that died is void, that somebody waits for it, and between tries.
-local LOCK, PATIENCE, TRY = 5, 2, 0.002
 
 local TEXT = "text/plain; version=0.0.4; charset=utf-8"
-local PREFIX = "moonrabbit:"
 
 ---@class moonrabbit.resty.Metrics
 ---@field metrics moonrabbit.Metrics  this worker's
 local Shared = {}
 Shared.__index = Shared
 
--- Instead of what is missing: no requests come to a worker that leaves. And instead of a process, in a slot given up.
-local LEAVING, GONE = "leaving", "gone"
-
 local worker -- this worker's
 
 -- ---- A worker's own page ----------------------------------------------------------------------------
-
-local function set(self, name, value)
-  local ok, problem = self.dict:safe_set(PREFIX .. name, value)
-  if ok or self.said == problem then return ok end
-  self.said = problem
-  runtime.log("error", ("metrics: the dictionary '%s': %s"):format(self.name, tostring(problem)))
-end
-
-local function get(self, name) return self.dict:get(PREFIX .. name) end
 
 -- What is missing for this worker to be ready, a line for each: name, tab, reason.
 local function missing(self)
@@ -70,15 +52,15 @@ local function missing(self)
 end
 
 --- Puts the page of this worker into the dictionary.
+---@return boolean whole  false: it does not fit
 function Shared:write()
-  set(self, "page:" .. self.slot, self.metrics:text())
-  set(self, "missing:" .. self.slot, life.exiting and LEAVING or missing(self))
+  return self.slots:put(self.metrics:text(), life.exiting and Slots.LEAVING or missing(self))
 end
 
 local function on_timer(premature, self)
   if not premature and life.exiting then ngx.sleep(SOON) end
   self.armed = false
-  self:write()
+  if not self:write() and not life.exiting then self:touch() end
 end
 
 --- Something has happened: it is on the page soon. May be called in every phase.
@@ -92,65 +74,13 @@ end
 
 -- ---- The pages of all -------------------------------------------------------------------------------
 
--- Whether a process is a worker of this nginx still; its number may have gone to another one since.
-local function is_alive(self, pid) return ffi.C.getpgid(pid) == self.group end
-
-local function lock(self)
-  local until_then = runtime.now() + PATIENCE
-  while not self.dict:safe_add(PREFIX .. "lock", 1, LOCK) do
-    if runtime.now() > until_then then return nil, "the lock of the metrics is held" end
-    runtime.sleep(TRY)
-  end
-  return true
-end
-
--- What a worker that is gone has left is kept before its slot is given up: twice is better than never.
-local function bury(self, slot)
-  local page = get(self, "page:" .. slot)
-  if page and not set(self, "left", sum.sum { get(self, "left") or "", sum.lasting(page) }) then return end
-  set(self, "pid:" .. slot, GONE)
-  self.dict:delete(PREFIX .. "page:" .. slot)
-  self.dict:delete(PREFIX .. "missing:" .. slot)
-end
-
--- Slots that were given up are not looked at any more. One without a process is just being taken.
-local function advance(self, first, last)
-  local before = first
-  while first <= last and get(self, "pid:" .. first) == GONE do
-    self.dict:delete(PREFIX .. "pid:" .. first)
-    first = first + 1
-  end
-  if first > before then set(self, "first", first) end
-end
-
--- Calls fn(slot, number of the worker) for each worker that lives. What those that are gone have left; or nil, problem.
-local function each_worker(self, fn)
-  local ok, problem = lock(self)
-  if not ok then return nil, problem end
-  local first, last = get(self, "first") or 1, get(self, "slots") or 0
-  for slot = first, last do
-    local pid, number = (get(self, "pid:" .. slot) or ""):match "^(%d+) (%d+)$"
-    if pid and is_alive(self, tonumber(pid)) then
-      fn(slot, tonumber(number))
-    elseif pid then
-      bury(self, slot)
-    end
-  end
-  advance(self, first, last)
-  local left = get(self, "left") or ""
-  self.dict:delete(PREFIX .. "lock")
-  return left
-end
-
 --- The page of all workers. It waits: others run between the pages.
 ---@return string|nil page, string? problem
 function Shared:page()
   self:write()
-  local pages = {}
-  local left, problem = each_worker(self, function(slot) pages[#pages + 1] = get(self, "page:" .. slot) end)
-  if not left then return nil, problem end
+  local pages, problem = self.slots:pages()
+  if not pages then return nil, problem end
   local all = sum.adder()
-  all.add(left)
   for _, page in ipairs(pages) do
     all.add(page)
     runtime.sleep(0)
@@ -164,9 +94,7 @@ end
 function Shared:missing()
   self:write()
   local all, seen = {}, {}
-  local ok, problem = each_worker(self, function(slot, number)
-    local lines = get(self, "missing:" .. slot)
-    if not lines or lines == LEAVING then return end
+  local ok, problem = self.slots:lacks(function(number, lines)
     seen[number] = true
     for name, reason in lines:gmatch "(.-)\t(.-)\n" do
       all[#all + 1] = { worker = number, name = name, reason = reason }
@@ -181,40 +109,11 @@ end
 
 -- ---- What is measured -------------------------------------------------------------------------------
 
--- A connection that is kept, as moonrabbit.metrics.connections looks at connections.
-local Kept = {}
-Kept.__index = Kept
-
-function Kept:state() return self.connection and self.connection:state() or "recovering" end
-function Kept:blocked() return self.connection:blocked() end
-
-function Kept:on(event, fn)
-  self.heard[event] = fn
-  return function() self.heard[event] = nil end
-end
-
---- It stands, for the first time or again.
----@param connection moonrabbit.Connection
-function Kept:opened(connection)
-  if self.stood then self.heard.recovered() end
-  self.stood, self.reason = true, nil
-  self.connection, self._session = connection, connection._session
-  self.shared:touch()
-end
-
---- It was lost, or could not be made; nil: it has ended as it should.
----@param err moonrabbit.Error?
-function Kept:lost(err)
-  self.connection, self._session, self.reason = nil, nil, err
-  if err then self.heard.recovering(err) end
-  self.shared:touch()
-end
-
 --- Measures a connection that is kept: tell what is returned when it stands and when it is lost.
 ---@param name string the label
 ---@return { opened: fun(self, connection: moonrabbit.Connection), lost: fun(self, err: moonrabbit.Error?) }
 function Shared:connection(name)
-  local kept = setmetatable({ shared = self, heard = {} }, Kept)
+  local kept = kept_connection.new(self)
   self.metrics:watch(kept, name)
   self.metrics:ready("connection " .. name, function()
     if kept.connection and kept.connection:is_open() then return true end
@@ -273,14 +172,6 @@ end
 
 -- ---- One for a worker -------------------------------------------------------------------------------
 
-local function take_slot(self)
-  local slot, problem = self.dict:incr(PREFIX .. "slots", 1, 0)
-  if not slot then error("metrics: the dictionary '" .. self.name .. "': " .. tostring(problem), 0) end
-  self.slot = slot
-  set(self, "missing:" .. slot, "worker\tit has not started\n")
-  set(self, "pid:" .. slot, ("%d %d"):format(ngx.worker.pid(), ngx.worker.id() or 0))
-end
-
 --- The metrics of this worker; the first call, in init_worker_by_lua*, makes them.
 ---@param name string of the `lua_shared_dict`
 ---@return moonrabbit.resty.Metrics
@@ -290,10 +181,9 @@ function metrics.open(name)
     return worker
   end
   worker = setmetatable({
-    name = name, dict = ngx.shared[name], labels = {}, group = ffi.C.getpgid(0), armed = false,
+    name = name, slots = Slots.open(name), labels = {}, armed = false,
     metrics = moonrabbit_metrics.new { log = runtime.log },
   }, Shared)
-  take_slot(worker)
   worker:touch()
   life.on_exit(function() worker:write() end)
   return worker
