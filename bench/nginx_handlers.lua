@@ -40,7 +40,31 @@ function handlers.redis()
   ngx.say(n and "accepted" or err)
 end
 
--- Publishes n messages, and answers how many seconds it took until all were confirmed.
+-- Publishes n messages on a connection of its own, as bench/peers/moonrabbit.lua does, and answers how many seconds it
+-- took until all were confirmed.
+function handlers.pour()
+  local n, text, half = tonumber(ngx.var.arg_n), ("x"):rep(tonumber(ngx.var.arg_size)), tonumber(ngx.var.arg_window) / 2
+  local now = require "moonrabbit.runtime.resty".now
+  local conn = assert(rabbit.connect(url))
+  local channel = assert(conn:channel { confirm = true })
+  local options = { routing_key = QUEUE }
+  local sent, awaited, count = {}, {}, 0
+  local began = now()
+  for _ = 1, n do
+    count = count + 1
+    sent[count] = assert(channel:publish_async(text, options))
+    if count == half then
+      for i = 1, #awaited do assert(awaited[i]:wait(30)) end
+      sent, awaited, count = awaited, sent, 0
+    end
+  end
+  for i = 1, #awaited do assert(awaited[i]:wait(30)) end
+  for i = 1, count do assert(sent[i]:wait(30)) end
+  ngx.say(now() - began)
+  conn:close(5)
+end
+
+-- Puts n messages into the queue of the worker, and answers how many seconds it took until all were confirmed.
 function handlers.flood()
   local n, text = tonumber(ngx.var.arg_n), ("x"):rep(tonumber(ngx.var.arg_size))
   local before = rabbit.stats().confirmed

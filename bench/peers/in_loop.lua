@@ -9,5 +9,5 @@ local runtime = table.remove(arg, 1)
 loops.run(runtime, function()
   MOONRABBIT = require("moonrabbit").on(runtime) -- luacheck: ignore 111
   arg[0] = here .. "/peers/moonrabbit.lua" -- luacheck: ignore 122
-  dofile(arg[0])
+  assert(loadfile(arg[0]))() -- LuaJIT cannot yield in a dofile
 end)
