@@ -68,7 +68,7 @@ function Shared:touch()
   if self.armed then return end
   self.armed = true
   -- A worker that leaves takes timers without a delay only.
-  local ok = ngx.timer.at(life.exiting and 0 or EVERY, on_timer, self)
+  local ok = life.timer_at(life.exiting and 0 or EVERY, on_timer, self)
   if not ok then self.armed = false end
 end
 
