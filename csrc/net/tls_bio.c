@@ -113,6 +113,9 @@ static void make_methods(void) {
   methods = made;
 }
 
+/* The module may be unloaded, with the Lua state that has loaded it. */
+__attribute__((destructor)) static void free_methods(void) { BIO_meth_free(methods); }
+
 BIO *mrn_tls_bio(mrn_tls *tls) {
   pthread_once(&once, make_methods);
   BIO *bio = methods == NULL ? NULL : BIO_new(methods);

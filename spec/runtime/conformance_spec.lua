@@ -38,9 +38,7 @@ describe("the contract of runtimes #smoke", function()
   end)
 
   for _, runtime in ipairs(RUNTIMES) do
-    -- luv's process leaves a few bytes of OpenSSL's to the leak check, for luv ends it without closing the Lua state's
-    -- libraries; what is ours is under the sanitizers in the other runtimes.
-    describe(runtime == "luv" and "luv #noasan" or runtime, function()
+    describe(runtime, function()
       if not loops.has(runtime) then
         pending(runtime .. " is not installed", function() end)
         return

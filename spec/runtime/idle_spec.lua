@@ -61,6 +61,7 @@ local function count(text)
   return calls, waits, heartbeats
 end
 
+-- LeakSanitizer traces a process at its end, which it cannot when strace does.
 describe("an idle connection #noasan", function()
   local path = package.path
   teardown(function() package.path = path end)

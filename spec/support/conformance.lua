@@ -659,13 +659,13 @@ case("a broker that does not read holds publishers back within their timeouts, a
 
 case("a consumer without acks that takes nothing stops the reading, and then gets all", { "broker" }, function(t)
   local conn, ch, queue = with_queue(t)
-  local count = 6000
+  local count = 12000
   for i = 1, count do assert(ch:publish_async("m" .. i, { routing_key = queue })) end
   assert(ch:wait_for_confirms(30))
   local consumer = assert(ch:consume(queue, { no_ack = true }))
   eventually(t, "as many came as it holds", function() return consumer:buffered() >= 4096 end)
   t.rt.sleep(0.05)
-  assert(consumer:buffered() < 5000, consumer:buffered())
+  assert(consumer:buffered() < 8192, consumer:buffered()) -- what one read may bring more is no more than that
   for i = 1, count do equal("m" .. i, assert(consumer:receive(20)).body) end
   assert(conn:close(10))
 end)
