@@ -201,8 +201,8 @@ describe("objects that cqueues.poll takes #smoke", function()
     end)
     outer:wrap(function()
       while not inner:empty() do
+        cqueues.poll(inner)
         assert(inner:step(0))
-        cqueues.poll(inner, 0.01)
       end
     end)
     outer:wrap(function()
@@ -214,6 +214,67 @@ describe("objects that cqueues.poll takes #smoke", function()
     assert.is_true(done)
     assert.equal("across", body)
   end)
+
+  -- How a cqueue is run by a coroutine of another one. None has a timeout: what is missed is missed for ever.
+  local drivers = {
+    ["by poll and step"] = function(inner)
+      while not inner:empty() do
+        cqueues.poll(inner)
+        assert(inner:step(0))
+      end
+    end,
+    ["by step"] = function(inner)
+      while not inner:empty() do assert(inner:step()) end
+    end,
+    ["by loop"] = function(inner) assert(inner:loop()) end,
+  }
+
+  -- Publishes, and takes what was published, by polling alone; the connection may be another cqueue's.
+  local function works_in(link, rounds)
+    for i = 1, rounds do
+      local confirmation = ok(link.ch:publish_async("m" .. i, { routing_key = link.queue }))
+      while not confirmation:poll() do cqueues.poll(confirmation, i % 2 == 0 and link.conn or nil) end
+      while link.consumer:buffered() == 0 do cqueues.poll(link.consumer, i % 3 == 0 and link.conn or nil) end
+      local message = ok(link.consumer:receive(0))
+      assert.equal("m" .. i, message.body)
+      ok(message:ack())
+    end
+  end
+
+  local function open_link()
+    local conn = ok(on.connect { uri = broker.url, timeout = 20 })
+    local ch = ok(conn:channel { confirm = true })
+    local queue = ok(ch:queue_declare("", { exclusive = true })).queue
+    return { conn = conn, ch = ch, queue = queue, consumer = ok(ch:consume(queue)) }
+  end
+
+  for name, drive in pairs(drivers) do
+    it_polls("are waited for in three cqueues inside of one another, run " .. name, function()
+      local all = { cqueues.new(), cqueues.new(), cqueues.new() }
+      local links, left = {}, 9
+      for i, cq in ipairs(all) do
+        cq:wrap(function()
+          links[i] = open_link()
+          while left > 0 do cqueues.sleep(0.01) end
+          ok(links[i].conn:close(5))
+        end)
+        if all[i + 1] then cq:wrap(drive, all[i + 1]) end
+      end
+      -- One after the other each of them works with the connection of each.
+      for n = 0, 8 do
+        local i, at = n % 3 + 1, math.floor(n / 3) + 1
+        all[at]:wrap(function()
+          while left ~= 9 - n or not links[i] do cqueues.sleep(0.001) end
+          works_in(links[i], 20)
+          left = left - 1
+        end)
+      end
+      local deadline = cqueues.monotime() + 60
+      while not all[1]:empty() and cqueues.monotime() < deadline do assert(all[1]:step(1)) end
+      assert.equal(0, left)
+      assert.is_true(all[1]:empty())
+    end)
+  end
 
   it_polls("are for calls that wait in their own cqueue only", function()
     local first, second, conn, err = cqueues.new(), cqueues.new(), nil, nil
