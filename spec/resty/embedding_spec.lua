@@ -23,6 +23,7 @@ local kong = [[
 
 -- A plugin as both of them have it, and what calls it.
 local plugin = [[
+  lua_shared_dict moonrabbit 1m;
   init_worker_by_lua_block {
     local rabbit = require "moonrabbit.resty"
     local log = rabbit.publisher { routing_key = %q }
@@ -30,7 +31,7 @@ local plugin = [[
     function Plugin.init()
       if ngx.get_phase() ~= "init_worker" then return end
       if require "ngx.process".type() ~= "worker" then return end
-      rabbit.start { uri = %q }
+      rabbit.start { uri = %q, metrics = "moonrabbit" }
     end
     function Plugin.log() assert(log:send_async("logged " .. ngx.var.uri)) end
     function Plugin.access() ngx.say(tostring(rabbit.publish("access", { routing_key = %q }))) end
@@ -41,6 +42,7 @@ local plugin = [[
 local locations = [[
   location = /ping { return 200; }
   location = /reload { content_by_lua_block { Plugin.init() ngx.say "reloaded" } }
+  location = /metrics { content_by_lua_block { require "moonrabbit.resty.metrics".serve() } }
   location = /access {
     content_by_lua_block { Plugin.access() }
     log_by_lua_block { Plugin.log() }
@@ -74,6 +76,9 @@ describe("moonrabbit in Kong and APISIX #resty", function()
 
   local function publishes_and_leaves()
     assert.equal("true\n", (server:request "/access"), server:log())
+    broker.eventually(function()
+      return ((server:request "/metrics") or ""):find "moonrabbit_publish%S*{[^}\n]*} 1\n"
+    end, 10, "the publish is on the page")
     local pids = server:workers()
     server:signal "QUIT"
     nginx.gone(pids, 5)
