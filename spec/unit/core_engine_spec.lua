@@ -197,8 +197,9 @@ describe("a connection #smoke", function()
     local channel = b:channel()
     local sent, meanwhile, draining, pieces = 0, 0, false, {}
     local function send()
-      sent = sent + 1
-      assert.truthy(channel:publish(("%06d"):format(sent):rep(1000), { routing_key = "q" }))
+      local number = sent + 1 -- asserting allocates, and so may run send
+      sent = number
+      assert.truthy(channel:publish(("%06d"):format(number):rep(1000), { routing_key = "q" }))
     end
     local function finalize()
       if draining then meanwhile = meanwhile + 1 end
