@@ -18,24 +18,21 @@ local unnamed = "function() return 300 end"
 
 describe("moonrabbit run --metrics and the ladder", function()
   local it = broker.it_unless(it, pending, broker.none())
-  local bench, conn, ch
+  local bench
 
   before_each(function()
     bench = life.new()
-    conn = broker.connect()
-    ch = broker.ok(conn:channel { confirm = true })
+    bench:connect()
   end)
 
   after_each(function()
     bench:stop()
-    local cleaning = broker.ok(conn:channel())
-    for _, name in ipairs { ".work", ".dead", ".orphans", ".wait.60s", ".wait.300s" } do
+    local cleaning = broker.ok(bench.conn:channel())
+    for _, name in ipairs { ".orphans", ".wait.60s", ".wait.300s" } do
       cleaning:queue_delete(bench.name .. name)
-    end
-    for _, name in ipairs { ".home", ".orphans", ".wait.60s", ".wait.300s" } do
       cleaning:exchange_delete(bench.name .. name)
     end
-    broker.close_all()
+    bench:clean()
   end)
 
   local function write(policy, version)
@@ -53,7 +50,7 @@ describe("moonrabbit run --metrics and the ladder", function()
   end
 
   local function publish(count)
-    for i = 1, count do broker.ok(ch:publish(tostring(i), { routing_key = bench.queue })) end
+    for i = 1, count do bench:publish(tostring(i)) end
   end
 
   local function page(port) return "\n" .. select(2, http.get(port, "/metrics")) end

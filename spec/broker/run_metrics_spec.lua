@@ -96,6 +96,29 @@ describe("moonrabbit run", function()
       ends(running)
     end)
 
+    it("counts a handler that never returns as failed, once, and takes no late result", function()
+      local body = "if msg.body == 'good' then return end for _ = 1, 3 do mr.pcall(mr.sleep, 600) end"
+        .. " app.metrics.registry:counter('late_total', 'Late.'):with():inc()"
+      bench:write("app.lua", text { body = body, fields = "timeout = 0.3," })
+      local running = bench:start { "--metrics", "127.0.0.1:0" }
+      local port = port_of(running)
+      broker.eventually(function() return http.get(port, "/readyz") == 200 end)
+      publish(1)
+      local function settled(outcome) return sample(port, "messages_settled_total",
+        { { "queue", bench.queue }, { "outcome", outcome } }) end
+      broker.eventually(function() return settled "dead_letter" == 1 end)
+      bench:publish "good"
+      broker.eventually(function() return settled "ok" == 1 end)
+      assert.equal(1, sample(port, "handler_failures_total", { { "queue", bench.queue }, { "kind", "timeout" } }))
+      local function parked()
+        return broker.ok(bench.channel:queue_declare(bench.name .. ".dead", { passive = true })).message_count
+      end
+      assert.equal(1, parked())
+      ends(running) -- long before its 30 s are over: nobody waits for a handler whose message has its outcome
+      assert.same({ 1, 0 }, { parked(),
+        broker.ok(bench.channel:queue_declare(bench.queue, { passive = true })).message_count })
+    end)
+
     it("says that it is not ready while the broker is away, and healthy", function()
       bench:write("app.lua", text {})
       local running = bench:start({ "--metrics", "[::1]:0" }, { AMQP_URL = "amqp://127.0.0.1:1/" })

@@ -107,6 +107,51 @@ describe("moonrabbit run", function()
     assert.truthy(running:err():find(bench.queue, 1, true))
   end)
 
+  it("ends with 4 where the vhost is unknown, or the user may not declare", function()
+    bench:write("app.lua", text("one"))
+    local running = bench:start({}, { AMQP_URL = broker.uri { vhost = "nowhere-" .. bench.name } })
+    assert.equal(4, life.ended(running))
+    local url = os.getenv "AMQP_MANAGEMENT_URL"
+    if not url then return end
+    local api = broker.management()
+    broker.ok(api:set_user(bench.name, { password = "open-sesame" }))
+    finally(function() api:delete_user(bench.name) end)
+    broker.ok(api:set_permissions("/", bench.name, { configure = "" }))
+    running = bench:start({}, { AMQP_URL = broker.uri { user = bench.name, password = "open-sesame" } })
+    assert.equal(4, life.ended(running))
+    assert.truthy(running:err():find("ACCESS_REFUSED", 1, true), running:err())
+    assert.is_nil(running:err():find("open-sesame", 1, true))
+  end)
+
+  it("ends with 3 where the certificate is not trusted, and runs with the script's CA", function()
+    if not broker.tls_url then return pending "AMQPS_URL is not set: no broker with TLS" end
+    bench:write("app.lua", text("one"))
+    for _, words in ipairs { {}, { "--workers", "2" } } do
+      local running = bench:start(words, { AMQP_URL = broker.tls_url })
+      assert.equal(3, life.ended(running))
+      assert.truthy(running:err():find("verify failed", 1, true), running:err())
+    end
+    -- The URL says where, the script whom it trusts.
+    local connect = ("connect = { uri = 'amqps://nowhere.invalid/', tls = { ca = '%s/ca.pem' } },")
+      :format(broker.tls_dir)
+    bench:write("app.lua", (text("one"):gsub("  queues", "  " .. connect .. "\n  queues", 1)))
+    local running = bench:start({}, { AMQP_URL = broker.tls_url })
+    life.said(running, "runs")
+    running:signal "TERM"
+    assert.equal(0, life.ended(running))
+  end)
+
+  it("ends with 2, before it connects, where the pid file cannot be written", function()
+    bench:write("app.lua", text("one"))
+    for _, words in ipairs { {}, { "--workers", "2" } } do
+      words[#words + 1] = "--pid-file"
+      words[#words + 1] = bench:path "none/pid"
+      local running = bench:start(words, { AMQP_URL = "amqp://nowhere.invalid/" })
+      assert.equal(2, life.ended(running))
+      assert.truthy(running:err():find("the pid file cannot be written", 1, true), running:err())
+    end
+  end)
+
   for _, name in ipairs { "TERM", "INT" } do
     it("drains what has arrived on SIG" .. name, function()
       bench:write("app.lua", text("one", "while not io.open('$FOLDER/go') do mr.sleep(0.02) end"))

@@ -314,6 +314,18 @@ end
 
 -- ---- Stopping ---------------------------------------------------------------------------------------
 
+-- Seconds between two looks whether there is more than handlers that nobody can end.
+local LOOK = 0.1
+
+-- Whether all that runs yet are handlers whose time is over: their messages have their outcome, nobody waits for them.
+local function only_stuck(self)
+  for i, consumer in ipairs(self._consumers) do
+    local runner = self.runners[i]
+    if not consumer:reason() or consumer:buffered() > 0 or runner.in_flight > 0 then return false end
+  end
+  return true
+end
+
 -- No more deliveries; what has arrived is handled, until the deadline.
 local function cancel_all(self, deadline)
   local runtime = self._runtime
@@ -325,7 +337,9 @@ local function cancel_all(self, deadline)
       done:signal()
     end)
   end
-  while left > 0 and done:wait(math.max(0, deadline - runtime.now())) do end
+  while left > 0 and runtime.now() < deadline and not only_stuck(self) do
+    done:wait(math.min(LOOK, math.max(0, deadline - runtime.now())))
+  end
 end
 
 --- Stops: no more messages come, those that have come are handled until the deadline, acks leave, and
