@@ -86,18 +86,43 @@ describe("scripts/deps", function()
 end)
 
 describe("scripts/broker", function()
-  it("says what to do when a pinned port is taken", function()
-    if not io.open "/proc/net/tcp" then pending "looks at /proc/net/tcp" return end
-    local server = assert(require "moonrabbit.net".listen("127.0.0.1", 0))
-    local root = folder {}
+  -- Programs that are never started, for it does not get that far.
+  local function installed()
     local bin = folder {}
-    -- Never gets as far as to start them.
     for _, name in ipairs { "rabbitmq-server", "rabbitmqctl", "rabbitmq-plugins" } do
       local file = assert(io.open(bin .. "/" .. name, "w"))
       file:write "#!/bin/sh\nexit 1\n"
       file:close()
       os.execute("chmod 755 " .. bin .. "/" .. name)
     end
+    return bin
+  end
+
+  it("says what to do when there is no loopback, once", function()
+    local none = run({ "unshare", "-n", "true" }, {})
+    if none.code ~= 0 then pending "unshare -n is not allowed here" return end
+    local root, bin = folder {}, installed()
+    local result = run({ "unshare", "-n", "scripts/with-broker", "single", "--", "true" },
+      { MOONRABBIT_BROKER_DIR = root, MOONRABBIT_RABBITMQ_BIN = bin, AMQP_URL = "" })
+    local left = run({ "find", root, "-mindepth", "1", "-not", "-name", ".*.lock" }, {})
+    os.execute("rm -r " .. root .. " " .. bin)
+    assert.equal(1, result.code, result.err)
+    assert.matches("^broker: 127.0.0.1 cannot be reached: bring the loopback interface up[^\n]*\n$", result.err)
+    assert.equal("", left.out)
+  end)
+
+  it("forgets what never was", function()
+    local root = folder {}
+    local result = run({ "scripts/broker", "forget", "--name", "never" }, { MOONRABBIT_BROKER_DIR = root })
+    os.execute("rm -r " .. root)
+    assert.equal(0, result.code, result.err)
+    assert.equal("", result.err)
+  end)
+
+  it("says what to do when a pinned port is taken", function()
+    if not io.open "/proc/net/tcp" then pending "looks at /proc/net/tcp" return end
+    local server = assert(require "moonrabbit.net".listen("127.0.0.1", 0))
+    local root, bin = folder {}, installed()
     local port = server:port()
     local result = run({ "scripts/broker", "start", "single", "--name", "pinned" }, {
       MOONRABBIT_BROKER_DIR = root, MOONRABBIT_AMQP_PORT = tostring(port), MOONRABBIT_RABBITMQ_BIN = bin,

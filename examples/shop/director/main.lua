@@ -204,6 +204,11 @@ local function scene()
 end
 
 local function play(s)
+  local parsed, wrong = mr.uri.parse(url)
+  if not parsed then
+    complain("AMQP_URL: %s", wrong)
+    return 1
+  end
   local log = io.open(s.folder .. "/director.log", "a")
   local function note(level, text) log:write(level, " ", text, "\n") end
   s.control = connect("control", note)
