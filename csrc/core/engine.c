@@ -6,7 +6,6 @@
 enum {
   RX_FIRST = 4096,     /* an idle connection should cost little */
   RX_LARGEST = 262144, /* a busy one should read much at once */
-  TX_KEEP = 524288,    /* a larger output buffer is given back once it is empty: twice FLUSH_AT */
   IDLE_AFTER = 1       /* seconds without a byte after which a large receive buffer is given back */
 };
 
@@ -69,6 +68,10 @@ void mr_engine_eof(mr_engine *e, const char *text) {
 
 /* ---- bytes out ---- */
 
+static bool beats(const mr_engine *e) {
+  return e->tuned.heartbeat && (e->state == MR_OPEN || e->state == MR_CLOSING);
+}
+
 const uint8_t *mr_engine_tx_peek(mr_engine *e, size_t *len) {
   *len = 0;
   if (mr_buffer_size(&e->tx) == 0) return NULL;
@@ -82,16 +85,14 @@ void mr_engine_tx_consume(mr_engine *e, size_t n, double now) {
   e->next_heartbeat = now + e->tuned.heartbeat / 2.0;
   if (mr_buffer_size(&e->tx)) return;
   e->answers = 0;
-  if (e->tx.cap > TX_KEEP) mr_buffer_free(&e->tx);
+  /* With heartbeats a large one goes when nothing was sent for as long as a heartbeat: one who sends much
+   * will send more, and would have it grow anew each time. */
+  if (e->tx.cap > MR_TX_KEEP && !beats(e)) mr_buffer_free(&e->tx);
 }
 
 size_t mr_engine_tx_pending(const mr_engine *e) { return mr_buffer_size(&e->tx); }
 
 /* ---- time ---- */
-
-static bool beats(const mr_engine *e) {
-  return e->tuned.heartbeat && (e->state == MR_OPEN || e->state == MR_CLOSING);
-}
 
 static double silence_deadline(const mr_engine *e) { return e->last_rx + 2.0 * e->tuned.heartbeat; }
 
@@ -112,6 +113,7 @@ double mr_engine_deadline(mr_engine *e, double now) {
 static void send_heartbeat(mr_engine *e, double now) {
   e->next_heartbeat = now + e->tuned.heartbeat / 2.0;
   if (mr_buffer_size(&e->tx)) return; /* what waits to leave is a sign of life already */
+  mr_buffer_free(&e->tx);
   uint8_t *p = mr_buffer_reserve(&e->tx, MR_FRAME_OVERHEAD);
   if (!p) return;
   mr_put8(mr_put_frame_header(p, AMQP_FRAME_HEARTBEAT, 0, 0), MR_FRAME_END);

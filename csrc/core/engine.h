@@ -62,6 +62,10 @@ typedef struct {
   mr_buffer body; /* only for bodies of more than one frame */
 } mr_assembly;
 
+/* Bytes of output: each time that so much more is there, it should leave; and what room for it an idle
+ * connection may keep. */
+enum { MR_TX_FLUSH = 262144, MR_TX_KEEP = 2 * MR_TX_FLUSH };
+
 typedef enum { MR_CH_OPENING, MR_CH_OPEN, MR_CH_CLOSING, MR_CH_CLOSED } mr_channel_state;
 
 struct mr_channel {

@@ -5,7 +5,6 @@
 #include "core/engine.h"
 
 enum {
-  FLUSH_AT = 262144, /* each time that so much more output is there, it should leave */
   SEQ_NAME = sizeof MR_SEQ_HEADER - 1,
   SEQ_ENTRY = 1 + SEQ_NAME + 1 + 8,
   STAMP = 12, /* hexadecimal digits of mr_route_stamp */
@@ -107,12 +106,12 @@ static mr_status admit(mr_channel *ch, size_t header_payload, size_t body, size_
 
 static mr_status sent(mr_channel *ch, const uint8_t *start, const uint8_t *end, uint64_t *seq) {
   mr_buffer *tx = &ch->engine->tx;
-  size_t steps = mr_buffer_size(tx) / FLUSH_AT;
+  size_t steps = mr_buffer_size(tx) / MR_TX_FLUSH;
   tx->tail += (size_t)(end - start);
   uint64_t number = ch->confirm ? mr_confirms_add(&ch->confirms) : 0;
   if (seq) *seq = number;
   /* Not for each publish: where the socket takes nothing, each try is a system call for nothing. */
-  return mr_buffer_size(tx) / FLUSH_AT > steps ? MR_FLUSH : MR_OK;
+  return mr_buffer_size(tx) / MR_TX_FLUSH > steps ? MR_FLUSH : MR_OK;
 }
 
 /* ---- properties ---- */

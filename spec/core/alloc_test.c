@@ -279,6 +279,54 @@ static void memory_that_ends_is_survived(void) {
   CHECK(sessions_with_failures(true) > 40);
 }
 
+static peer *roomy(uint16_t heartbeat) {
+  mr_config config = peer_config();
+  config.heartbeat = heartbeat;
+  config.max_buffer = 4 << 20;
+  peer *p = peer_new(&config);
+  peer_handshake(p, 2047, 131072, 60);
+  return p;
+}
+
+/* Allocations that it takes to publish a megabyte, which then leaves. */
+static long allocations_of_a_burst(peer *p, mr_channel *ch) {
+  mr_publish_args args = {
+      .exchange = BYTES("x"), .routing_key = BYTES("k"), .body = {sizeof body, body}};
+  hook.calls = hook.fail_at = 0;
+  hook.on = true;
+  for (size_t sent = 0; sent < 1000000; sent += sizeof body) {
+    mr_status status = mr_publish(ch, &args, NULL);
+    if (status != MR_OK && status != MR_FLUSH) FAIL("status %d", status);
+  }
+  hook.on = false;
+  peer_discard(p);
+  return hook.calls;
+}
+
+static void output_keeps_its_room_until_it_is_idle(void) {
+  if (!hook_works()) check_skip("malloc cannot be replaced here");
+  peer *p = roomy(10);
+  mr_channel *ch = peer_channel(p);
+  CHECK(allocations_of_a_burst(p, ch) > 0);
+  CHECK_EQ(allocations_of_a_burst(p, ch), 0);
+  p->now = mr_engine_deadline(p->engine, p->now); /* nothing was sent: a heartbeat */
+  mr_engine_tick(p->engine, p->now);
+  peer_discard(p);
+  CHECK(allocations_of_a_burst(p, ch) > 0);
+  mr_channel_release(ch);
+  peer_free(p);
+}
+
+static void output_without_heartbeats_keeps_little_room(void) {
+  if (!hook_works()) check_skip("malloc cannot be replaced here");
+  peer *p = roomy(0);
+  mr_channel *ch = peer_channel(p);
+  CHECK(allocations_of_a_burst(p, ch) > 0);
+  CHECK(allocations_of_a_burst(p, ch) > 0);
+  mr_channel_release(ch);
+  peer_free(p);
+}
+
 /* The same for LeakSanitizer. */
 const char *__lsan_default_suppressions(void);
 __attribute__((visibility("default"))) const char *__lsan_default_suppressions(void) {
@@ -296,6 +344,8 @@ int main(int argc, char **argv) {
   RUN(a_session_without_failures_is_complete);
   RUN(one_failing_allocation_is_survived);
   RUN(memory_that_ends_is_survived);
+  RUN(output_keeps_its_room_until_it_is_idle);
+  RUN(output_without_heartbeats_keeps_little_room);
   free(script.to_client.data);
   return check_end();
 }
