@@ -67,7 +67,7 @@ local function look_at_topology(report, list)
     end
   end
   if not sound then return end
-  report:pass("topology", ("%d as declared, %d missing, which the app declares, %d that cannot be compared"):format(
+  report:pass("topology", ("%d as declared, %d missing (the app declares them), %d that cannot be compared"):format(
     count.same, count.missing, count.unknown), count)
 end
 
