@@ -7,6 +7,7 @@
 -- condition, which anybody can end. So nothing has to wake up only to look.
 
 local base = require "resty.core.base"
+local ffi = require "ffi"
 local semaphore = require "ngx.semaphore"
 
 local get_request = base.get_request
@@ -227,6 +228,18 @@ local function explain(err)
   return err
 end
 
+-- No session is wanted back, but to say so (false) will not do: without lua-nginx-module's #2506 a handshake that is over
+-- at once, with no wait for the peer, is then taken for a good one, whatever was found about the certificate (the
+-- connection is closed, and nobody knows why). Else it looks, and throws an assertion; the error is in resty.core's buffer.
+local function handshake(socket, tls)
+  local whole, session, err = pcall(socket.sslhandshake, socket, nil, tls.server_name, tls.verify ~= false)
+  if not whole then
+    local found = tostring(session):find("assertion failed", 1, true) and base.get_errmsg_ptr()[0]
+    return nil, found and found ~= nil and ffi.string(found) or session
+  end
+  return session and true, err
+end
+
 local function secure(socket, tls, identity)
   if identity then
     if not socket.setclientcert then
@@ -235,8 +248,7 @@ local function secure(socket, tls, identity)
     local ok, problem = socket:setclientcert(identity[1], identity[2])
     if not ok then return nil, "tls", "tls.cert: " .. tostring(problem), false end
   end
-  -- No session is wanted back: false.
-  local ok, err = socket:sslhandshake(false, tls.server_name, tls.verify ~= false)
+  local ok, err = handshake(socket, tls)
   if ok then return true end
   if err == "timeout" then return nil, "timeout", "no answer in time (TLS handshake)", true end
   if err == "closed" then return nil, "closed", "the TLS handshake was cut short", true end
