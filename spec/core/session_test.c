@@ -221,6 +221,29 @@ static void room_grows_with_what_has_come(void) {
   peer_free(p);
 }
 
+static void declare_many(peer *p, mr_channel *channel, int n) {
+  for (int i = 0; i < n; i++) {
+    call(channel, QUEUE_DECLARE, queue_declare, .queue = BYTES("q"));
+    peer_discard(p);
+    peer_send(p, 1, QUEUE_DECLARE_OK, queue_declare_ok, .queue = BYTES("q"));
+    CHECK_EQ(peer_next(p), MR_EV_REPLY);
+  }
+}
+
+static void what_an_event_shows_is_freed_with_the_next(void) {
+  if (!hook_works()) check_skip("malloc cannot be replaced here");
+  peer *p = peer_open();
+  mr_channel *channel = peer_channel(p);
+  declare_many(p, channel, 10); /* buffers have their size */
+  hook.live = 0;
+  hook.on = true;
+  declare_many(p, channel, 1000);
+  hook.on = false;
+  CHECK_EQ(hook.live, 0);
+  mr_channel_release(channel);
+  peer_free(p);
+}
+
 static void empty_body_frames_are_nothing(void) {
   peer *p = peer_open();
   mr_channel *channel = peer_channel(p);
@@ -1292,6 +1315,7 @@ int main(int argc, char **argv) {
   RUN(the_handshake_in_pieces);
   RUN(bodies_of_every_size_arrive);
   RUN(room_grows_with_what_has_come);
+  RUN(what_an_event_shows_is_freed_with_the_next);
   RUN(empty_body_frames_are_nothing);
   RUN(a_delivery_for_nobody_is_a_protocol_error);
   RUN(frames_out_of_place_are_a_protocol_error);

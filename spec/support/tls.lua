@@ -26,7 +26,7 @@ local function leaf(folder, ca, name, names)
 end
 
 --- ca.pem signs server (localhost, 127.0.0.1), other (rabbit.example), client and loud (a name with an escape
---- sequence and many more); stranger.pem is another authority.
+--- sequence and many more) and partial (r*.rabbit.example); stranger.pem is another authority.
 ---@return string folder
 function M.certificates()
   local folder = os.tmpname()
@@ -37,6 +37,7 @@ function M.certificates()
   leaf(folder, "ca", "server", "DNS:localhost,IP:127.0.0.1")
   leaf(folder, "ca", "other", "DNS:rabbit.example,DNS:*.rabbit.example")
   leaf(folder, "ca", "client", "DNS:client")
+  leaf(folder, "ca", "partial", "DNS:r*.rabbit.example")
   leaf(folder, "ca", "loud", "DNS:red\\033[31m.example,IP:::1" .. (",DNS:" .. ("x"):rep(50) .. ".example"):rep(20))
   assert(execute(("cd %s && openssl ec -aes128 -passout pass:secret -in client.key -out locked.key")
     :format(folder)))
@@ -59,7 +60,7 @@ end
 ---@param folder string of `certificates`
 ---@param certificate string "server" or "other"
 ---@param options string? more arguments
----@return { port: integer, stop: function }
+---@return { port: integer, line: fun(): string?, stop: function }
 function M.server(folder, certificate, options)
   local port = free_port()
   local pipe = assert(io.popen(("echo $$; cd %s && exec timeout -k 1 120 openssl s_server -accept 127.0.0.1:%d "
@@ -69,7 +70,7 @@ function M.server(folder, certificate, options)
   local line
   repeat line = pipe:read("*l") until not line or line:match("^ACCEPT")
   assert(line, "s_server does not start")
-  local server = { port = port }
+  local server = { port = port, line = function() return pipe:read "*l" end } -- the next that it says
   function server.stop()
     if not pipe then return end
     execute("kill " .. pid)

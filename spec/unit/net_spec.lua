@@ -213,6 +213,25 @@ describe("moonrabbit.net", function()
     end)
   end)
 
+  describe("streams", function()
+    -- With Nagle's algorithm each second write would wait for the ack of the first, which a peer that also writes
+    -- delays by 40 ms and more.
+    it("send small writes at once", function()
+      local client, peer = pair()
+      local began = net.now()
+      for _ = 1, 100 do
+        write_all(client, "a")
+        write_all(client, "b")
+        assert.equal("ab", read_all(peer, 2))
+        write_all(peer, "c")
+        assert.equal("c", read_all(client, 1))
+      end
+      assert.is_true(net.now() - began < 2)
+      client:close()
+      peer:close()
+    end)
+  end)
+
   describe("servers", function()
     it("say when there is no client, and why they cannot be", function()
       local server = assert(net.listen("127.0.0.1", 0))
@@ -301,6 +320,17 @@ describe("moonrabbit.net", function()
       ]])
     end)
 
+    it("interrupt no read of the program's own", function()
+      net.signal("USR1", true)
+      local pipe = io.popen "kill -USR1 $PPID; sleep 0.1; echo line"
+      local line = pipe:read "*l"
+      pipe:close()
+      assert.equal("USR1", net.next_signal())
+      assert.is_nil(net.next_signal())
+      net.signal("USR1", false)
+      assert.equal("line", line)
+    end)
+
     it("mean again what they meant before once they are let go", function()
       assert.equal(138, child [[
         net.signal("USR1", true)
@@ -355,6 +385,22 @@ describe("moonrabbit.net", function()
       assert.equal("tls", kind)
       assert.matches("host name mismatch: certificate is for rabbit%.example, %*%.rabbit%.example$", text)
       assert.is_false(temporary)
+    end)
+
+    it("takes no wildcard for a part of a name", function()
+      local _, kind, text = dial(options(), "red.rabbit.example", "partial")
+      assert.equal("tls", kind)
+      assert.matches("certificate is for r%*%.rabbit%.example$", text)
+    end)
+
+    it("says goodbye", function()
+      local stream = assert(dial(options(), "localhost", "server", "-state"))
+      write_all(stream, "hello\n")
+      assert.equal("olleh\n", read_all(stream, 6))
+      stream:close()
+      local line
+      repeat line = server.line() until not line or line:find "close notify" or line:find "CLOSED"
+      assert.matches("close notify", line)
     end)
 
     it("repeats no more of a certificate's names than is good for a terminal", function()
