@@ -233,6 +233,11 @@ static int engine_admit(lua_State *L) {
   return 0;
 }
 
+static int engine_is_full(lua_State *L) {
+  lua_pushboolean(L, mrl_check_engine(L, 1)->n_full > 0);
+  return 1;
+}
+
 static int engine_eof(lua_State *L) {
   mrl_engine *e = mrl_check_engine(L, 1);
   mr_engine_eof(e->handle,
@@ -325,6 +330,7 @@ const luaL_Reg mrl_engine_functions[] = {{"start", engine_start},
                                          {"drain", engine_drain},
                                          {"pending", engine_pending},
                                          {"admit", engine_admit},
+                                         {"is_full", engine_is_full},
                                          {"eof", engine_eof},
                                          {"deadline", engine_deadline},
                                          {"silence_deadline", engine_silence_deadline},

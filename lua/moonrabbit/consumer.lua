@@ -188,6 +188,28 @@ function Consumer:_delivered()
   self:_wake_worker()
 end
 
+-- Messages that are taken one after the other without a wait keep the event loop, and with it the
+-- heartbeats, from running. A turn at least so often, in seconds; but the clock is looked at once in so many messages.
+local TURN_EVERY, MOST_BETWEEN = 0.25, 16
+
+-- To be called for each message.
+local function turner(runtime)
+  local now, sleep = runtime.now, runtime.sleep
+  local turned, step, countdown = now(), 1, 1
+  return function()
+    countdown = countdown - 1
+    if countdown > 0 then return end
+    if now() - turned > TURN_EVERY then
+      sleep(0)
+      turned = now()
+      step = 1
+    elseif step < MOST_BETWEEN then
+      step = step * 2
+    end
+    countdown = step
+  end
+end
+
 -- The next message, after a DeliveryQueue that is empty that of the subscription after it.
 local function take(self)
   local pop = self._pop
@@ -243,12 +265,12 @@ end
 function Consumer:receive(timeout)
   if timeout ~= nil then options.argument("Consumer:receive", "timeout", timeout, options.seconds) end
   if self._handler then error("Consumer:receive: this consumer has a handler", 2) end
+  if timeout ~= 0 then
+    self._turn = self._turn or turner(self._runtime)
+    self._turn()
+  end
   return receive(self, timeout or huge)
 end
-
--- Messages that are taken one after the other without a wait keep the event loop, and with it the
--- heartbeats, from running. A turn at least so often:
-local TURN_EVERY = 0.25
 
 --- Iterates over the messages until the consumer ends; Consumer:reason tells why it did. Waits for each in
 --- the way of the runtime: in a task it yields, in a plain script it runs the event loop.
@@ -257,30 +279,13 @@ function Consumer:messages()
   if self._handler then error("Consumer:messages: this consumer has a handler", 2) end
   self._waited_on = true
   local queue, pop = self._deliveries, self._pop
-  local runtime = self._runtime
-  local now = runtime.now
-  local turned, step, countdown = now(), 16, 16
+  local turn = turner(self._runtime)
   return function()
+    turn()
     local message = pop(queue)
-    if message then
-      countdown = countdown - 1
-      if countdown == 0 then
-        local t = now()
-        local slow = t - turned > TURN_EVERY
-        if slow then
-          runtime.sleep(0)
-          turned = now()
-          step = 1
-        elseif step < 256 then
-          step = step * 2
-        end
-        countdown = step
-      end
-      return message
-    end
+    if message then return message end
     message = receive(self, huge)
     queue = self._deliveries -- of the present subscription
-    turned = now()
     return message
   end
 end
@@ -310,7 +315,7 @@ end
 
 -- Handles messages until the queue is empty. state.message is the one being handled.
 local function work(self, state)
-  local pop, handler = self._pop, self._handler
+  local pop, handler, turn = self._pop, self._handler, state.turn
   local message = take(self)
   local queue = self._deliveries
   while message do
@@ -318,6 +323,7 @@ local function work(self, state)
     state.message = message
     handler(message)
     state.message = nil
+    turn()
     message = pop(queue)
     if not message then
       message = take(self)
@@ -335,7 +341,7 @@ local function traceback(err)
 end
 
 local function worker(self, protect)
-  local state = {}
+  local state = { turn = turner(self._runtime) }
   local current = self._runtime.current
   local me = current and current()
   if me then self._tasks[me] = true end

@@ -69,6 +69,9 @@ function Engine:pending() end
 --- Takes input again although a queue is full, until its next delivery: for a task that waits for an
 --- answer which only reading can bring.
 function Engine:admit() end
+--- Whether a DeliveryQueue holds more than it may.
+---@return boolean
+function Engine:is_full() end
 --- When `tick` wants to be called, or nil for never.
 ---@return number?
 function Engine:deadline(now) end

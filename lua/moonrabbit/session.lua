@@ -111,6 +111,11 @@ function Session:is_overfull()
   return self.state == "open" and self.overfull()
 end
 
+--- Counts what is read past a consumer or listener that has more than it takes.
+function Session:has_read(n)
+  self.admitted = (self.engine:is_full() or self:is_overfull()) and self.admitted + n or 0
+end
+
 --- Reads once where the transport lets a caller without a loop do so; false: it does not, or not now.
 ---@param deadline number
 ---@return boolean
@@ -119,7 +124,7 @@ function Session:read_alone(deadline)
   if not transport.fill_alone or self.state == "closed" or self:is_overfull() then return false end
   local n, kind, text = transport:fill_alone(self.engine, deadline)
   if n then
-    self.admitted = 0
+    self:has_read(n)
   elseif kind == nil or kind == "again" or kind == "full" then
     return false
   else
@@ -377,7 +382,6 @@ local function hold(self)
   local engine, now = self.engine, self.runtime.now
   if self.awaiting > 0 and self.admitted < MOST_ADMITTED and now() < self.awaiting_until then
     engine:admit()
-    self.admitting = true
     self.runtime.sleep(0) -- what waits has its deadline, and consumers want their turn
     return true
   end
@@ -397,8 +401,7 @@ local function read_loop(self)
     while self:is_overfull() and not hold(self) do end
     local n, kind, text = transport:fill(engine)
     if n then
-      self.admitted = self.admitting and self.admitted + n or 0
-      self.admitting = false
+      self:has_read(n)
       if self.detector then self.detector:heard(now()) end
     end
     if not n and kind ~= "full" then
@@ -646,7 +649,7 @@ function Session.open(config)
     dirty = false, corked = false, flushing = false, paused = false, heartbeat = 0,
     awaiting = 0,          -- tasks in `block`, and those that something was thrown into there
     awaiting_until = 0,    -- the latest that one of them waits
-    admitting = false, admitted = 0, -- bytes read past a full consumer
+    admitted = 0,          -- bytes read past a full consumer or listener
     wake = condition(),    -- the writer
     drained = condition(), -- the reader, while it is paused
     room = condition(),    -- publishers that wait for buffer space or for the broker to unblock

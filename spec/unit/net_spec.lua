@@ -183,6 +183,7 @@ describe("moonrabbit.net", function()
         n, kind = finish(client, client.write, ("x"):rep(1000))
       until not n
       assert.equal("closed", kind)
+      assert.equal("closed", (select(2, client:write "after the reset"))) -- a broken pipe
     end)
 
     it("work over IPv6 and unix sockets", function()
@@ -468,6 +469,29 @@ describe("moonrabbit.net", function()
       assert.equal("tls", (select(2, dial(options { min_version = "1.3" }, "localhost", "server", "-tls1_2"))))
       server.stop()
       assert(dial(options { min_version = "1.3" }, "localhost", "server"))
+    end)
+
+    it("refuses TLS 1.1 also where the system's configuration allows it", function()
+      local conf = process.file("openssl_conf = a\n[a]\nssl_conf = b\n[b]\nsystem_default = c\n[c]\n"
+        .. "MinProtocol = TLSv1\nCipherString = ALL:@SECLEVEL=0\n")
+      server = tls_support.server(folder, "server", "-tls1_1 -cipher ALL:@SECLEVEL=0")
+      local script = process.file(([[
+        local net = require "moonrabbit.net"
+        local poller = net.poller()
+        local address = net.resolve("127.0.0.1", %d):result()[1]
+        local stream = net.connect(address, net.tls { verify = false }, "localhost")
+        local done, kind, text
+        repeat
+          done, kind, text = stream:handshake()
+          poller:set(stream:fd(), stream:wants())
+          poller:wait(0.1)
+        until done or kind ~= "again"
+        print(done or text)
+      ]]):format(server.port))
+      local result = process.run({ script }, { env = { OPENSSL_CONF = conf } })
+      os.remove(conf)
+      os.remove(script)
+      assert.matches("protocol version", result.out)
     end)
 
     it("waits for a server that says nothing", function()
