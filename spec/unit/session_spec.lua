@@ -1,0 +1,200 @@
+-- What a connection owes its user when its broker is at its worst, against one that follows a script.
+local moonrabbit = require "moonrabbit"
+local native = require "moonrabbit.runtime.native"
+local fake = require "support.fake_broker"
+local scripted = require "support.scripted"
+
+local short, u16, u32 = fake.short, fake.u16, fake.u32
+
+describe("a connection", function()
+  local other, conn
+
+  before_each(function() other = scripted.start() end)
+  after_each(function()
+    if conn then conn:close(1) end
+    conn = nil
+  end)
+
+  local function connect(opts)
+    opts = opts or {}
+    opts.uri, opts.runtime, opts.log = "amqp://guest:first-secret@127.0.0.1/", other.runtime, function() end
+    conn = assert(moonrabbit.connect(opts))
+    return conn
+  end
+
+  local function eventually(fn)
+    local deadline = native.now() + 10
+    while not fn() do
+      assert(native.now() < deadline, "did not happen in time")
+      moonrabbit.sleep(0.005)
+    end
+  end
+
+  local function close(code, text) return fake.method(0, 10, 50, u16(code) .. short(text) .. u32(0)) end
+
+  it("says why the broker hung up, although a write failed before that was read", function()
+    connect { reconnect = false }
+    local ch = assert(conn:channel())
+    other.transport.flush = function() return nil, "closed", "broken pipe" end
+    other.transport.try_flush = other.transport.flush
+    local err
+    moonrabbit.run(function()
+      moonrabbit.spawn(function() err = select(2, ch:qos(1, { timeout = 5 })) end)
+      moonrabbit.sleep(0.05)
+      assert(not err)
+      other:say(close(320, "CONNECTION_FORCED - maintenance"))
+      eventually(function() return err end)
+    end)
+    assert.equal(320, err.code)
+    assert.matches("maintenance", err.message)
+  end)
+
+  it("wakes a publish when the broker is no longer blocked", function()
+    connect()
+    local ch = assert(conn:channel { confirm = true })
+    local result, published
+    other.answers["60.40"] = function(frame)
+      published = true
+      return fake.ack(frame.channel, 1)
+    end
+    moonrabbit.run(function()
+      other:say(fake.method(0, 10, 60, short "low on memory"))
+      eventually(function() return conn:blocked() end)
+      moonrabbit.spawn(function() result = { ch:publish("x", { routing_key = "q", timeout = 30 }) } end)
+      moonrabbit.sleep(0.02)
+      assert(not published)
+      other:say(fake.method(0, 10, 61))
+      eventually(function() return result end)
+    end)
+    assert.is_true(result[1])
+  end)
+
+  it("wakes the task whose publish came back, and keeps nothing of it", function()
+    connect()
+    local ch = assert(conn:channel { confirm = true })
+    local results = {}
+    other.answers["60.40"] = function(frame) -- the first comes back, the second is refused, the third is acked
+      local n = #results + 1
+      if n == 2 then return fake.nack(frame.channel, n) end
+      if n == 3 then return fake.ack(frame.channel, n) end
+      local number = require "moonrabbit.core".encode_table { ["moonrabbit-seq"] = moonrabbit.types.int64(n) }
+      return fake.returned(frame.channel, "x", { properties = u16(0x2000) .. number }) .. fake.ack(frame.channel, n)
+    end
+    moonrabbit.run(function()
+      for i = 1, 3 do
+        moonrabbit.spawn(function() results[i] = { ch:publish("x", { routing_key = "q", timeout = 30 }) } end)
+        eventually(function() return results[i] end)
+      end
+    end)
+    assert.equal("unroutable", results[1][2].kind)
+    assert.equal(312, results[1][2].code)
+    assert.equal("nacked", results[2][2].kind)
+    assert.is_true(results[3][1])
+    assert.is_nil(next(ch._returns))
+  end)
+
+  it("lets what is published in a batch leave together", function()
+    connect()
+    local ch = assert(conn:channel())
+    local writes, flush = 0, other.transport.try_flush
+    other.transport.try_flush = function(...)
+      writes = writes + 1
+      return flush(...)
+    end
+    local function publish()
+      for _ = 1, 5 do assert(ch:publish_async(("x"):rep(100000), { routing_key = "q" })) end
+      return writes
+    end
+    assert.is_true(publish() > 0)
+    assert(conn:flush())
+    writes = 0
+    assert(conn:batch(function() assert.equal(0, publish()) end))
+    assert.equal(0, conn._session.engine:pending())
+  end)
+
+  it("logs in again with the secret that it told the broker last", function()
+    local logins = {}
+    other.answers["10.11"] = function(frame)
+      logins[#logins + 1] = frame.args:match "%zguest%z([%w-]+)"
+      return fake.method(0, 10, 30, u16(0) .. u32(131072) .. u16(60))
+    end
+    other.answers["10.70"] = function() return fake.method(0, 10, 71) end
+    connect { reconnect = { first = 0.01 } }
+    assert(conn:update_secret "second-secret")
+    moonrabbit.run(function()
+      other:cut()
+      eventually(function() return #logins == 2 and conn:is_open() end)
+    end)
+    assert.same({ "first-secret", "second-secret" }, { logins[1]:sub(1, 12), logins[2]:sub(1, 13) })
+  end)
+
+  it("reads no more than so much past a consumer that takes nothing, while a call waits", function()
+    connect()
+    local ch = assert(conn:channel())
+    assert(ch:consume("q", { no_ack = true, tag = "c" }))
+    local size, given, most = 1000000, 0, 150 -- one body is more than one read
+    other.answers["60.10"] = false
+    other.flood = function()
+      if given == most then return nil end
+      given = given + 1
+      return fake.deliver(1, "c", given, ("x"):rep(size))
+    end
+    other.more:broadcast()
+    local none, err = ch:qos(1, { timeout = 3 })
+    assert.is_nil(none)
+    assert.equal("timeout", err.kind)
+    assert.is_true(given > 60 and given < 100, given) -- 16 MiB for the consumer, 64 MiB for the call
+    other.flood = nil
+  end)
+
+  -- A thousand messages, each with a millisecond of work that does not yield: how often others ran meanwhile.
+  local function others_run(take)
+    connect()
+    local ch = assert(conn:channel())
+    local frames, turns, taken = {}, 0, 0
+    for i = 1, 1000 do frames[i] = fake.deliver(1, "c", i, "") end
+    local function work(message)
+      local done = native.now() + 0.001
+      while native.now() < done do end
+      message:ack()
+      taken = taken + 1
+    end
+    moonrabbit.run(function()
+      other.answers["60.20"] = function() return fake.method(1, 60, 21, short "c") .. table.concat(frames) end
+      take(ch, work)
+      moonrabbit.spawn(function()
+        while taken < 1000 do
+          turns = turns + 1
+          moonrabbit.sleep(0)
+        end
+      end)
+      eventually(function() return taken == 1000 end)
+    end)
+    return turns
+  end
+
+  it("lets others run while messages are taken one after the other", function()
+    local turns = others_run(function(ch, work)
+      local consumer = assert(ch:consume("q", { tag = "c", prefetch = 1000 }))
+      moonrabbit.spawn(function()
+        for _ = 1, 1000 do work(assert(consumer:receive())) end
+      end)
+    end)
+    assert.is_true(turns >= 3, turns)
+    turns = others_run(function(ch, work)
+      local consumer = assert(ch:consume("q", { tag = "c", prefetch = 1000 }))
+      moonrabbit.spawn(function()
+        local messages = consumer:messages() -- not by `for`, through which PUC 5.1 cannot yield
+        for _ = 1, 1000 do work(messages()) end
+      end)
+    end)
+    assert.is_true(turns >= 3, turns)
+  end)
+
+  it("lets others run while handlers take messages one after the other", function()
+    local turns = others_run(function(ch, work)
+      assert(ch:consume("q", { tag = "c", prefetch = 1000, concurrency = 1 }, work))
+    end)
+    assert.is_true(turns >= 3, turns)
+  end)
+end)
