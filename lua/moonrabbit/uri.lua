@@ -107,7 +107,14 @@ end
 
 parameters.heartbeat = number_parameter("heartbeat", 65535)
 parameters.channel_max = number_parameter("channel_max", 65535)
-parameters.frame_max = number_parameter("frame_max", 2147483647)
+
+-- AMQP's least is 4096; 0 leaves it to the library.
+function parameters.frame_max(result, value)
+  local n = count(value, 2147483647)
+  if not n or n > 0 and n < 4096 then return "an integer from 4096 to 2147483647, or 0" end
+  result.frame_max = n
+end
+
 parameters.connection_timeout = number_parameter("connect_timeout", 2147483647, 1000)
 parameters.cacertfile = tls_parameter "ca"
 parameters.certfile = tls_parameter "cert"

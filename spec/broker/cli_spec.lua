@@ -394,6 +394,9 @@ describe("moonrabbit doctor", function()
     server:close()
     fails(4, "login", "refused", "wrong password",
       doctor("--url", ("amqp://guest:%s@%s:%d/"):format(SECRET, host, port)))
+    fails(2, "URL", "frame_max", "percent", doctor("--url", ("amqp://%s:%d/?frame_max=100"):format(host, port)))
+    fails(4, "login", "does not offer EXTERNAL", "auth_mechanism_ssl",
+      doctor("--url", ("amqp://%s:%d/?auth_mechanism=external"):format(host, port)))
     fails(4, "vhost", "nowhere", "list_vhosts",
       doctor("--url", ("amqp://guest:guest@%s:%d/nowhere"):format(host, port)))
   end)

@@ -87,6 +87,7 @@ describe("uri", function()
     assert.same({ ca = "/ca x.pem", cert = "/c.pem", key = "/k.pem", verify = false, server_name = "other" }, p.tls)
     assert.equal("EXTERNAL", p.mechanism)
     assert.equal(0, parse("amqp://h?heartbeat=0").heartbeat)
+    assert.equal(0, parse("amqp://h?frame_max=0").frame_max)
   end)
 
   it("refuses bad query parameters, naming them", function()
@@ -95,6 +96,7 @@ describe("uri", function()
       ["amqp://h?heartbeat=-1"] = "'heartbeat'",
       ["amqp://h?heartbeat=65536"] = "'heartbeat'",
       ["amqp://h?heartbeat"] = "'heartbeat'",
+      ["amqp://h?frame_max=4095"] = "'frame_max' must be an integer from 4096",
       ["amqp://h?hartbeat=1"] = "did you mean 'heartbeat'",
       ["amqp://h?auth_mechanism=cram"] = "plain, amqplain or external",
       ["amqps://h?verify=maybe"] = "verify_peer or verify_none",

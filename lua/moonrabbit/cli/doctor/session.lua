@@ -26,7 +26,9 @@ function steps.login(report, patient)
         vhost, user))
   elseif err.kind == "auth" then
     local advice = ("wrong user or password? (rabbitmqctl authenticate_user %s)"):format(user)
-    if external then
+    if err.message:find("does not offer", 1, true) then
+      advice = "the broker's auth_mechanisms do not have it (EXTERNAL: the plugin rabbitmq_auth_mechanism_ssl)"
+    elseif external then
       advice = "is the client certificate given (--cert, --key), and is the name in it a user of the broker?"
     elseif user == "guest" then
       advice = "wrong password? The broker lets 'guest' log in from its own machine only, unless told otherwise"
