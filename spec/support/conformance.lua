@@ -117,19 +117,32 @@ end)
 
 -- ---- Time -----------------------------------------------------------------------------------------------------------
 
-case("sleepers wake in the order of their times, none too early", {}, function(t)
-  local rt, order, early = t.rt, {}, 0
+-- The order in which three sleepers woke, how many too early, and by how much the latest was late.
+local function sleepers(t)
+  local rt, order, early, late = t.rt, {}, 0, 0
   for _, seconds in ipairs { 0.12, 0.04, 0.08 } do
     rt.spawn(function()
       local began = rt.now()
       rt.sleep(seconds)
-      if rt.now() - began < seconds - 0.002 then early = early + 1 end
+      local slept = rt.now() - began
+      if slept < seconds - 0.002 then early = early + 1 end
+      late = math.max(late, slept - seconds)
       order[#order + 1] = seconds
     end)
   end
   eventually(t, "all woke", function() return #order == 3 end)
-  equal("0.04 0.08 0.12", table.concat(order, " "))
-  equal(0, early, "too early")
+  return table.concat(order, " "), early, late
+end
+
+case("sleepers wake in the order of their times, none too early", {}, function(t)
+  local order, early, late
+  local tries = 0
+  repeat -- where the machine stood still, two were due at once, in no order
+    tries = tries + 1
+    order, early, late = sleepers(t)
+    equal(0, early, "too early")
+  until order == "0.04 0.08 0.12" or late < 0.03 or tries == 20
+  equal("0.04 0.08 0.12", order)
 end)
 
 case("sleep(0) lets the others run", {}, function(t)
