@@ -58,6 +58,7 @@ local function app_for(self)
       return self:_publish(body, opts)
     end,
     _channel = function() return self.channel end, -- what App:forward sends on
+    _heard = function() end,
   }, { __index = self.app })
 end
 

@@ -47,6 +47,7 @@ local disposal = {}
 ---@field app string
 ---@field consumer moonrabbit.DisposalConsumer
 ---@field publisher fun(): moonrabbit.Channel|nil, moonrabbit.Error?  a channel with confirms, of the connection that publishes
+---@field heard fun(channel: moonrabbit.Channel, ok: true?, err: moonrabbit.Error?)?  how a publish on it ended
 ---@field log fun(level: string, text: string)?
 ---@field observer table?   event(name, fields) is called for copies that fail
 ---@field now (fun(): number)?  seconds since 1970; os.time by default
@@ -59,8 +60,8 @@ Disposal.__index = Disposal
 Disposal.__name = "moonrabbit.Disposal"
 
 local disposal_options = {
-  app = options.shortstr, consumer = options.table, publisher = options.callback, log = options.callback,
-  observer = options.table, now = options.callback,
+  app = options.shortstr, consumer = options.table, publisher = options.callback, heard = options.callback,
+  log = options.callback, observer = options.table, now = options.callback,
 }
 
 local function is_ladder(value)
@@ -88,7 +89,8 @@ function disposal.new(opts)
   if threshold == true then threshold = math.huge end
   if threshold == false then threshold = -1 end
   return setmetatable({
-    app = opts.app, queue = consumer.queue, parking = parking, publisher = opts.publisher, log = log,
+    app = opts.app, queue = consumer.queue, parking = parking, log = log, publisher = opts.publisher,
+    heard = opts.heard or function() end,
     observer = opts.observer or {}, now = opts.now or os.time,
     ladder = choose_ladder(consumer.ladder, opts.app, log),
     threshold = threshold or 0.1, hold = consumer.hold or 300,
@@ -200,6 +202,7 @@ local function send_up(self, msg, step, notes)
     if not exchange then return nil, err end
     ok, err = copy.send(msg, exchange, self.queue, { channel = channel, notes = notes, ladder = self.ladder.name,
       remove = copy.of_the_dead })
+    self.heard(channel, ok, err)
     if ok then return true end
     if err.code ~= 404 and err.kind ~= "unroutable" or round == 2 then return nil, err end
     self.ladder:forget(step)
@@ -238,6 +241,7 @@ local function send_away(self, msg, notes)
     if not channel then return nil, err end
     ok, err = copy.send(msg, "", self.parking, { channel = channel, notes = notes, ladder = self.ladder.name,
       silent = true })
+    self.heard(channel, ok, err)
     if ok then return true end
     if err.kind ~= "unroutable" or round == 2 then return nil, err end
     -- Somebody deleted the queue.

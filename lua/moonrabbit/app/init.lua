@@ -25,6 +25,7 @@ local Runner = require "moonrabbit.app.runner"
 local errors = require "moonrabbit.errors"
 local observers = require "moonrabbit.app.observer"
 local options = require "moonrabbit.options"
+local Outgoing = require "moonrabbit.app.outgoing"
 local plan = require "moonrabbit.app.plan"
 local protect = require "moonrabbit.protect"
 local runtimes = require "moonrabbit.runtime"
@@ -58,7 +59,7 @@ function app.new(spec)
   if not compiled then error("mr.app: " .. problem, 2) end
   local self = setmetatable({
     name = spec.name, plan = compiled, state = "ready", runners = {},
-    _spec = spec, _log = spec.log, _channels = {}, _consumers = {},
+    _spec = spec, _log = spec.log, _consumers = {},
   }, App)
   self._observer = observers.guard(spec.observer or {}, function(...) (self._log or default_log)(...) end)
   return self
@@ -123,28 +124,25 @@ local function connect(self, where)
   return true
 end
 
--- The channel for a purpose on the publishing connection, opened when it is needed, and again when it is gone.
+-- The channel for a purpose on the publishing connection.
 function App:_channel(purpose)
-  local channel = self._channels[purpose]
-  if channel and channel:is_open() then return channel end
   if not self._publishing then
     return nil, errors.new { kind = "closed", message = "the app is not running", temporary = false }
   end
-  local opened, err = self._publishing:channel { confirm = true }
-  if not opened then return nil, err end
-  channel = self._channels[purpose]
-  if channel and channel:is_open() then -- another task was faster
-    opened:close()
-    return channel
-  end
-  self._channels[purpose] = opened
-  return opened
+  self._outgoing = self._outgoing or Outgoing.new(self._runtime, self._publishing)
+  return self._outgoing:channel(purpose)
+end
+
+-- How a publish on it ended.
+function App:_heard(purpose, channel, ok, err)
+  if self._outgoing then self._outgoing:heard(purpose, channel, ok, err) end
 end
 
 -- ---- Publishing -------------------------------------------------------------------------------------
 
--- The observer hears of it.
-local function told(self, started, ok, err)
+-- The channel's keeper and the observer hear of it.
+local function told(self, channel, started, ok, err)
+  self:_heard("routes", channel, ok, err)
   local published = self._observer.published
   if published then published(self.name, self._runtime.now() - started, err) end
   return ok, err
@@ -159,7 +157,7 @@ function App:publish(body, opts)
   local channel, err = self:_channel "routes"
   if not channel then return nil, err end
   local started = self._runtime.now()
-  return told(self, started, channel:publish(body, opts))
+  return told(self, channel, started, channel:publish(body, opts))
 end
 
 --- Sends a message on, on the app's publishing connection, and waits for the confirm, as Message:forward. What
@@ -184,7 +182,7 @@ function App:forward(message, exchange, key, opts)
   end
   if self.plan.trace then all.set = trace.renew(message, all.set, all.remove) end
   local started = self._runtime.now()
-  return told(self, started, message:forward(exchange, key or copy.routing_key(message), all))
+  return told(self, channel, started, message:forward(exchange, key or copy.routing_key(message), all))
 end
 
 -- ---- Starting ---------------------------------------------------------------------------------------
@@ -194,6 +192,7 @@ local function disposal_for(self, consumer)
   return disposal.new {
     app = self.name, consumer = consumer, log = self._log, observer = self._observer,
     publisher = function() return self:_channel "copies" end,
+    heard = function(...) self:_heard("copies", ...) end,
   }
 end
 
@@ -243,10 +242,8 @@ local function begin(self, where)
 end
 
 local function close_all(self, timeout)
-  for _, channel in pairs(self._channels) do
-    if channel:is_open() then channel:close(timeout) end
-  end
-  self._channels = {}
+  if self._outgoing then self._outgoing:close(timeout) end
+  self._outgoing = nil
   if not self._owned then return end
   for _, name in ipairs { "_publishing", "_consuming" } do
     if self[name] then self[name]:close(timeout) end
@@ -299,7 +296,7 @@ function App:start(where)
   check_where(self, where)
   self._runtime = runtime_of(where, self._spec)
   self.state, self.reason, self.runners, self._consumers, self._owned = "starting", nil, {}, {}, false
-  self._consuming, self._publishing = nil, nil
+  self._consuming, self._publishing, self._outgoing = nil, nil, nil
   self._over = self._runtime.condition()
   local whole, ok, err = protect(begin, self, where)
   if not whole or not ok then
