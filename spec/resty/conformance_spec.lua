@@ -1,5 +1,6 @@
--- The contract of runtimes (spec/support/conformance.lua), inside nginx. What needs `listen`, or another authority in one
--- location, is left out: nginx has no such thing; spec/resty/tls_spec.lua is about that.
+-- The contract of runtimes (spec/support/conformance.lua), inside nginx, whose peers are in another process. What is about
+-- servers, or another authority in one location, is left out: nginx has no such thing; spec/resty/tls_spec.lua is about
+-- that.
 local broker = require "support.broker"
 local conformance = require "support.conformance"
 local nginx = require "support.nginx"
@@ -28,8 +29,9 @@ describe("the contract of runtimes in nginx #resty", function()
           content_by_lua_block {
             local rabbit = require "moonrabbit.resty"
             local runtime = require "moonrabbit.runtime.resty"
+            -- nginx's clock is of the last time that it woke up, so its timers may be early, and are set again.
             local t = { rt = runtime, moonrabbit = rabbit, url = os.getenv "AMQP_URL", errors = {},
-              lines = tonumber(os.getenv "LINES_PORT"), looks = true }
+              lines = tonumber(os.getenv "LINES_PORT"), wakes = 4, write_is_deaf = true }
             local amqps = os.getenv "AMQPS_URL"
             if amqps ~= "" then
               local uri = assert(require "moonrabbit.uri".parse(amqps))

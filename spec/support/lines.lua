@@ -5,6 +5,12 @@
 --   freeze   nothing is passed on or read any more, in both directions; thaw: it is again
 --   count    how often something was passed on, in both directions
 -- and is answered "ok", or the number. The line goes when that connection does.
+-- For those who cannot listen themselves it may be a peer too, with nobody behind it:
+--   alone       what connects from now on is taken, and neither read nor written to
+--   six         it listens on ::1 as well; answers the port, 0: it cannot
+--   unix PATH   and on a unix socket
+--   echo        what will connect gets back what it sends
+--   say TEXT    what has connected is told a word
 local native = require "moonrabbit.runtime.native"
 
 local host, port = arg[1], tonumber(arg[2])
@@ -23,12 +29,15 @@ local function copy(self, from, to)
   to:close()
 end
 
-local function accept(self)
+local function accept(self, server)
   while true do
-    local client = self.server:accept()
+    local client = server:accept()
     if not client then break end
-    local upstream = native.open({ host = host, port = port }, nil, 10)
-    if upstream then
+    local upstream = not self.is_peer and native.open({ host = host, port = port }, nil, 10)
+    if self.is_peer then
+      self.ends[#self.ends + 1] = client
+      if self.echoing then native.spawn(copy, self, client, client) end
+    elseif upstream then
       self.ends[#self.ends + 1] = client
       self.ends[#self.ends + 1] = upstream
       native.spawn(copy, self, client, upstream)
@@ -48,6 +57,24 @@ end
 
 function Line:count() return self.passed end
 
+local function listen(self, ...)
+  local server = native.listen(...)
+  if not server then return 0 end
+  self.servers[#self.servers + 1] = server
+  native.spawn(accept, self, server)
+  return server:port()
+end
+
+function Line:alone() self.is_peer = true end
+function Line:six() return listen(self, "::1", 0) end
+function Line:unix(path) return listen(self, path) end
+function Line:echo() self.echoing = true end
+
+function Line:say(text)
+  while not self.ends[1] do native.sleep(0.001) end
+  self.ends[1]:write(text)
+end
+
 function Line:cut()
   for _, one in ipairs(self.ends) do one:close() end
   self.ends = {}
@@ -56,16 +83,16 @@ end
 
 local function line(control)
   local self = setmetatable({
-    server = assert(native.listen("127.0.0.1", 0)), ends = {}, frozen = false, thawed = native.condition(), passed = 0,
+    servers = {}, ends = {}, frozen = false, thawed = native.condition(), passed = 0, is_peer = false, echoing = false,
   }, Line)
-  native.spawn(accept, self)
-  control:write(self.server:port() .. "\n")
+  control:write(listen(self, "127.0.0.1", 0) .. "\n")
   while true do
-    local word = control:read(64)
-    if not word then break end
-    control:write((Line[word:match "%a+"](self) or "ok") .. "\n")
+    local bytes = control:read(256)
+    if not bytes then break end
+    local word, more = bytes:match "^(%a+) ?(%S*)"
+    control:write((Line[word](self, more) or "ok") .. "\n")
   end
-  self.server:close()
+  for _, server in ipairs(self.servers) do server:close() end
   self:cut()
   control:close()
 end
