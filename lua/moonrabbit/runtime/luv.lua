@@ -90,7 +90,8 @@ function host.pause(task, seconds)
     enqueue(task, task.co)
   elseif seconds then
     uv.update_time()
-    timer_of(task):start(ceil(seconds * 1000), 0, task.expired)
+    -- libuv's time is cut off to milliseconds: one more, or the timer may be early, and is waited for again.
+    timer_of(task):start(ceil(seconds * 1000) + 1, 0, task.expired)
   end
   yield()
   if seconds and seconds > 0 then task.timer:stop() end
