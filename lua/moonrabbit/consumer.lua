@@ -192,13 +192,11 @@ end
 -- heartbeats, from running. A turn at least so often, in seconds; but the clock is looked at once in so many messages.
 local TURN_EVERY, MOST_BETWEEN = 0.25, 16
 
--- To be called for each message.
+-- To be called for the first message; answers for how many messages not to be called then.
 local function turner(runtime)
   local now, sleep = runtime.now, runtime.sleep
-  local turned, step, countdown = now(), 1, 1
+  local turned, step = now(), 1
   return function()
-    countdown = countdown - 1
-    if countdown > 0 then return end
     if now() - turned > TURN_EVERY then
       sleep(0)
       turned = now()
@@ -206,7 +204,7 @@ local function turner(runtime)
     elseif step < MOST_BETWEEN then
       step = step * 2
     end
-    countdown = step
+    return step
   end
 end
 
@@ -267,7 +265,8 @@ function Consumer:receive(timeout)
   if self._handler then error("Consumer:receive: this consumer has a handler", 2) end
   if timeout ~= 0 then
     self._turn = self._turn or turner(self._runtime)
-    self._turn()
+    self._until_turn = (self._until_turn or 1) - 1
+    if self._until_turn <= 0 then self._until_turn = self._turn() end
   end
   return receive(self, timeout or huge)
 end
@@ -279,9 +278,10 @@ function Consumer:messages()
   if self._handler then error("Consumer:messages: this consumer has a handler", 2) end
   self._waited_on = true
   local queue, pop = self._deliveries, self._pop
-  local turn = turner(self._runtime)
+  local turn, countdown = turner(self._runtime), 1
   return function()
-    turn()
+    countdown = countdown - 1
+    if countdown == 0 then countdown = turn() end
     local message = pop(queue)
     if message then return message end
     message = receive(self, huge)
@@ -318,12 +318,14 @@ local function work(self, state)
   local pop, handler, turn = self._pop, self._handler, state.turn
   local message = take(self)
   local queue = self._deliveries
+  local countdown = 1
   while message do
     if not self._waking and queue:count() > 0 then self:_wake_worker() end
     state.message = message
     handler(message)
     state.message = nil
-    turn()
+    countdown = countdown - 1
+    if countdown == 0 then countdown = turn() end
     message = pop(queue)
     if not message then
       message = take(self)
