@@ -182,7 +182,7 @@ local function clean_up(s)
   for _, role in ipairs { "publishing", "control" } do
     if s[role] then s[role]:close(2) end
   end
-  if s.keep or os.getenv "KEEP" then
+  if s.keep or (os.getenv "KEEP" or "") ~= "" then
     say("Logs, books and mailbox: " .. s.folder)
   else
     os.execute("rm -rf " .. children.quote(s.folder))
