@@ -264,9 +264,10 @@ describe("the native runtime", function()
     it("come in the order of their time", function()
       local order = {}
       rt.run(function()
+        local began = rt.now()
         for _, i in ipairs { 5, 1, 4, 2, 3, 6 } do
           rt.spawn(function()
-            rt.sleep(i * 0.005)
+            rt.sleep(began + 0.02 + i * 0.005 - rt.now()) -- whenever the task has its turn
             order[#order + 1] = i
           end)
         end
