@@ -601,6 +601,33 @@ describe("a publisher #smoke", function()
     assert.equal("acked", c:outcome())
   end)
 
+  it("sends a message whose headers just fit again without the mark", function()
+    w = world()
+    w.config = { frame_max = 4096 }
+    w:connect()
+    local sender = w:publisher { routing_key = "k", retry = { jitter = 0 } }
+    local function send(size)
+      return sender:send_async(("%d"):format(size), { headers = { much = ("x"):rep(size) } })
+    end
+    local size = 4096
+    repeat
+      size = size - 1
+      local c, err = send(size)
+      if not c then assert.matches("too_large", err.message) end
+    until c
+    assert(send(size - 100))
+    local sent = w:published()
+    assert.same({ tostring(size), tostring(size - 100) }, sent)
+    w:cut()
+    w:restore()
+    assert.same({ tostring(size), "!" .. size - 100 }, w:published())
+    w:say(fake.nack(1, 1))
+    w.runtime.advance(5)
+    assert.same({ tostring(size) }, w:published())
+    w:say(fake.ack(1, 3, true))
+    assert.equal(0, sender:stats().unconfirmed)
+  end)
+
   it("ends what was on its way with the error that closed its channel for good, and nothing else", function()
     start { routing_key = "k", window = 1, max_kept = 10 }
     local c = { p:send_async "1", p:send_async "2" } -- the second one waits for the window

@@ -86,18 +86,25 @@ local function refresh(self)
   end
 end
 
--- Hands a message to the engine: the confirmation and whether to flush, or nil, status.
-local function put(self, n, message, confirmation, again)
+local function hand(self, n, message, confirmation, marked)
   local core_channel = self.channel._core
-  local route = again and self._again or self._route
+  local route = marked and self._again or self._route
   if type(message) == "string" then return core_channel:publish_route(route, message, n, confirmation) end
   if not message.props then return core_channel:publish_route(route, message.body, n, confirmation) end
   local props = message.props
-  if again or message.again then props = core.set_headers(props, MARK) or props end
+  if marked then props = core.set_headers(props, MARK) or props end
   return core_channel:publish_packed(message.exchange, message.routing_key, message.mandatory, props, message.body, n,
     confirmation)
 end
 
+-- Hands a message to the engine: the confirmation and whether to flush, or nil, status. A message whose headers just
+-- fit goes again without the mark, rather than not at all.
+local function put(self, n, message, confirmation, again)
+  local marked = again or type(message) == "table" and message.again
+  local ok, flush = hand(self, n, message, confirmation, marked)
+  if not ok and flush == "too_large" and marked then return hand(self, n, message, confirmation, false) end
+  return ok, flush
+end
 
 local function left_for(self, flush)
   local session = self.channel._session
