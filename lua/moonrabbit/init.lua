@@ -59,7 +59,7 @@ end
 
 --- moonrabbit in another event loop: a table with the functions `connect`, `pool`, `spawn`, `sleep` and
 --- `pcall` of this module, for that loop, and its `null`, `types`, `errors` and `uri`. They are called in
---- coroutines of that loop; docs/runtimes.md has an example for each.
+--- coroutines of that loop; each has a page in docs/ with an example.
 ---@param runtime ("cqueues"|"copas"|"luv"|"native"|string|table) a name, or a runtime (docs/internals.md)
 ---@return moonrabbit.On
 function moonrabbit.on(runtime)
