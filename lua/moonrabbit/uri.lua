@@ -181,7 +181,7 @@ local function parse_userinfo(result, userinfo)
   end
 end
 
-local function parse_host(result, text)
+local function parse_host(result, text, default)
   local host, rest
   if text:sub(1, 1) == "[" then
     host, rest = text:match "^%[([^%]]*)%](.*)$"
@@ -216,7 +216,7 @@ local function parse_host(result, text)
   if result.path then
     result.port = nil
   else
-    result.host = host ~= "" and host or "localhost"
+    result.host = host ~= "" and host or default
   end
 end
 
@@ -262,7 +262,8 @@ function uri.parse(text)
   else
     host = authority
   end
-  problem = problem or parse_host(result, host)
+  -- A service has no default.
+  problem = problem or parse_host(result, host, base == scheme and "localhost" or "")
   if not problem and base ~= scheme then problem = name_service(result, base) end
   if not problem and #path > 1 then
     local segment = path:sub(2)

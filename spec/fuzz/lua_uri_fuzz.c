@@ -1,5 +1,5 @@
 /* Any text as a URI: a parsed result that makes sense, or a problem that does not quote a password. A
-   problem that holds a piece of the text by chance ("parameter") says the same of another password. */
+   problem that holds a piece of the text by chance ("parameter") says the same of another password of the same shape. */
 #include <lauxlib.h>
 #include <lualib.h>
 #include <stdint.h>
@@ -33,20 +33,25 @@ static const char SETUP[] =
     "    assert(type(problem) == 'string' and #problem > 0)\n"
     "    local before, secret, after = text:match '^(.-://[^@/:?#]*:)([^@/?#]+)(@.*)$'\n"
     "    if secret and #secret > 7 and problem:find(secret, 1, true) then\n"
-    "      local _, other = uri.parse(before .. ('~'):rep(#secret) .. after)\n"
+    "      local letters = secret:gsub('[g-zG-Z]', function(c) return c == 'z' and 'y' or 'z' "
+    "end)\n"
+    "      local _, other = uri.parse(before .. letters .. after)\n"
     "      assert(other == problem, 'the password is quoted')\n"
     "    end\n"
     "    return\n"
     "  end\n"
     "  assert(type(parsed.vhost) == 'string' and #parsed.vhost <= 255)\n"
-    "  if not parsed.path then\n"
+    "  if parsed.srv then\n"
+    "    assert(parsed.srv:find '^_.' and not parsed.port)\n"
+    "  elseif not parsed.path then\n"
     "    assert(#parsed.host > 0)\n"
     "    assert(parsed.port >= 1 and parsed.port <= 65535 and parsed.port % 1 == 0)\n"
     "  end\n"
     "  local redacted = uri.redacted(parsed)\n"
     "  local again = assert(uri.parse(redacted), redacted)\n"
-    "  assert(again.vhost == parsed.vhost and again.host == parsed.host and again.path == "
-    "parsed.path)\n"
+    "  assert(again.vhost == parsed.vhost and again.path == parsed.path and again.srv == "
+    "parsed.srv)\n"
+    "  assert(parsed.srv or again.host == parsed.host)\n"
     "end";
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {

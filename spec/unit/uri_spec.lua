@@ -146,7 +146,8 @@ describe("uri", function()
     assert.equal("_amqps._tcp.example.com", secure.srv)
     assert.is_false(secure.tls.verify)
     for _, text in ipairs { "amqp+srv://example.com:5672", "amqp+srv://127.0.0.1", "amqp+srv://[::1]",
-      "amqp+srv://%2Frun%2Fx", "amqp+srv+srv://example.com", "http+srv://example.com" } do
+      "amqp+srv://", "amqps+srv://me:pw@/v", "amqp+srv://:", "amqp+srv://%2Frun%2Fx", "amqp+srv+srv://example.com",
+      "http+srv://example.com" } do
       assert.is_nil(uri.parse(text), text)
     end
   end)
