@@ -21,6 +21,7 @@
 -- @module moonrabbit.app
 
 local copy = require "moonrabbit.app.copy"
+local default_disposal = require "moonrabbit.app.disposal"
 local Runner = require "moonrabbit.app.runner"
 local errors = require "moonrabbit.errors"
 local observers = require "moonrabbit.app.observer"
@@ -188,7 +189,7 @@ end
 -- ---- Starting ---------------------------------------------------------------------------------------
 
 local function disposal_for(self, consumer)
-  local disposal = self._disposal or require "moonrabbit.app.disposal"
+  local disposal = self._disposal or default_disposal
   return disposal.new {
     app = self.name, consumer = consumer, log = self._log, observer = self._observer,
     publisher = function() return self:_channel "copies" end,

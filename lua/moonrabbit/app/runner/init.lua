@@ -29,6 +29,7 @@ local Rate = require "moonrabbit.app.flow.rate"
 local Watch = require "moonrabbit.app.runner.watch"
 local compile = require "moonrabbit.app.route.compile"
 local conclude = require "moonrabbit.app.runner.conclude"
+local default_settle = require "moonrabbit.app.runner.settle"
 local failure = require "moonrabbit.app.failure"
 local protector = require "moonrabbit.app.protected"
 local trace = require "moonrabbit.trace"
@@ -57,7 +58,7 @@ local function nothing() end
 ---@return moonrabbit.app.Runner
 function Runner.new(consumer, env)
   local runtime, observer = env.runtime, env.observer or {}
-  local settle = env.settle or require "moonrabbit.app.runner.settle"
+  local settle = env.settle or default_settle
   local self = setmetatable({
     consumer = consumer, queue = consumer.queue, runtime = runtime, now = runtime.now, app = env.app,
     disposal = env.disposal, settle = settle, ack = settle.ack, log = env.log or nothing,
