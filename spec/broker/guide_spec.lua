@@ -1,5 +1,6 @@
--- The pages that tell what to type, typed. docs/guide.md is done by a reader with two terminals: each script is saved as orders.lua, `moonrabbit run` goes to the
--- first terminal, where Ctrl-C ends it before the next script, and every other command to the second.
+-- The pages that tell what to type, typed. docs/guide.md is done by a reader with two terminals: each script is saved as
+-- orders.lua, `moonrabbit run` goes to the first terminal, where Ctrl-C ends it before the next script, and every other
+-- command to the second.
 local broker = require "support.broker"
 local pages = require "support.pages"
 local process = require "support.process"
@@ -36,9 +37,11 @@ local it_runs = broker.it_unless(it, pending, reason)
 describe("the guide", function()
   local folder, running, port
 
+  -- What is not ours runs without a sanitizer's library: curl hangs with it.
   local function shell(command, fn)
+    local unset = { "MOONRABBIT_URL", not command:find("moonrabbit", 1, true) and "LD_PRELOAD" or nil }
     local words = { "sh", "-c", "cd " .. folder .. " && PATH=" .. folder .. '/bin:"$PATH" && ' .. command }
-    return fn(words, { raw = true, env = { AMQP_URL = broker.url }, unset = { "MOONRABBIT_URL" } })
+    return fn(words, { raw = true, env = { AMQP_URL = broker.url }, unset = unset })
   end
 
   local function clean()
@@ -84,7 +87,8 @@ describe("the guide", function()
     local result
     for _ = 1, 40 do
       result = shell(command, process.run)
-      if result.code == 0 or not command:find("dlq list", 1, true) and not command:find("curl", 1, true) then break end
+      local may_be_early = command:find("dlq list", 1, true) or command:find("curl", 1, true)
+      if result.code == 0 or result.code == 124 or not may_be_early then break end -- 124: it hung
       process.sleep(0.25)
     end
     assert.equal(0, result.code, command .. "\n" .. result.out .. result.err)
