@@ -18,7 +18,7 @@ local function with_program(quiet, total, fn)
   local path = process.file(PROGRAM:format(quiet, total))
   local result = fn(path)
   os.remove(path)
-  assert.equal(0, result.code)
+  assert.equal(0, result.code, result.out .. result.err)
   return result
 end
 
