@@ -112,7 +112,7 @@ function Session:is_overfull()
 end
 
 --- Counts what is read past a consumer or listener that has more than it takes.
-function Session:has_read(n)
+function Session:count_read(n)
   self.admitted = (self.engine:is_full() or self:is_overfull()) and self.admitted + n or 0
 end
 
@@ -124,7 +124,7 @@ function Session:read_alone(deadline)
   if not transport.fill_alone or self.state == "closed" or self:is_overfull() then return false end
   local n, kind, text = transport:fill_alone(self.engine, deadline)
   if n then
-    self:has_read(n)
+    self:count_read(n)
   elseif kind == nil or kind == "again" or kind == "full" then
     return false
   else
@@ -401,7 +401,7 @@ local function read_loop(self)
     while self:is_overfull() and not hold(self) do end
     local n, kind, text = transport:fill(engine)
     if n then
-      self:has_read(n)
+      self:count_read(n)
       if self.detector then self.detector:heard(now()) end
     end
     if not n and kind ~= "full" then

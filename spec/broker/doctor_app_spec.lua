@@ -33,10 +33,7 @@ describe("moonrabbit doctor --app", function()
 
   after_each(function()
     bench:stop()
-    ch = broker.ok(broker.connect():channel())
-    for _, name in ipairs { ".work", ".dead", ".orphans", ".wait.5s" } do ch:queue_delete(bench.name .. name) end
-    for _, name in ipairs { ".x", ".home", ".orphans", ".wait.5s" } do ch:exchange_delete(bench.name .. name) end
-    broker.close_all()
+    bench:clean(".x", ".wait.5s")
   end)
 
   local function run(words, env)

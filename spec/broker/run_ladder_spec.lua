@@ -27,12 +27,7 @@ describe("moonrabbit run --metrics and the ladder", function()
 
   after_each(function()
     bench:stop()
-    local cleaning = broker.ok(bench.conn:channel())
-    for _, name in ipairs { ".orphans", ".wait.60s", ".wait.300s" } do
-      cleaning:queue_delete(bench.name .. name)
-      cleaning:exchange_delete(bench.name .. name)
-    end
-    bench:clean()
+    bench:clean(".wait.60s", ".wait.300s")
   end)
 
   local function write(policy, version)

@@ -17,10 +17,9 @@ function life.new()
   return self
 end
 
---- Connects: `conn`, and `channel` with confirms.
+--- Opens `channel`, with confirms.
 function Bench:connect()
-  self.conn = broker.connect()
-  self.channel = broker.ok(self.conn:channel { confirm = true })
+  self.channel = broker.ok(broker.connect():channel { confirm = true })
   return self.channel
 end
 
@@ -75,11 +74,14 @@ function Bench:stop()
   os.execute("rm -rf " .. self.folder)
 end
 
---- Takes what the apps have declared from the broker, and closes every connection.
-function Bench:clean()
-  local channel = broker.ok(self.conn:channel())
-  for _, name in ipairs { self.queue, self.name .. ".dead", self.name .. ".orphans" } do channel:queue_delete(name) end
-  channel:exchange_delete(self.name .. ".home")
+--- Takes what the apps have declared from the broker, the queues and exchanges with these endings too, and closes
+--- every connection.
+function Bench:clean(...)
+  local channel = broker.ok(broker.connect():channel())
+  for _, ending in ipairs { ".work", ".dead", ".orphans", ".home", ... } do
+    channel:queue_delete(self.name .. ending)
+    channel:exchange_delete(self.name .. ending)
+  end
   broker.close_all()
 end
 
