@@ -5,7 +5,7 @@ local Connection = require "moonrabbit.connection"
 local cluster = require "moonrabbit.cluster"
 local options = require "moonrabbit.options"
 local runtime = require "moonrabbit.runtime.resty"
-local transport = require "moonrabbit.runtime.resty.transport"
+local tls = require "moonrabbit.runtime.resty.tls"
 
 local check, seconds = options.check, options.seconds
 
@@ -69,7 +69,7 @@ function resty_options.check(what, given, level)
   local source = cluster.source(given, { runtime = runtime, log = runtime.log }, level)
   for _, target in ipairs(source.targets) do
     if target.tls then
-      local ok, identity, problem = pcall(transport.prepare, target.tls)
+      local ok, identity, problem = pcall(tls.prepare, target.tls)
       if not ok then error(what .. ": " .. tostring(identity), level) end
       if identity == nil then error(what .. ": " .. problem, level) end
     end

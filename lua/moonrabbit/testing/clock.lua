@@ -31,7 +31,7 @@ end
 function clock.new(wall)
   local now, ready, sleepers, running = 0, {}, {}, nil
   wall = wall or os.time()
-  local M = { name = "testing", cancelled = setmetatable({}, { __tostring = function() return "cancelled" end }) }
+  local M = { name = "testing", cancelled = require "moonrabbit.runtime.shared.cancelled" }
 
   local function wake(task, value)
     if not task.waits then return end

@@ -9,6 +9,7 @@
 -- `outside`, stands for the caller.
 
 local net = require "moonrabbit.net"
+local report = require "moonrabbit.runtime.shared.report"
 local timers = require "moonrabbit.runtime.native.timers"
 local yielding = require "moonrabbit.runtime.pcall"
 
@@ -27,9 +28,7 @@ local M = {}
 
 local PARKED, IDLE = {}, {} -- what a task's coroutine yields: waiting, or ended and free
 
-M.cancelled = setmetatable({ kind = "cancelled", message = "the task was cancelled" }, {
-  __tostring = function(self) return self.message end,
-})
+M.cancelled = require "moonrabbit.runtime.shared.cancelled"
 
 local poller = net.poller()
 local running            -- the task that runs now
@@ -211,13 +210,6 @@ local function describe(task, err)
   return debug.traceback(task.co, text)
 end
 
-local function report(task, text)
-  local ok, err = pcall(M.settings.on_error, text, task)
-  if not ok then
-    io.stderr:write("moonrabbit: on_error failed: ", tostring(err), "\nfor: ", text, "\n")
-  end
-end
-
 local function failed(task, err)
   if task.yields then err = yielding.explain(err) end
   over(task)
@@ -226,7 +218,7 @@ local function failed(task, err)
   if task.kept then
     if type(err) == "string" then task.error = describe(task, err) end
   elseif err ~= M.cancelled then
-    report(task, describe(task, err))
+    report(M.settings, describe(task, err), task)
   end
 end
 

@@ -6,34 +6,27 @@
 -- takes; the other started it, waits until the transport is closed, and ends it then. Whoever wants bytes waits on a
 -- condition, which anybody can end. So nothing has to wake up only to look.
 
-local base = require "resty.core.base"
-local ffi = require "ffi"
+local get_request = require("resty.core.base").get_request
 local semaphore = require "ngx.semaphore"
+local tasks = require "moonrabbit.runtime.resty.tasks"
 
-local get_request = base.get_request
 local thread_spawn, thread_kill, exiting = ngx.thread.spawn, ngx.thread.kill, ngx.worker.exiting
-
-local M = {}
 
 ---@class moonrabbit.resty.Transport
 local Transport = { blind = true }
 Transport.__index = Transport
 
--- As long as nginx's timers allow with some room: a read is ended by other means.
-local LONG = 86400
+-- A read is ended by other means.
+local LONG = tasks.LONG
 local READ_TIMEOUT = LONG * 1000
 local SEND_TIMEOUT = 60000
 local CHUNK = 65536
 -- So many bytes are read before anybody asks for them.
 local AHEAD = 4 * CHUNK
--- nginx takes one of a name's addresses, by chance: a connect that fails is tried again so often.
-local ATTEMPTS = 4
 
 local max, min, floor = math.max, math.min, math.floor
 
 local function ms(seconds) return max(1, min(2147483647, floor(seconds * 1000))) end
-
--- ---- Reading and writing ----------------------------------------------------------------------------
 
 -- The light thread that reads; killed when the transport is closed.
 local function read_ahead(self)
@@ -176,166 +169,14 @@ function Transport:close()
   self.over:post(1)
 end
 
--- ---- TLS --------------------------------------------------------------------------------------------
-
-local directives = {
-  ca = "lua_ssl_trusted_certificate (and lua_ssl_verify_depth)",
-  min_version = "lua_ssl_protocols",
-}
-
-local parsed = {} -- file -> what nginx made of it: they are read once a worker
-
-local function pem(what, path, parse)
-  local known = parsed[path]
-  if known then return known end
-  local file, problem = io.open(path, "rb")
-  if not file then return nil, ("tls.%s: %s"):format(what, problem) end
-  local text = file:read "*a"
-  file:close()
-  local made
-  made, problem = parse(text)
-  if not made then return nil, ("tls.%s: %s: %s"):format(what, path, tostring(problem)) end
-  parsed[path] = made
-  return made
-end
-
---- Throws for options that only nginx's own configuration can set, and reads the client certificate: files
---- are read here, once a worker, and not when a connection is made.
----@param tls table
----@return table|nil identity { certificate, key }, false: none; string? problem
-function M.prepare(tls)
-  for option, directive in pairs(directives) do
-    if tls[option] then
-      error("option 'tls." .. option .. "' has no effect in nginx: use its directive " .. directive, 0)
-    end
-  end
-  if not tls.cert and not tls.key then return false end
-  if not tls.cert or not tls.key then error("options 'tls.cert' and 'tls.key' go together", 0) end
-  local ssl = require "ngx.ssl"
-  local certificate, problem = pem("cert", tls.cert, ssl.parse_pem_cert)
-  if not certificate then return nil, problem end
-  local key
-  key, problem = pem("key", tls.key, ssl.parse_pem_priv_key)
-  if not key then return nil, problem end
-  return { certificate, key }
-end
-
-local function explain(err)
-  err = tostring(err)
-  if err:find("issuer certificate", 1, true) or err:find("self.signed") or err:find("depth", 1, true) then
-    return err .. " (nginx trusts what lua_ssl_trusted_certificate names, down to lua_ssl_verify_depth)"
-  end
-  return err
-end
-
--- No session is wanted back, but to say so (false) will not do: without lua-nginx-module's #2506 a handshake that is over
--- at once, with no wait for the peer, is then taken for a good one, whatever was found about the certificate (the
--- connection is closed, and nobody knows why). Else it looks, and throws an assertion; the error is in resty.core's buffer.
-local function handshake(socket, tls)
-  local whole, session, err = pcall(socket.sslhandshake, socket, nil, tls.server_name, tls.verify ~= false)
-  if not whole then
-    local found = tostring(session):find("assertion failed", 1, true) and base.get_errmsg_ptr()[0]
-    return nil, found and found ~= nil and ffi.string(found) or session
-  end
-  return session and true, err
-end
-
-local function secure(socket, tls, identity)
-  if identity then
-    if not socket.setclientcert then
-      error("option 'tls.cert': this ngx_lua has no client certificates; 0.10.22 and later do", 0)
-    end
-    local ok, problem = socket:setclientcert(identity[1], identity[2])
-    if not ok then return nil, "tls", "tls.cert: " .. tostring(problem), false end
-  end
-  local ok, err = handshake(socket, tls)
-  if ok then return true end
-  if err == "timeout" then return nil, "timeout", "no answer in time (TLS handshake)", true end
-  if err == "closed" then return nil, "closed", "the TLS handshake was cut short", true end
-  return nil, "tls", "the TLS handshake failed: " .. explain(err), false
-end
-
--- ---- Connecting -------------------------------------------------------------------------------------
-
-local function describe(endpoint)
-  if endpoint.path then return "unix:" .. endpoint.path end
-  local host = endpoint.host
-  return (host:find(":", 1, true) and "[" .. host .. "]" or host) .. ":" .. endpoint.port
-end
-
-local function kind_of(err)
-  if err == "timeout" then return "timeout", true, "no answer in time" end
-  if err:find("no resolver defined", 1, true) then
-    return "dns", false, err .. ": nginx looks names up by its own directive `resolver` alone (or give an address)"
-  end
-  if err:find("resolve", 1, true) then return "dns", true, err end
-  if err:find("refused", 1, true) or err:lower():find("no such file", 1, true) then return "refused", true, err end
-  return "closed", true, err
-end
-
-local function is_address(host) return host:find ":" or host:find "^%d+%.%d+%.%d+%.%d+$" end
-
--- What to connect to, in turn. nginx asks no hosts file, and tells none of a name's addresses.
-local function addresses(endpoint)
-  if endpoint.path then return { "unix:" .. endpoint.path } end
-  local host = endpoint.host
-  if host == "localhost" then return { "127.0.0.1", "[::1]" } end
-  if host:find(":", 1, true) then return { "[" .. host .. "]" } end
-  local list = {}
-  for i = 1, is_address(host) and 1 or ATTEMPTS do list[i] = host end
-  return list
-end
-
--- A connected cosocket.
-local function connect(endpoint, deadline, now)
-  local list = addresses(endpoint)
-  local kind, temporary, text
-  for i, address in ipairs(list) do
-    local left = deadline - now()
-    if left <= 0 then
-      if not kind then kind, temporary, text = kind_of "timeout" end
-      break
-    end
-    local socket = ngx.socket.tcp()
-    local share = ms(left / (#list - i + 1))
-    socket:settimeouts(share, SEND_TIMEOUT, share)
-    local ok, err
-    if endpoint.path then ok, err = socket:connect(address) else ok, err = socket:connect(address, endpoint.port) end
-    if ok then return socket end
-    local why, again, said = kind_of(tostring(err))
-    -- Of two failures the one that came farther says what is wrong.
-    if not kind or kind == "refused" then kind, temporary, text = why, again, said end
-    if why == "dns" then break end
-  end
-  return nil, kind, ("cannot connect to %s: %s"):format(describe(endpoint), text), temporary
-end
-
---- See docs/internals.md.
 ---@param runtime table the resty runtime
----@return moonrabbit.resty.Transport|nil, string? kind, string? text, boolean? temporary
-function M.open(runtime, endpoint, tls, timeout)
-  local now = runtime.now
-  local deadline = now() + (timeout or 60)
-  local identity, problem
-  if tls then
-    identity, problem = M.prepare(tls)
-    if identity == nil then return nil, "tls", problem, false end
-  end
-  local socket, kind, text, temporary = connect(endpoint, deadline, now)
-  if not socket then return nil, kind, text, temporary end
-  if tls then
-    local rest = ms(deadline - now())
-    socket:settimeouts(rest, rest, rest)
-    local ok
-    ok, kind, text, temporary = secure(socket, tls, identity)
-    if not ok then
-      socket:close()
-      return nil, kind, text, temporary
-    end
-  end
+---@param socket table a connected cosocket of the running handler; the transport's from now on
+---@param secure boolean whether it speaks TLS
+---@return moonrabbit.resty.Transport
+return function(runtime, socket, secure)
   socket:settimeouts(SEND_TIMEOUT, SEND_TIMEOUT, READ_TIMEOUT)
   local self = setmetatable({
-    socket = socket, secure = tls ~= nil, request = get_request(), now = now,
+    socket = socket, secure = secure, request = get_request(), now = runtime.now,
     chunks = {}, first = 1, last = 0, ahead = 0, -- what was read and not taken yet
     arrived = runtime.condition(), taken = semaphore.new(), over = semaphore.new(),
     closed = false, writing = false, send_timeout = SEND_TIMEOUT,
@@ -343,5 +184,3 @@ function M.open(runtime, endpoint, tls, timeout)
   thread_spawn(own, self)
   return self
 end
-
-return M

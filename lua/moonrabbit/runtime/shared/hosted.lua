@@ -16,9 +16,11 @@
 
 local net = require "moonrabbit.net"
 local yielding = require "moonrabbit.runtime.pcall"
+local cancelled = require "moonrabbit.runtime.shared.cancelled"
 local condition = require "moonrabbit.runtime.shared.condition"
 local descriptors = require "moonrabbit.runtime.shared.descriptors"
 local open = require "moonrabbit.runtime.shared.open"
+local report = require "moonrabbit.runtime.shared.report"
 local server = require "moonrabbit.runtime.shared.server"
 local transport = require "moonrabbit.runtime.shared.transport"
 
@@ -36,11 +38,6 @@ function M.library(name)
   error(("the runtime '%s' needs the module %s (luarocks install %s; Debian: lua-%s): %s"):format(name, name, name,
     name, tostring(library):match "[^\n]+"), 0)
 end
-
---- What a cancelled task throws.
-local cancelled = setmetatable({ kind = "cancelled", message = "the task was cancelled" }, {
-  __tostring = function(self) return self.message end,
-})
 
 --- The running coroutine, as the loop knows it; nil in the main chunk, where nothing can wait.
 ---@return thread?
@@ -197,13 +194,6 @@ local function own_descriptors(host, loop)
   end
 
   return D
-end
-
-local function report(runtime, text, task)
-  local ok, err = pcall(runtime.on_error, text, task)
-  if not ok then
-    io.stderr:write("moonrabbit: on_error failed: ", tostring(err), "\nfor: ", text, "\n")
-  end
 end
 
 --- A runtime (docs/internals.md) in the host's loop.

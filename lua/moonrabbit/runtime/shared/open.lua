@@ -5,6 +5,7 @@
 -- Made for whatever waits for descriptors (shared/descriptors.lua), and its transports.
 
 local net = require "moonrabbit.net"
+local describe = require "moonrabbit.runtime.shared.describe"
 
 local now = net.now
 
@@ -35,13 +36,6 @@ local function share(deadline, left)
   if not deadline then return nil end
   local time = now()
   return time + (deadline - time) / left
-end
-
-local function describe(endpoint)
-  if endpoint.path then return "unix:" .. endpoint.path end
-  local host = endpoint.host
-  if host:find(":", 1, true) and host:sub(1, 1) ~= "[" then host = "[" .. host .. "]" end
-  return host .. ":" .. endpoint.port
 end
 
 --- "cannot connect to NAME: ADDRESS: REASON; ADDRESS: REASON", the name not said twice.

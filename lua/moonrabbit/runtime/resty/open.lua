@@ -1,0 +1,83 @@
+--- Connecting cosockets. nginx looks names up itself, asks no hosts file, and tells none of a name's addresses: it
+--- takes one of them by chance.
+
+local describe = require "moonrabbit.runtime.shared.describe"
+local tls_of = require "moonrabbit.runtime.resty.tls"
+local transport = require "moonrabbit.runtime.resty.transport"
+
+-- A name that may have several addresses is tried so often.
+local ATTEMPTS = 4
+
+local max, min, floor = math.max, math.min, math.floor
+
+local function ms(seconds) return max(1, min(2147483647, floor(seconds * 1000))) end
+
+local function kind_of(err)
+  if err == "timeout" then return "timeout", true, "no answer in time" end
+  if err:find("no resolver defined", 1, true) then
+    return "dns", false, err .. ": nginx looks names up by its own directive `resolver` alone (or give an address)"
+  end
+  if err:find("resolve", 1, true) then return "dns", true, err end
+  if err:find("refused", 1, true) or err:lower():find("no such file", 1, true) then return "refused", true, err end
+  return "closed", true, err
+end
+
+local function is_address(host) return host:find ":" or host:find "^%d+%.%d+%.%d+%.%d+$" end
+
+-- What to connect to, in turn.
+local function addresses(endpoint)
+  if endpoint.path then return { "unix:" .. endpoint.path } end
+  local host = endpoint.host
+  if host == "localhost" then return { "127.0.0.1", "[::1]" } end
+  if host:find(":", 1, true) then return { "[" .. host .. "]" } end
+  local list = {}
+  for i = 1, is_address(host) and 1 or ATTEMPTS do list[i] = host end
+  return list
+end
+
+local function connect(endpoint, deadline, now)
+  local list = addresses(endpoint)
+  local kind, temporary, text
+  for i, address in ipairs(list) do
+    local left = deadline - now()
+    if left <= 0 then
+      if not kind then kind, temporary, text = kind_of "timeout" end
+      break
+    end
+    local socket = ngx.socket.tcp()
+    socket:settimeout(ms(left / (#list - i + 1)))
+    local ok, err
+    if endpoint.path then ok, err = socket:connect(address) else ok, err = socket:connect(address, endpoint.port) end
+    if ok then return socket end
+    local why, again, said = kind_of(tostring(err))
+    -- Of two failures the one that came farther says what is wrong.
+    if not kind or kind == "refused" then kind, temporary, text = why, again, said end
+    if why == "dns" then break end
+  end
+  return nil, kind, ("cannot connect to %s: %s"):format(describe(endpoint), text), temporary
+end
+
+--- `open` of docs/internals.md.
+---@param runtime table the resty runtime
+---@return moonrabbit.resty.Transport|nil, string? kind, string? text, boolean? temporary
+return function(runtime, endpoint, tls, timeout)
+  local now = runtime.now
+  local deadline = now() + (timeout or 60)
+  local identity, problem
+  if tls then
+    identity, problem = tls_of.prepare(tls)
+    if identity == nil then return nil, "tls", problem, false end
+  end
+  local socket, kind, text, temporary = connect(endpoint, deadline, now)
+  if not socket then return nil, kind, text, temporary end
+  if tls then
+    socket:settimeout(ms(deadline - now()))
+    local ok
+    ok, kind, text, temporary = tls_of.secure(socket, tls, identity)
+    if not ok then
+      socket:close()
+      return nil, kind, text, temporary
+    end
+  end
+  return transport(runtime, socket, tls ~= nil)
+end
