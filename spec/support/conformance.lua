@@ -225,49 +225,6 @@ case("a cancelled task ends in its wait, quietly", {}, function(t)
   eventually(t, "the signal went to the next", function() return other end)
 end)
 
-case("a task cancelled while it connects leaves nothing", { "listen" }, function(t)
-  local rt, ended = t.rt, false
-  local server = assert(rt.listen("127.0.0.1", 0))
-  local task = rt.spawn(function()
-    local _, err = t.moonrabbit.pcall(rt.open, { host = "127.0.0.1", port = server:port() }, { verify = false }, 20)
-    ended = err == rt.cancelled
-  end)
-  local peer = assert(server:accept())
-  rt.cancel(task)
-  eventually(t, "it ended", function() return ended end)
-  while peer:read() do end -- the hello, then the end
-  peer:close()
-  server:close()
-end)
-
-case("a task cancelled while it reads, writes or accepts ends there", { "listen" }, function(t)
-  local rt, ended = t.rt, 0
-  local server = assert(rt.listen("127.0.0.1", 0))
-  local near
-  rt.spawn(function() near = assert(rt.open({ host = "127.0.0.1", port = server:port() }, nil, 5)) end)
-  local far = assert(server:accept())
-  eventually(t, "connected", function() return near end)
-  local tasks = {}
-  for i, fn in ipairs {
-    function() near:read() end,
-    function() near:write(("x"):rep(32 * 1024 * 1024)) end,
-    function() server:accept() end,
-  } do
-    tasks[i] = rt.spawn(function()
-      local _, err = t.moonrabbit.pcall(fn)
-      if err == rt.cancelled then ended = ended + 1 end
-    end)
-  end
-  rt.sleep(0.02)
-  for _, task in ipairs(tasks) do rt.cancel(task) end
-  eventually(t, "they ended", function() return ended == 3 end)
-  assert(far:write "after")
-  equal("after", near:read(100, 5))
-  near:close()
-  far:close()
-  server:close()
-end)
-
 -- ---- Peers: a server and what it does with the first that connects ----------------------------------------------------
 
 local function send_back(far)
@@ -300,6 +257,10 @@ local function own_peer(t, host, path)
       arrived()
       far:close()
     end,
+    arrived = arrived,
+    ended = function()
+      while far:read() do end
+    end,
     close = function()
       server:close()
       if far then far:close() end
@@ -313,7 +274,7 @@ local function other_peer(t, host, path)
   local port = tonumber((assert(control:read(64, 10)):match "%d+"))
   local function ask(word)
     assert(control:write(word .. "\n"))
-    return tonumber((assert(control:read(64, 10)):match "%d+"))
+    return tonumber((assert(control:read(64, 20)):match "%d+"))
   end
   ask "alone"
   if host == "::1" then port = ask "six" end
@@ -322,15 +283,76 @@ local function other_peer(t, host, path)
   return {
     port = port,
     echo = function() ask "echo" end, say = function(text) ask("say " .. text) end, hang_up = function() ask "cut" end,
+    arrived = function() eventually(t, "it is connected", function() return ask "arrived" > 0 end) end,
+    ended = function() ask "ended" end,
     close = function() control:close() end,
   }
 end
 
 --- A peer that takes one connection and does what it is told: { port, echo() before it is connected to, say(text),
---- hang_up(), close() }. nil: there is no IPv6.
+--- hang_up(), arrived() returns when it is connected to, ended() when that is closed from here, close() }. nil: there
+--- is no IPv6.
 local function new_peer(t, host, path) return (t.listen and own_peer or other_peer)(t, host or "127.0.0.1", path) end
 
 local function connected(t, peer) return assert(t.rt.open({ host = "127.0.0.1", port = peer.port }, nil, 5)) end
+
+-- ---- Cancelling what waits for the network ---------------------------------------------------------------------------
+
+case("a task cancelled while it connects leaves nothing", { "peer" }, function(t)
+  local rt, ended = t.rt, false
+  local peer = new_peer(t)
+  local task = rt.spawn(function()
+    local _, err = t.moonrabbit.pcall(rt.open, { host = "127.0.0.1", port = peer.port }, { verify = false }, 60)
+    ended = err == rt.cancelled
+  end)
+  peer.arrived()
+  rt.cancel(task)
+  eventually(t, "it ended", function() return ended end)
+  peer.ended()
+  peer.close()
+end)
+
+case("a task cancelled while it reads ends there, and the connection stays", { "peer" }, function(t)
+  local rt, ended = t.rt, false
+  local peer = new_peer(t)
+  local near = connected(t, peer)
+  local task = rt.spawn(function()
+    local _, err = t.moonrabbit.pcall(near.read, near)
+    ended = err == rt.cancelled
+  end)
+  rt.sleep(0.02)
+  rt.cancel(task)
+  eventually(t, "it ended", function() return ended end)
+  peer.say "after"
+  equal("after", near:read(100, 5))
+  near:close()
+  peer.close()
+end)
+
+case("a task cancelled while it writes or accepts ends there", { "listen" }, function(t)
+  local rt, ended = t.rt, 0
+  local server = assert(rt.listen("127.0.0.1", 0))
+  local near
+  rt.spawn(function() near = assert(rt.open({ host = "127.0.0.1", port = server:port() }, nil, 5)) end)
+  local far = assert(server:accept())
+  eventually(t, "connected", function() return near end)
+  local tasks = {}
+  for i, fn in ipairs {
+    function() near:write(("x"):rep(32 * 1024 * 1024)) end,
+    function() server:accept() end,
+  } do
+    tasks[i] = rt.spawn(function()
+      local _, err = t.moonrabbit.pcall(fn)
+      if err == rt.cancelled then ended = ended + 1 end
+    end)
+  end
+  rt.sleep(0.02)
+  for _, task in ipairs(tasks) do rt.cancel(task) end
+  eventually(t, "they ended", function() return ended == 2 end)
+  near:close()
+  far:close()
+  server:close()
+end)
 
 -- ---- Opening --------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@
 --   unix PATH   and on a unix socket
 --   echo        what will connect gets back what it sends
 --   say TEXT    what has connected is told a word
+--   arrived     how many have connected
+--   ended       answers once what has connected has hung up
 local native = require "moonrabbit.runtime.native"
 
 local host, port = arg[1], tonumber(arg[2])
@@ -73,6 +75,13 @@ function Line:echo() self.echoing = true end
 function Line:say(text)
   while not self.ends[1] do native.sleep(0.001) end
   self.ends[1]:write(text)
+end
+
+function Line:arrived() return #self.ends end
+
+function Line:ended()
+  while not self.ends[1] do native.sleep(0.001) end
+  while self.ends[1]:read() do end
 end
 
 function Line:cut()

@@ -1,5 +1,5 @@
 --- Connecting cosockets. nginx looks names up itself, asks no hosts file, and tells none of a name's addresses: it
---- takes one of them by chance.
+--- takes one of them by chance. Nothing of that can be interrupted; so a light thread does it, which can be killed.
 
 local describe = require "moonrabbit.runtime.shared.describe"
 local tls_of = require "moonrabbit.runtime.resty.tls"
@@ -8,6 +8,7 @@ local transport = require "moonrabbit.runtime.resty.transport"
 -- A name that may have several addresses is tried so often.
 local ATTEMPTS = 4
 
+local thread_spawn, thread_kill = ngx.thread.spawn, ngx.thread.kill
 local max, min, floor = math.max, math.min, math.floor
 
 local function ms(seconds) return max(1, min(2147483647, floor(seconds * 1000))) end
@@ -57,27 +58,46 @@ local function connect(endpoint, deadline, now)
   return nil, kind, ("cannot connect to %s: %s"):format(describe(endpoint), text), temporary
 end
 
---- `open` of docs/internals.md.
----@param runtime table the resty runtime
----@return moonrabbit.resty.Transport|nil, string? kind, string? text, boolean? temporary
-return function(runtime, endpoint, tls, timeout)
-  local now = runtime.now
-  local deadline = now() + (timeout or 60)
+-- A connected cosocket, secure if it is to be.
+local function establish(endpoint, tls, deadline, now)
   local identity, problem
   if tls then
     identity, problem = tls_of.prepare(tls)
     if identity == nil then return nil, "tls", problem, false end
   end
   local socket, kind, text, temporary = connect(endpoint, deadline, now)
-  if not socket then return nil, kind, text, temporary end
-  if tls then
-    socket:settimeout(ms(deadline - now()))
-    local ok
-    ok, kind, text, temporary = tls_of.secure(socket, tls, identity)
-    if not ok then
-      socket:close()
-      return nil, kind, text, temporary
-    end
+  if not socket or not tls then return socket, kind, text, temporary end
+  socket:settimeout(ms(deadline - now()))
+  local ok
+  ok, kind, text, temporary = tls_of.secure(socket, tls, identity)
+  if ok then return socket end
+  socket:close()
+  return nil, kind, text, temporary
+end
+
+-- The body of that light thread.
+local function live(job, runtime, endpoint, tls, deadline)
+  local found = { pcall(establish, endpoint, tls, deadline, runtime.now) }
+  local made = found[1] and found[2] and transport.new(runtime, found[2], tls ~= nil)
+  job.made, job.found = made, found
+  job.over:signal()
+  if made then transport.own(made) end
+end
+
+--- `open` of docs/internals.md.
+---@param runtime table the resty runtime
+---@return moonrabbit.resty.Transport|nil, string? kind, string? text, boolean? temporary
+return function(runtime, endpoint, tls, timeout)
+  local job = { over = runtime.condition() }
+  local thread = thread_spawn(live, job, runtime, endpoint, tls, runtime.now() + (timeout or 60))
+  local ok, problem = true, nil
+  if not job.found then ok, problem = pcall(job.over.wait, job.over) end
+  local made, found = job.made, job.found
+  if not ok then -- this task was cancelled
+    if made then made:close() elseif not found then thread_kill(thread) end
+    error(problem, 0)
   end
-  return transport(runtime, socket, tls ~= nil)
+  if not found[1] then error(found[2], 0) end
+  if made then return made end
+  return nil, found[3], found[4], found[5]
 end

@@ -3,8 +3,8 @@
 -- A cosocket belongs to the handler (request or timer) that made it. One light thread may read it and
 -- one write it; neither can be interrupted, and closing it while one of them waits fails. But a light thread can be
 -- killed, by the one that started it. So each transport has two of its own: one reads ahead, and waits as long as it
--- takes; the other started it, waits until the transport is closed, and ends it then. Whoever wants bytes waits on a
--- condition, which anybody can end. So nothing has to wake up only to look.
+-- takes; the other (which has connected before, in open.lua) started it, waits until the transport is closed, and ends it
+-- then. Whoever wants bytes waits on a condition, which anybody can end. So nothing has to wake up only to look.
 
 local get_request = require("resty.core.base").get_request
 local semaphore = require "ngx.semaphore"
@@ -47,9 +47,12 @@ local function read_ahead(self)
   end
 end
 
--- The light thread that owns the reading one. What is being written is written first: a writer would never learn of
+local M = {}
+
+--- What the light thread that has connected does from then on: it owns the one that reads, until the end. What is being written is written first: a writer would never learn of
 -- its socket's end. In a worker that leaves nobody minds, and a peer that takes nothing must not hold it up.
-local function own(self)
+---@param self moonrabbit.resty.Transport
+function M.own(self)
   local reader = thread_spawn(read_ahead, self)
   while not self.closed or self.writing and not exiting() do self.over:wait(LONG) end
   thread_kill(reader)
@@ -173,14 +176,14 @@ end
 ---@param socket table a connected cosocket of the running handler; the transport's from now on
 ---@param secure boolean whether it speaks TLS
 ---@return moonrabbit.resty.Transport
-return function(runtime, socket, secure)
+function M.new(runtime, socket, secure)
   socket:settimeouts(SEND_TIMEOUT, SEND_TIMEOUT, READ_TIMEOUT)
-  local self = setmetatable({
+  return setmetatable({
     socket = socket, secure = secure, request = get_request(), now = runtime.now,
     chunks = {}, first = 1, last = 0, ahead = 0, -- what was read and not taken yet
     arrived = runtime.condition(), taken = semaphore.new(), over = semaphore.new(),
     closed = false, writing = false, send_timeout = SEND_TIMEOUT,
   }, Transport)
-  thread_spawn(own, self)
-  return self
 end
+
+return M
