@@ -10,12 +10,11 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
-local Session = require "moonrabbit.session"
+local Calls = require "moonrabbit.session.calls"
 local topology = require "moonrabbit.channel.topology"
 local publishing = require "moonrabbit.channel.publishing"
 local survival = require "moonrabbit.channel.survival"
 
-local Calls = Session.Calls
 local check, argument = options.check, options.argument
 local shortstr, boolean, seconds, integer = options.shortstr, options.boolean, options.seconds, options.integer
 

@@ -5,6 +5,7 @@
 -- @module moonrabbit.health.watch
 
 local health = require "moonrabbit.health"
+local Calls = require "moonrabbit.session.calls"
 
 local huge = math.huge
 
@@ -93,11 +94,10 @@ local M = {}
 --- Starts watching an open session.
 ---@param session moonrabbit.Session
 ---@param opts moonrabbit.HealthOptions
----@param run fun(session: moonrabbit.Session, loop: function) runs a loop of the session
-function M.start(session, opts, run)
+function M.start(session, opts)
   local detector = health.new(opts, session.heartbeat, session.runtime.now())
   session.detector = detector
-  local calls = session.Calls.new()
+  local calls = Calls.new()
   local probe = setmetatable({ session = session, calls = calls, _calls = calls }, Probe)
   local self = { session = session, detector = detector, probe = probe }
   self.woken = {
@@ -106,7 +106,7 @@ function M.start(session, opts, run)
       session.ended:broadcast()
     end,
   }
-  session.runtime.spawn(run, session, function() watch(self) end)
+  session:start(function() watch(self) end)
 end
 
 return M

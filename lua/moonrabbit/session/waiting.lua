@@ -1,0 +1,64 @@
+--- Who waits for which answer of the broker.
+-- @module moonrabbit.session
+
+local protect = require "moonrabbit.protect"
+
+local huge = math.huge
+
+---@class moonrabbit.Session
+local Session = {}
+
+--- Waits on a condition for something that only reading can bring.
+---@param left number seconds
+function Session:block(condition, left)
+  if self:read_alone(self.runtime.now() + left) then return end
+  self.awaiting = self.awaiting + 1
+  local check_owner = self.transport.check_owner
+  if check_owner then check_owner(self.transport) end
+  local until_then = self.runtime.now() + left
+  if until_then > self.awaiting_until then self.awaiting_until = until_then end
+  if self.paused and self:may_admit() then self.drained:signal() end
+  condition:wait(left < huge and left or nil)
+  self.awaiting = self.awaiting - 1
+end
+
+--- Queues a call whose method was just handed to the engine. `late(result)` is called when the
+--- answer comes after the caller has given up.
+---@param calls moonrabbit.Calls
+---@return moonrabbit.Call
+function Session:expect(calls, what, late)
+  local call = { what = what, condition = self.runtime.condition(), late = late, done = false }
+  calls:push(call)
+  self:touch()
+  return call
+end
+
+local function wait_for(self, call, deadline)
+  local now = self.runtime.now
+  while not call.done do
+    local left = deadline - now()
+    if left <= 0 then return end
+    self:block(call.condition, left)
+  end
+end
+
+--- Waits for a call: its result, or nil, err.
+---@param call moonrabbit.Call
+---@param timeout number
+function Session:await(call, timeout)
+  local whole, err = protect(wait_for, self, call, self.runtime.now() + timeout)
+  if not whole then -- the task was cancelled, or may not wait here: nobody takes the answer
+    self.awaiting = self.awaiting - 1
+    call.abandoned = true
+    if call.done and call.ok and call.late then call.late(call.result, call.extra) end
+    error(err, 0)
+  end
+  if not call.done then
+    call.abandoned = true
+    return nil, self:error("timeout", ("no answer to %s within %g s"):format(call.what, timeout))
+  end
+  if call.ok then return call.result, call.extra end
+  return nil, call.result
+end
+
+return Session
