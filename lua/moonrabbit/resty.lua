@@ -232,7 +232,7 @@ end
 
 --- Puts a message into the queue and returns: never waits, and may be called in every phase, log_by_lua* too. It is sent
 --- and confirmed like any other; one that fails is counted (`stats`) and logged.
---- err.kind: `overflow`, the queue is full: the message is not in it.
+--- err.kind: `overflow`, the queue is full; `shutdown`, in the last phase of a worker: the message is not in it.
 ---@param body string
 ---@param opts moonrabbit.PublishOptions? as for Channel:publish; `timeout` has no meaning here
 ---@return true|nil, moonrabbit.Error?

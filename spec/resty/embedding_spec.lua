@@ -7,8 +7,9 @@ local ok = broker.ok
 -- Kong: timers are jobs of a few loops, names are looked up by its own client in the connect of each socket.
 local kong = [[
   init_by_lua_block {
-    native_timer_at = ngx.timer.at
+    native_timer_at, native_timer_every = ngx.timer.at, ngx.timer.every
     function ngx.timer.at() error "the wheel of timers was used" end
+    ngx.timer.every = ngx.timer.at
     local new = ngx.socket.tcp
     function ngx.socket.tcp(...)
       local socket = new(...)

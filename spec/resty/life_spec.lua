@@ -19,6 +19,14 @@ local locations = [[
       ngx.say(ok and "ok" or err.kind .. " " .. tostring(err.temporary) .. " " .. err.message)
     }
   }
+  location /body {
+    content_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      local ok, err = rabbit.publish(rabbit.request_body(), { routing_key = ngx.var.arg_queue,
+        timeout = tonumber(ngx.var.arg_timeout) })
+      ngx.say(ok and "ok" or err.kind .. " " .. err.message)
+    }
+  }
   location /async {
     content_by_lua_block {
       local args = ngx.req.get_uri_args()
@@ -28,6 +36,29 @@ local locations = [[
         if ok then n = n + 1 else ngx.ctx.err = err end
       end
       ngx.say(n, " ", ngx.ctx.err and ngx.ctx.err.kind or "ok")
+    }
+  }
+  location /run {
+    content_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      local ran, err = rabbit.run(function(conn) return conn:state() end, tonumber(ngx.var.arg_timeout))
+      ngx.say(ran or err.kind .. " " .. err.message)
+    }
+  }
+  location /busy {
+    content_by_lua_block {
+      Freed = false
+      for i = 1, 10 do ngx.timer.at(0, function() while not Freed do ngx.sleep(0.01) end end) end
+      ngx.sleep(0.05)
+      ngx.say(ngx.timer.running_count())
+    }
+  }
+  location /free { content_by_lua_block { Freed = true } }
+  location /for_ever {
+    content_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      ngx.say(tostring(rabbit.publish("for ever", { routing_key = ngx.var.arg_queue, timeout = math.huge })), " ",
+        tostring(rabbit.run(function() ngx.sleep(0.05) return "ran" end, math.huge)))
     }
   }
   location /late {
@@ -142,7 +173,14 @@ describe("a worker of nginx #resty", function()
     }
     server:ready "/ping"
     assert.matches("^auth false ", (publish("x", 20)))
-    assert.matches("^auth false ", (publish("y", 20)))
+    -- Nobody waits for the next attempt either.
+    local answer = publish("y", 2)
+    assert.matches("^auth false ", answer)
+    assert.is_nil(answer:find("there was no connection", 1, true))
+    answer = server:request "/run?timeout=2"
+    assert.matches("^auth ", answer)
+    assert.is_nil(answer:find("there was no connection", 1, true))
+    assert.equal(0, stats().timeouts)
     assert.is_nil(server:log():find("wrong", 1, true))
   end)
 
@@ -192,7 +230,7 @@ describe("a worker of nginx #resty", function()
     local sessions = stats().sessions
     assert.truthy(sessions >= 10, sessions)
     local all, now = (server:request "/timers"):match "^(%d+) (%d+)"
-    assert.truthy(tonumber(all) >= sessions + 1, all) -- one more notices the worker's end
+    assert.truthy(tonumber(all) >= sessions, all)
     assert.equal("1", now) -- those of lost connections have ended, and nginx has freed what they used
   end)
 
@@ -212,6 +250,117 @@ describe("a worker of nginx #resty", function()
     line.silent = true
     assert.equal("ok\n", (publish("after", 20)))
     assert.equal(lines, #line.lines, "the silent one was asked again")
+  end)
+
+  it("comes back though nginx has run too many timers", function()
+    line = open_line()
+    start(line.port, "metrics = 'numbers'", { http_before = "lua_max_running_timers 3; lua_shared_dict numbers 1m;" })
+    assert.equal("ok\n", (publish "before"))
+    assert.equal("3\n", (server:request "/busy"))
+    line:cut()
+    server:logged "nginx has not run the timer of the next attempt %(lua_max_running_timers"
+    assert.equal("ok\n", (publish "busy"))
+    server:request "/free"
+    broker.eventually(function() return (server:request "/timers") end)
+    line:cut()
+    assert.equal("ok\n", (publish "after"))
+    broker.eventually(function() return ((server:request "/timers") or ""):find " 1\n" end, 10, "one timer is left")
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 5)
+  end)
+
+  it("waits for ever when it is told to", function()
+    start(broker.parsed().port)
+    assert.equal("true ran\n", (server:request("/for_ever?queue=" .. queue)), server:log())
+    assert.equal(0, stats().timeouts)
+  end)
+
+  it("does not say that a message was not sent when it was, and the password is wrong since", function()
+    line = open_line()
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block {
+        require "moonrabbit.resty".start { uri = "amqp://127.0.0.1:%d/", user = "guest", reconnect = { first = 0.05 },
+          password = function()
+            Asked = (Asked or 0) + 1
+            return Asked == 1 and "guest" or "wrong"
+          end }
+      }]]):format(line.port),
+      server = locations,
+    }
+    server:ready "/ping"
+    assert.equal("ok\n", (publish "before"))
+    line.silent = true
+    moonrabbit.run(function()
+      local answer
+      moonrabbit.spawn(function() answer = publish("sent", 20) end)
+      broker.eventually(function() return stats().in_flight == 1 end)
+      line.silent = false
+      line:cut()
+      broker.eventually(function() return answer end)
+      assert.matches("^timeout false [^\n]*outcome is unknown, and cannot be made again: ", answer)
+    end)
+    assert.matches("^auth false ", (publish("unsent", 20)))
+  end)
+
+  it("what it says was not sent does not come, when there is no room on the line", function()
+    line = open_line()
+    start(line.port, "max_buffer = 65536", { http_before = "client_max_body_size 1m; client_body_buffer_size 1m;" })
+    assert.equal("ok\n", (publish "before"))
+    line.stuck = true
+    local answers, n = {}, 0
+    moonrabbit.run(function()
+      -- More than the buffers of all sockets on the way take.
+      for i = 1, 200 do
+        moonrabbit.spawn(function()
+          answers[i] = server:request(("/body?queue=%s&timeout=0.5"):format(queue), { body = i .. ("x"):rep(100000) })
+          n = n + 1
+        end)
+      end
+      broker.eventually(function() return n == 200 end, 30)
+      line.stuck = false
+      broker.eventually(function()
+        local now = stats()
+        return now.in_flight == 0 and now.queued == 0 and now.bytes == 0
+      end, 20, "all is settled")
+    end)
+    local seen, unknown, unsent = {}, 0, 0
+    for body in pairs((taken())) do seen[body:match "^%d*"] = true end
+    for i, answer in pairs(answers) do
+      if answer:find("the message was not sent", 1, true) then
+        unsent = unsent + 1
+        assert.is_nil(seen[tostring(i)], i)
+      elseif answer:find("outcome is unknown", 1, true) then
+        unknown = unknown + 1
+        assert.truthy(seen[tostring(i)], i)
+      end
+    end
+    assert.truthy(unknown > 0 and unsent > 0, ("%d unknown, %d not sent"):format(unknown, unsent))
+  end)
+
+  it("has so many functions under way, and no more", function()
+    local port = nginx.free_port()
+    start(port, "calls = 2")
+    moonrabbit.run(function()
+      local answers, n = {}, 0
+      for i = 1, 3 do
+        moonrabbit.spawn(function()
+          answers[i] = server:request "/run?timeout=0.5"
+          n = n + 1
+        end)
+      end
+      broker.eventually(function() return n == 3 end)
+      table.sort(answers)
+      assert.matches("^overflow 2 calls are under way in this worker", answers[1])
+      for i = 2, 3 do assert.matches("^refused there was no connection to the broker for 0.5 s", answers[i]) end
+      assert.equal(0, stats().calls)
+      moonrabbit.spawn(function() answers.late = server:request "/run?timeout=10" end)
+      broker.eventually(function() return stats().calls == 1 end)
+      line = open_line(port)
+      broker.eventually(function() return answers.late end)
+      assert.equal("open\n", answers.late)
+      assert.equal(0, stats().calls)
+    end)
   end)
 
   it("says that an outcome is unknown when the broker is silent", function()

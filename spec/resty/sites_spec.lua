@@ -119,7 +119,9 @@ describe("two sites in nginx #resty", function()
     at "standby false"
     assert.matches("^blocked true publishing is held: site 'standby' is consume%-only", publish "two")
     assert.equal("true\n", (server:request(("/async?queue=%s&body=three"):format(answers))))
-    assert.equal(1, cjson.decode((server:request "/stats")).queued)
+    local now = cjson.decode((server:request "/stats"))
+    assert.equal(1, now.queued)
+    assert.equal(0, now.timeouts) -- it was said at once
     consumed "at the standby"
     assert.is_false(channel:get(answers, { no_ack = true }))
 

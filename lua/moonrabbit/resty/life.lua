@@ -5,16 +5,20 @@
 -- reload`, `quit`) takes no new timers but those without a delay, and lives until its last one has ended.
 -- @module moonrabbit.resty.life
 
-local runtime = require "moonrabbit.runtime.resty"
 local random = require "moonrabbit.random"
+local runtime = require "moonrabbit.runtime.resty"
+local semaphore = require "ngx.semaphore"
 
 local life = { exiting = false }
 
-local now = runtime.now
+local now, exiting = runtime.now, ngx.worker.exiting
 
 -- A timer of nginx's own. Kong has put a wheel in the place of ngx.timer.at, whose jobs share a few timers, and has kept
--- the original under this name.
-local function timer_at(...) return (_G.native_timer_at or ngx.timer.at)(...) end
+-- the original under this name. In the last phase of a worker ngx_lua throws instead of saying that it is too late.
+local function timer_at(...)
+  if ngx.get_phase() == "exit_worker" then return nil, "process exiting" end
+  return (_G.native_timer_at or ngx.timer.at)(...)
+end
 life.timer_at = timer_at
 
 -- A timer that is aborted when the worker leaves tells of it.
@@ -23,27 +27,33 @@ local SENTINEL = 3600
 local GOODBYE = 1
 -- A session that ended before this many seconds counts as an attempt that failed.
 local SHORT = 2
+-- A timer that has not begun so long after it was due never will.
+local LATE = 1
 
 -- ---- Leaving ----------------------------------------------------------------------------------------
 
 local listeners = {}
 local armed = false
 
-local arm
-
-local function sentinel(premature)
-  if not premature then return arm() end
+local function leave()
+  if life.exiting then return end
   life.exiting = true
   for _, fn in ipairs(listeners) do fn() end
   -- What a timer posts that is aborted arrives with nginx's next event: this is one.
   timer_at(0, function() end)
 end
 
-function arm()
-  local ok, err = timer_at(SENTINEL, sentinel)
-  if not ok and err ~= "process exiting" then
-    ngx.log(ngx.ERR, "moonrabbit: no timer to notice the worker's end with: ", err)
-  end
+-- One that nginx does not run, for too many others run, is there again the next time.
+local function arm()
+  local ok, err = (_G.native_timer_every or ngx.timer.every)(SENTINEL, function(premature)
+    if premature then leave() end
+  end)
+  if not ok then ngx.log(ngx.ERR, "moonrabbit: no timer to notice the worker's end with: ", err) end
+end
+
+--- Notices that the worker is to leave, should the timer that does so not have been run.
+function life.look()
+  if exiting() then leave() end
 end
 
 --- Calls `fn` once the worker is to leave. It must not yield.
@@ -116,55 +126,79 @@ local function attempt(self)
   self.config.failed(err)
 end
 
-local function on_timer(_, self)
-  local ok, problem = xpcall(runtime.pooled, debug.traceback, attempt, self)
-  if not ok then
-    runtime.log("error", self.config.name .. ": " .. tostring(problem))
-    self.attempt = self.attempt + 1
-  end
-  self:again()
+-- The body of a timer. `begun`: what the timer before it waits on, which may have given this one up.
+local function on_timer(_, self, begun)
+  if begun ~= self.begun then return end
+  if begun then begun:post(1) end
+  repeat
+    local ok, problem = xpcall(runtime.pooled, debug.traceback, attempt, self)
+    if not ok then
+      runtime.log("error", self.config.name .. ": " .. tostring(problem))
+      self.attempt = self.attempt + 1
+    end
+  until self:again()
 end
 
 -- A delay that a worker which leaves can still wait for.
-local function wait_then_try(_, self, delay)
+local function wait_then_try(_, self, begun, delay)
+  if begun ~= self.begun then return end
+  begun:post(1)
   ngx.sleep(delay)
+  self.begun = nil
   on_timer(nil, self)
 end
 
---- Plans the next attempt, if there is to be one.
+-- Plans a timer. Returns what is posted to once it has begun, and the seconds until then.
+local function plan(self, delay)
+  local begun = semaphore.new()
+  self.begun = begun
+  if not life.exiting and timer_at(delay, on_timer, self, begun) then return begun, delay end
+  if self.leave_by then delay = math.min(delay, self.leave_by - now()) end
+  local ok, err = timer_at(0, wait_then_try, self, begun, math.max(delay, 0.001))
+  if not ok then
+    runtime.log("error", self.config.name .. ": cannot start a timer: " .. tostring(err))
+    return begun, delay
+  end
+  return begun, 0
+end
+
+-- Whether the worker leaves, and has no need of this connection or no time for it.
+local function over(self) return life.exiting and (not self.config.wanted() or self:overdue()) end
+
+--- Plans the next attempt, if there is to be one, and waits until its timer has begun: nginx forgets timers that are due
+--- while `lua_max_running_timers` run or it has no connection left (worker_connections).
+---@return boolean done  false: the next attempt is the calling timer's
 function Keeper:again()
-  if life.exiting and (not self.config.wanted() or self:overdue()) then
-    self.state = "idle"
-    return
+  life.look()
+  if over(self) then
+    self.state, self.begun = "idle", nil
+    return true
   end
   local delay = self:backoff()
   self.state = "waiting"
   if self.failure then
     runtime.log("warn", ("%s: %s; trying again in %.1f s"):format(self.config.name, tostring(self.failure), delay))
   end
-  local ok, err
-  if not life.exiting then ok, err = timer_at(delay, on_timer, self) end
-  if not ok then
-    if self.leave_by then delay = math.min(delay, self.leave_by - now()) end
-    ok, err = timer_at(0, wait_then_try, self, math.max(delay, 0.001))
-  end
-  if not ok then
-    self.state = "idle"
-    runtime.log("error", self.config.name .. ": cannot start a timer: " .. tostring(err))
-  end
+  local begun, due = plan(self, delay)
+  if begun:wait(math.max(0, due) + LATE) then return true end
+  runtime.log("warn", self.config.name .. ": nginx has not run the timer of the next attempt (lua_max_running_timers,"
+    .. " worker_connections): the one before it goes on")
+  self.begun = nil
+  return false
 end
 
---- Begins, or begins again in a worker that is leaving.
+--- Begins, or begins again in a worker that is leaving. False: there can be no timer.
+---@return boolean
 function Keeper:start()
-  if self.state ~= "idle" then return end
-  self.state = "connecting"
+  if self.state ~= "idle" then return true end
+  self.state, self.begun = "connecting", nil
   if life.exiting then self.leave_by = now() + self.config.exit_timeout end
   local ok, err = timer_at(0, on_timer, self)
   if not ok then
     self.state = "idle"
     runtime.log("error", self.config.name .. ": cannot start a timer: " .. tostring(err))
   end
-  return ok
+  return ok and true or false
 end
 
 return life

@@ -22,10 +22,14 @@ local sum = require "moonrabbit.metrics.sum"
 
 local metrics = {}
 
+local cached_now = ngx.now -- of nginx's turn: cheap enough to be asked for each message
+
 -- Seconds after which what has happened is on the page of a worker.
 local EVERY = 1
 -- The same in a worker that leaves.
 local SOON = 0.1
+-- A timer that has not begun so long after it was due never will: nginx has too many.
+local LATE = 5
 
 local TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -58,18 +62,19 @@ function Shared:write()
 end
 
 local function on_timer(premature, self)
+  life.look()
   if not premature and life.exiting then ngx.sleep(SOON) end
-  self.armed = false
+  self.due = 0
   if not self:write() and not life.exiting then self:touch() end
 end
 
 --- Something has happened: it is on the page soon. May be called in every phase.
 function Shared:touch()
-  if self.armed then return end
-  self.armed = true
+  local at = cached_now()
+  if at < self.due then return end
   -- A worker that leaves takes timers without a delay only.
   local ok = life.timer_at(life.exiting and 0 or EVERY, on_timer, self)
-  if not ok then self.armed = false end
+  self.due = ok and at + EVERY + LATE or 0
 end
 
 -- ---- The pages of all -------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ function metrics.open(name)
     return worker
   end
   worker = setmetatable({
-    name = name, slots = Slots.open(name), labels = {}, armed = false,
+    name = name, slots = Slots.open(name), labels = {}, due = 0,
     metrics = moonrabbit_metrics.new { log = runtime.log },
   }, Shared)
   worker:touch()

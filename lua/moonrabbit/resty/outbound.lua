@@ -37,7 +37,17 @@ local LOG_EVERY = 10
 -- Semaphores that are kept to be used again.
 local SPARE = 256
 
+-- As long as nginx's timers allow with some room.
 local LONG = 86400
+
+-- Waits for a semaphore for so many seconds, or for ever (math.huge).
+local function wait_for(sema, seconds)
+  while seconds > LONG do
+    if sema:wait(LONG) then return end
+    seconds = seconds - LONG
+  end
+  sema:wait(seconds)
+end
 
 --- config: `name`, `entries`, `bytes`, `linger`, `calls` (functions that run at once), `setup`, `connect`, `backoff`,
 --- `exit_timeout`, `watch`.
@@ -106,6 +116,9 @@ local function push(self, body, route, waiter)
     return nil, self:error("overflow", ("the queue of this worker is full (%d messages, %d bytes of bodies)"):format(
       tail - self.head, self.bytes), size <= self.config.bytes)
   end
+  if self.keeper.state == "idle" and not self.keeper:start() and life.exiting then
+    return nil, self:error("shutdown", "the worker is almost gone: it sends nothing any more", true)
+  end
   local slot = tail % self.entries + 1
   self.kept[slot], self.routes[slot], self.confirmations[slot] = waiter or body, route, false
   self.tail, self.bytes, self.published = tail + 1, self.bytes + size, self.published + 1
@@ -118,7 +131,6 @@ local function push(self, body, route, waiter)
     self.sleeping = nil
     self.wake:post(1)
   end
-  if self.keeper.state == "idle" then self.keeper:start() end
   if self.metrics then self.metrics:touch() end
   return true
 end
@@ -232,7 +244,7 @@ function Outbound:publish(body, route, timeout)
   local began = seconds and now()
   local ok, err = push(self, body, route, waiter)
   if ok then
-    waiter.semaphore:wait(timeout)
+    wait_for(waiter.semaphore, timeout)
     if not waiter.done then return give_up(self, waiter, timeout) end
     ok, err = waiter.ok, waiter.err
     if ok and seconds then seconds:observe(now() - began) end
@@ -285,6 +297,7 @@ end
 
 -- Called by the reader when the broker has settled something; must not yield.
 local function noticed(self)
+  life.look()
   if not settle(self, SCAN) then self.sweep_due = true end
   if self.sweep_due or self.next < self.suspects or life.exiting then self:rouse() end
 end
@@ -364,7 +377,7 @@ local function rest(self, channel, limit)
   if linger == 0 or self.urgent or self.sweep_due or #self.jobs > 0 or life.exiting or self.next == self.tail
     or crowded(self) or not channel:is_open() then return end
   self.sleeping = "urgent"
-  self.wake:wait(linger)
+  self.wake:wait(math.min(linger, LONG))
   self.sleeping = nil
 end
 
@@ -486,8 +499,12 @@ function Outbound:connecting_failed(err)
   if life.exiting and self.keeper:overdue() then return self:abandon() end
   if err.temporary ~= false then return end
   -- Who waits learns at once what waiting does not help against.
+  local unknown = self:error("timeout", "the connection was lost before the broker confirmed the message, whose outcome"
+    .. " is unknown, and cannot be made again: " .. err.message, false)
   for index = self.head, self.tail - 1 do
-    if type(self.kept[index % self.entries + 1]) == "table" then finish(self, index, nil, err) end
+    if type(self.kept[index % self.entries + 1]) == "table" then
+      finish(self, index, nil, index < self.sent_to and unknown or err)
+    end
   end
   self:fail_jobs(err)
 end
@@ -528,7 +545,7 @@ function Outbound:run(fn, timeout)
   self.jobs[#self.jobs + 1] = job
   self:rouse()
   if self.keeper.state == "idle" then self.keeper:start() end
-  job.done:wait(timeout)
+  wait_for(job.done, timeout)
   local results = job.results
   if not results then
     for i = #self.jobs, 1, -1 do

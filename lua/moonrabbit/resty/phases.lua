@@ -5,13 +5,14 @@ local phases = {}
 
 -- Those in which ngx_lua lets a semaphore be waited for and a cosocket be used.
 local waits = { rewrite = true, server_rewrite = true, access = true, content = true, timer = true, ssl_cert = true,
-  ssl_session_fetch = true }
+  ssl_client_hello = true, ssl_session_fetch = true }
 
 local names = {
   set = "set_by_lua*", header_filter = "header_filter_by_lua*", body_filter = "body_filter_by_lua*",
   log = "log_by_lua*", balancer = "balancer_by_lua*", init = "init_by_lua*", init_worker = "init_worker_by_lua*",
   exit_worker = "exit_worker_by_lua*", rewrite = "rewrite_by_lua*", access = "access_by_lua*",
   content = "content_by_lua*", timer = "a timer", ssl_cert = "ssl_certificate_by_lua*",
+  ssl_session_store = "ssl_session_store_by_lua*",
 }
 
 --- The name of the phase as nginx's directives have it.
