@@ -132,6 +132,99 @@ describe("moonrabbit doctor --app", function()
     assert.equal(0, doctor({}, { AMQP_URL = "", MOONRABBIT_URL = "" }).code)
   end)
 
+  describe("of several endpoints", function()
+    local here, nowhere, inside
+
+    before_each(function()
+      local p = broker.parsed()
+      here, nowhere = ("%s:%d"):format(p.host, p.port), "127.0.0.1:1"
+      inside = { AMQP_URL = "", MOONRABBIT_URL = "" }
+    end)
+
+    local function connects(text) write { more = ("connect = { %s },"):format(text) } end
+
+    local function list(...)
+      local uris = {}
+      for i, each in ipairs { ... } do uris[i] = ("'amqp://%s/'"):format(each) end
+      return ("endpoints = { %s }"):format(table.concat(uris, ", "))
+    end
+
+    local function steps_at(report, endpoint)
+      local found, failed = {}, nil
+      for _, each in ipairs(report.steps) do
+        if each.endpoint == endpoint then
+          found[#found + 1] = each.step
+          if not each.ok then failed = each.step end
+        end
+      end
+      return table.concat(found, " "), failed
+    end
+
+    it("looks at each, and names those that cannot be used", function()
+      connects(list("guest:guest@" .. here, nowhere))
+      local result = doctor({}, inside)
+      assert.equal(3, result.code, result.out)
+      assert.truthy(result.out:find("• endpoint    1 of 2: " .. here, 1, true), result.out)
+      assert.truthy(result.out:find("• endpoint    2 of 2: " .. nowhere .. "\n✓ URL", 1, true), result.out)
+      assert.truthy(result.out:find("✗ TCP         " .. nowhere, 1, true), result.out)
+      finds(result, "endpoints", "1 of 2 cannot be used: " .. nowhere, "would not get in")
+    end)
+
+    it("looks at what the app needs where it gets in first, and once", function()
+      connects(list(nowhere, "guest:wrong-word@" .. here, "guest:guest@" .. here, "guest:guest@" .. here))
+      local result = doctor({ "--json" }, inside)
+      assert.equal(3, result.code, result.out)
+      local report = assert(cjson.decode(result.out))
+      local found, failed = steps_at(report, nowhere)
+      assert.equal("URL DNS TCP", found)
+      assert.equal("TCP", failed)
+      found, failed = steps_at(report, here)
+      local reach, session = "URL DNS TCP TLS protocol login", " vhost versions tuned round trip"
+      assert.equal(reach .. " " .. reach .. session .. " topology permissions retries " .. reach .. session, found)
+      assert.equal("login", failed)
+      assert.equal("endpoints", report.steps[#report.steps].step)
+      assert.same({ nowhere, here }, report.steps[#report.steps].data.unusable)
+      assert.is_nil((result.out .. result.err):find("wrong-word", 1, true))
+    end)
+
+    it("is content where all can be used, and says only what is not with --quiet", function()
+      connects(list("guest:guest@" .. here, "guest:guest@" .. here))
+      local result = doctor({}, inside)
+      assert.equal(0, result.code, result.out)
+      assert.truthy(step(result, "endpoints")[1].text:find("all 2", 1, true), result.out)
+      assert.equal("", doctor({ "--quiet" }, inside).out)
+      connects(list("guest:guest@" .. here, nowhere))
+      local quiet = doctor({ "--quiet" }, inside).out
+      assert.truthy(quiet:find "^• endpoint    2 of 2: [^\n]+\n✗ TCP", quiet)
+    end)
+
+    it("looks at both sites, each with its own user, and at what the app needs in each", function()
+      bench:write("password", "guest\n")
+      connects(("sites = { primary = { uri = 'amqp://%s/', password = mr.secret.file '$FOLDER/password' },"
+        .. " standby = { endpoints = { 'amqp://%s/', 'amqp://%s/' }, user = 'nobody', password = 'open-sesame' } }")
+        :format(here, nowhere, here))
+      local result = doctor({ "--json" }, inside)
+      assert.equal(3, result.code, result.out)
+      local report = assert(cjson.decode(result.out))
+      assert.truthy(steps_at(report, "primary " .. here):find("retries", 1, true), result.out)
+      local _, failed = steps_at(report, "standby " .. here)
+      assert.equal("login", failed)
+      assert.same({ "standby " .. nowhere, "standby " .. here }, report.steps[#report.steps].data.unusable)
+      assert.is_nil((result.out .. result.err):find("open-sesame", 1, true))
+      connects(("sites = { primary = { uri = 'amqp://%s/' }, standby = { uri = 'amqp://%s/' } }"):format(here, here))
+      report = assert(cjson.decode(doctor({ "--json" }, inside).out))
+      assert.equal(0, report.exit_code)
+      assert.truthy(steps_at(report, "standby " .. here):find("retries", 1, true))
+    end)
+
+    it("ends with 2 where they make no sense together", function()
+      connects(("sites = { primary = { uri = 'amqp://%s/' } }"):format(here))
+      local result = doctor({}, inside)
+      assert.equal(2, result.code, result.out)
+      finds(result, "app", "sites.standby is missing")
+    end)
+  end)
+
   it("finds a wait queue that somebody declared otherwise", function()
     broker.ok(ch:queue_declare(bench.name .. ".wait.5s", { durable = true, arguments = { ["x-message-ttl"] = 60000 } }))
     local result = doctor()

@@ -79,6 +79,26 @@ describe("the connection of an app that a command runs", function()
       found.connect_timeout, found.mechanism, found.frame_max })
   end)
 
+  it("has a place for each that is listed, with what the site says of its own", function()
+    local primary = { endpoints = { "amqp://a/", "amqp://b/" }, mode = "smart", password = secret }
+    local given = assert(options { user = "all", sites = { primary = primary,
+      standby = { uri = "amqps://c/", user = "other", password = "standby-word", tls = { ca = "/ca.pem" } } } })
+    assert.equal(secret, primary.password)
+    local names = {}
+    for i, place in ipairs(assert(app_connection.places(given))) do
+      names[i] = ("%s %s@%s"):format(place.site, place.parsed.user, place.parsed.host)
+      require("moonrabbit.connection.options").check(place.options, 1)
+      assert.is_nil(place.options.sites or place.options.endpoints or place.options.mode)
+    end
+    assert.same({ "primary all@a", "primary all@b", "standby other@c" }, names)
+    assert.equal("***", output.redact "standby-word")
+    assert.equal("from-a-file", given.sites.primary.password())
+    assert.equal("***", output.redact "from-a-file")
+    local none, problem = app_connection.places { mode = "proxy", endpoints = { "amqp://a/", "amqp://b/" } }
+    assert.is_nil(none)
+    assert.equal("connect: mode \"proxy\" takes one endpoint, the balancer's", problem)
+  end)
+
   it("goes to one place, not to the script's several", function()
     env.AMQP_URL = "amqp://here/"
     local _, given = target { endpoints = { "amqp://a/", "amqp://b/" }, mode = "smart", near = "q", shuffle = true,

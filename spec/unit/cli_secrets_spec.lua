@@ -24,7 +24,11 @@ local function refusing_broker(what)
     client:close()
   end
   native.spawn(function()
-    for client in function() return (server:accept()) end do native.spawn(serve, client) end
+    local client = server:accept()
+    while client do
+      native.spawn(serve, client)
+      client = server:accept()
+    end
   end)
   return server
 end
@@ -88,7 +92,9 @@ describe("secrets of the command line", function()
         app(("uri = 'amqp://me@%s', password = '%s'"):format(where, SECRET)),
         app(("uri = 'amqp://me@%s', password = function() return '%s' end"):format(where, SECRET)),
         app(("uri = 'amqp://me@%s', password = mr.secret.file '%s'"):format(where, file(SECRET))),
-        app(("endpoints = { 'amqp://me:%s@%s' }"):format(ENCODED, where)),
+        app(("endpoints = { 'amqp://me:something@127.0.0.1:1/', 'amqp://me:%s@%s' }"):format(ENCODED, where)),
+        app(("sites = { primary = { uri = 'amqp://127.0.0.1:1/' }, standby = { uri = 'amqp://%s', password = '%s' } }")
+          :format(where, SECRET)),
       }
     end
 

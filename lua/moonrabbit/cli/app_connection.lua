@@ -16,11 +16,17 @@ local may_be_said = { "user", "password", "mechanism", "heartbeat", "frame_max",
 -- Of the script's TLS options, those that are not about the broker's name and whether to verify it.
 local about_ourselves = { "ca", "cert", "key", "min_version" }
 
+local function copy(given)
+  local all = {}
+  for name, value in pairs(given) do all[name] = value end
+  return all
+end
+
 -- The log is the command's, and its runtime the native one.
 local function own_options(app)
-  local own, given = app._spec.connect, {}
+  local own = app._spec.connect
   if type(own) ~= "table" then return { uri = own } end
-  for name, value in pairs(own) do given[name] = value end
+  local given = copy(own)
   given.log, given.runtime = nil, nil
   return given
 end
@@ -45,8 +51,7 @@ end
 
 local function merged(own, outer)
   if type(own) ~= "table" or type(outer) ~= "table" then return outer or own end
-  local all = {}
-  for name, value in pairs(own) do all[name] = value end
+  local all = copy(own)
   for name, value in pairs(outer) do all[name] = value end
   return all
 end
@@ -60,14 +65,25 @@ local function uris_of(given, list)
   return list
 end
 
+local function keep_password(given)
+  if type(given.password) == "string" then output.secret(given.password) end
+  if type(given.password) == "function" then given.password = require("moonrabbit.secret").from(given.password) end
+end
+
 -- Whatever is a password here will be in no log.
 local function keep_secrets(given)
   for _, text in ipairs(uris_of(given, {})) do
     local parsed = uri.parse(text)
     if parsed and parsed.password ~= parsed.user then output.secret(parsed.password) end
   end
-  if type(given.password) == "string" then output.secret(given.password) end
-  if type(given.password) == "function" then given.password = require("moonrabbit.secret").from(given.password) end
+  keep_password(given)
+  given.sites = given.sites and copy(given.sites)
+  for name, site in pairs(given.sites or {}) do
+    if type(site) == "table" then
+      given.sites[name] = copy(site)
+      keep_password(given.sites[name])
+    end
+  end
 end
 
 --- Options of connect, and where the URL is from; nil and what is wrong with them.
@@ -86,12 +102,31 @@ function app_connection.options(app, args)
   return given, source
 end
 
+-- Complaints of the checks name no line of ours.
+local NOWHERE = -100
+
+--- The places of such options, as they are listed: for each the options of a connection that goes there alone, the
+--- target that they make (moonrabbit.connection.target), and which of two sites it belongs to. nil and what is wrong.
+---@param given table
+---@return { options: table, parsed: table, site: string? }[]|nil, string? problem
+function app_connection.places(given)
+  local cluster = require "moonrabbit.cluster"
+  local context = { runtime = require "moonrabbit.runtime.native", log = function() end }
+  local sound, problem = pcall(cluster.source, given, context, NOWHERE)
+  if not sound then return nil, problem end
+  local list = cluster.listed(given)
+  for _, place in ipairs(list) do
+    place.parsed = assert(require("moonrabbit.connection.target")(place.options.uri, place.options))
+  end
+  return list
+end
+
 --- The place of such options, or the first of several, as moonrabbit.connection.target makes it.
 ---@param given table
 ---@return table|nil, string? problem
 function app_connection.first(given)
-  local target, problem = require("moonrabbit.connection.target")(uris_of(given, {})[1] or "amqp://", given)
-  return target, problem
+  local list, problem = app_connection.places(given)
+  return list and list[1].parsed, problem
 end
 
 return app_connection

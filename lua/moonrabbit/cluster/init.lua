@@ -177,6 +177,27 @@ function cluster.source(opts, context, level)
   return source
 end
 
+--- The listed places of checked options, one by one: options of connections that go there and nowhere else.
+---@package
+---@param opts moonrabbit.ConnectOptions
+---@return { options: moonrabbit.ConnectOptions, site: string? }[]
+function cluster.listed(opts)
+  local list = {}
+  local function add(all, site)
+    for _, text in ipairs(all.endpoints or { all.uri or "amqp://" }) do
+      local own = merged(all, { uri = text })
+      for _, name in ipairs { "endpoints", "mode", "shuffle", "near", "management", "smart" } do own[name] = nil end
+      list[#list + 1] = { options = own, site = site }
+    end
+  end
+  if not opts.sites then
+    add(opts)
+  else
+    for _, name in ipairs { "primary", "standby" } do add(merged(opts, opts.sites[name] or {}), name) end
+  end
+  return list
+end
+
 --- The options of a connection that only looks whether the primary site is there.
 ---@package
 ---@param opts moonrabbit.ConnectOptions

@@ -16,17 +16,15 @@ function app_steps.build(command)
   script.build_env(command)
 end
 
---- The first step: the script, and where it connects to. Several places are looked at in the first of them, up to the
---- login.
+--- The first step: the script, and where it connects to. `patient.places`: moonrabbit.cli.app_connection's.
 function app_steps.load(report, patient, args)
-  if not args.app then return true end
   args.script = args.app
   local app, problem = script.load_to_connect(args)
   if not app then return report:fail("app", exit.usage, problem, "moonrabbit run --check says the same") end
   local given, source = app_connection.options(app, args)
   if not given then return report:fail("app", exit.usage, source) end
-  patient.parsed, problem = app_connection.first(given)
-  if not patient.parsed then return report:fail("app", exit.usage, problem) end
+  patient.places, problem = app_connection.places(given)
+  if not patient.places then return report:fail("app", exit.usage, problem) end
   patient.app, patient.options, patient.source = app, given, source
   return report:pass("app", ("%s: the app '%s' is sound, %d consumers"):format(args.script, app.name,
     #app.plan.consumers), { app = app.name })
@@ -140,10 +138,13 @@ local function look_at_retries(report, patient, client)
   return report:pass("retries", text, { management = client and true or false })
 end
 
---- The last steps, with a connection.
+--- The last steps, with a connection. An API that is named is that of the primary site.
 function app_steps.look(report, patient, args)
-  local client, problem = api.of_app(args, patient.options)
-  if client == nil then return report:fail("management", exit.usage, problem) end
+  local client, problem
+  if patient.site ~= "standby" then
+    client, problem = api.of_app(args, patient.options)
+    if client == nil then return report:fail("management", exit.usage, problem) end
+  end
   local server = patient.conn:server()
   local steps = require("moonrabbit.life.explain").topology(patient.app, server and server.version)
   local list, err = require("moonrabbit.life.compare").run(patient.conn, steps, client, patient.parsed.vhost)

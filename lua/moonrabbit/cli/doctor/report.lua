@@ -13,15 +13,28 @@ local report = {}
 ---@return moonrabbit.cli.doctor.Report
 function report.new() return setmetatable({ steps = {}, code = exit.ok }, Report) end
 
+-- Before the first line that is about a place.
+local function write_heading(self)
+  if self.heading then io.stdout:write("• endpoint    ", output.redact(self.heading), "\n") end
+  self.heading = nil
+end
+
 local function add(self, step)
+  step.endpoint = self.endpoint
   self.steps[#self.steps + 1] = step
   if output.is_json() then return end
   if step.ok and output.is_quiet() then return end
+  write_heading(self)
   local text = output.redact(step.text)
   io.stdout:write(step.ok and "✓ " or "✗ ", ("%-12s"):format(step.step), text, "\n")
   if step.advice then io.stdout:write((" "):rep(14), "→ ", output.redact(step.advice), "\n") end
   io.stdout:flush()
 end
+
+--- What follows is about one endpoint of several; nil: about all again.
+---@param name string?
+---@param heading string? for people
+function Report:about(name, heading) self.endpoint, self.heading = name, heading end
 
 --- A step that is as it should be.
 function Report:pass(name, text, data)
@@ -42,7 +55,7 @@ function Report:finish()
     local steps = {}
     for i, step in ipairs(self.steps) do
       steps[i] = {
-        step = step.step, ok = step.ok, text = output.redact(step.text), data = step.data,
+        step = step.step, endpoint = step.endpoint, ok = step.ok, text = output.redact(step.text), data = step.data,
         advice = step.advice and output.redact(step.advice),
       }
     end
