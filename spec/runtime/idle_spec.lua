@@ -30,7 +30,7 @@ loops.run(%q, function(runtime)
   local ch = assert(conn:channel())
   local consumer = assert(ch:consume(assert(ch:queue_declare("", { exclusive = true })).queue))
   runtime.spawn(function() consumer:receive(60) end)
-  runtime.sleep(0.1)
+  runtime.sleep(0.6) -- over half of the short interval: what was to wake it while it worked has done so
   io.open "/moonrabbit-begin"
   runtime.sleep(%g)
   io.open "/moonrabbit-end"

@@ -3,7 +3,7 @@
 -- prints a port. A connection to it makes a line and is told the line's own port; it then says, one word a line,
 --   cut      every connection that goes through is closed
 --   freeze   nothing is passed on or read any more, in both directions; thaw: it is again
---   count    how often something was passed on, in both directions
+--   count    how many bytes were passed on, in both directions
 -- and is answered "ok", or the number. The line goes when that connection does.
 -- For those who cannot listen themselves it may be a peer too, with nobody behind it:
 --   alone       what connects from now on is taken, and neither read nor written to
@@ -25,7 +25,7 @@ local function copy(self, from, to)
     local bytes = from:read(65536)
     while self.frozen do self.thawed:wait() end
     if not bytes or not to:write(bytes) then break end
-    self.passed = self.passed + 1
+    self.passed = self.passed + #bytes
   end
   from:close()
   to:close()
