@@ -14,6 +14,7 @@
 -- @module moonrabbit.consumer
 
 local core = require "moonrabbit.core"
+local described = require "moonrabbit.described"
 local options = require "moonrabbit.options"
 local yielding_pcall = require "moonrabbit.protect"
 local survival = require "moonrabbit.consumer.survival"
@@ -339,7 +340,7 @@ local function traceback(err)
     local meta = getmetatable(err)
     if not (meta and meta.__tostring) then return debug.traceback("(error object is a " .. type(err) .. ")", 2) end
   end
-  return debug.traceback(tostring(err), 2)
+  return debug.traceback(described(err), 2)
 end
 
 local function worker(self, protect)

@@ -3,6 +3,7 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
+local described = require "moonrabbit.described"
 local pcall = require "moonrabbit.protect"
 
 local argument = options.argument
@@ -84,7 +85,7 @@ local function dispatcher(self)
       local ok, err = pcall(deliver_events, self)
       if not ok then
         if err == self._runtime.cancelled and err ~= nil then break end
-        self._log("error", "an event listener threw: " .. tostring(err))
+        self._log("error", "an event listener threw: " .. described(err))
       end
     until ok
     self._delivering = nil

@@ -9,6 +9,7 @@
 -- `outside`, stands for the caller.
 
 local net = require "moonrabbit.net"
+local described = require "moonrabbit.described"
 local report = require "moonrabbit.runtime.shared.report"
 local timers = require "moonrabbit.runtime.native.timers"
 local yielding = require "moonrabbit.runtime.pcall"
@@ -206,8 +207,7 @@ local function over(task)
 end
 
 local function describe(task, err)
-  local text = type(err) == "string" and err or tostring(err)
-  return debug.traceback(task.co, text)
+  return debug.traceback(task.co, described(err))
 end
 
 local function failed(task, err)
@@ -275,7 +275,7 @@ local function long_turn(task, seconds)
   turn_source = source_of(task)
   if M.settings.on_long_turn then
     local ok, err = pcall(M.settings.on_long_turn, seconds, turn_source)
-    if not ok then report(task, "on_long_turn: " .. tostring(err)) end
+    if not ok then report(M.settings, "on_long_turn: " .. described(err), task) end
   end
 end
 

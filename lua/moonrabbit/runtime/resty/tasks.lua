@@ -3,6 +3,7 @@
 -- Where a task waits it says so, for whoever cancels it: `task.on` is the condition, `task.sleeping` a semaphore.
 
 local semaphore = require "ngx.semaphore"
+local described = require "moonrabbit.described"
 local cancelled = require "moonrabbit.runtime.shared.cancelled"
 
 local ngx_sleep, thread_spawn, running = ngx.sleep, ngx.thread.spawn, coroutine.running
@@ -38,7 +39,7 @@ end
 
 local function traceback(err)
   if err == cancelled then return err end
-  return debug.traceback(tostring(err), 2)
+  return debug.traceback(described(err), 2)
 end
 
 --- `spawn` and `pooled` of docs/internals.md.
