@@ -6,11 +6,13 @@
 -- Names are looked up by uv.getaddrinfo.
 
 local now = require("moonrabbit.net").now
+local described = require "moonrabbit.described"
 local hosted = require "moonrabbit.runtime.shared.hosted"
 local names = require "moonrabbit.runtime.shared.names"
 local uv = hosted.library "luv"
+local timers = require "moonrabbit.runtime.luv.timers"
 
-local ceil = math.ceil
+local start_timer, give_back = timers.start, timers.give_back
 local create, resume, yield, status = coroutine.create, coroutine.resume, coroutine.yield, coroutine.status
 
 --- Rounds of tasks before descriptors get their turn, while tasks keep one another busy.
@@ -34,7 +36,7 @@ local spare = {}
 
 local function step(co, task)
   local ok, err = resume(co)
-  if not ok then M.failed(debug.traceback(co, type(err) == "string" and err or tostring(err)), task) end
+  if not ok and err ~= M.cancelled then M.failed(debug.traceback(co, described(err)), task) end
 end
 
 local function round()
@@ -49,22 +51,26 @@ local function round()
   end
 end
 
-local function run_queue()
+local run_queue
+
+local function activate()
+  if not idle or idle:is_closing() then idle = uv.new_idle() end -- a user may have closed every handle
+  if not idle:is_active() then idle:start(run_queue) end
+end
+
+function run_queue()
   local started, rounds = now(), 0
   repeat
     round()
     rounds = rounds + 1
   until queued == 0 or rounds == ROUNDS or now() - started > ROUNDS_TIME
-  if queued == 0 then idle:stop() end
+  if queued == 0 then idle:stop() else activate() end
 end
 
 local function enqueue(task, co)
   if task.woken then return end
   task.woken = co
-  if queued == 0 then
-    idle = idle or uv.new_idle()
-    if not idle:is_active() then idle:start(run_queue) end
-  end
+  if queued == 0 then activate() end
   queued = queued + 1
   queue[queued] = task
 end
@@ -73,38 +79,23 @@ function host.start(fn, task) enqueue(task, create(fn)) end
 
 -- ---- Pauses -----------------------------------------------------------------------------------------------------------------
 
-local function timer_of(task)
-  local timer = task.timer
-  if not timer then
-    timer = uv.new_timer()
-    task.timer = timer
-    task.expired = function()
-      if task.co and task.parked then enqueue(task, task.co) end
-    end
-  end
-  return timer
+local function expired(task)
+  if task.co and task.parked then enqueue(task, task.co) end
 end
 
 function host.pause(task, seconds)
+  local timer
   if seconds == 0 then
     enqueue(task, task.co)
   elseif seconds then
-    uv.update_time()
-    -- libuv's time is cut off to milliseconds: one more, or the timer may be early, and is waited for again.
-    timer_of(task):start(ceil(seconds * 1000) + 1, 0, task.expired)
+    timer = start_timer(task, seconds, expired)
   end
   yield()
-  if seconds and seconds > 0 then task.timer:stop() end
+  if timer then give_back(timer) end
   return false
 end
 
 function host.wake(task) enqueue(task, task.co) end
-
-function host.ended(task)
-  local timer = task.timer
-  if timer and not timer:is_closing() then timer:close() end
-  task.timer = nil
-end
 
 -- ---- Descriptors ------------------------------------------------------------------------------------------------------------
 
@@ -115,11 +106,11 @@ function host.set(fd, events)
   if events == "" then
     if poll then
       polls[fd] = nil
-      poll:close()
+      if not poll:is_closing() then poll:close() end
     end
     return true
   end
-  if not poll then
+  if not poll or poll:is_closing() then
     local text
     poll, text = uv.new_poll(fd)
     if not poll then return nil, text end

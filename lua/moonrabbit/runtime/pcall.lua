@@ -4,6 +4,8 @@
 -- a coroutine of its own whose yields are passed on; `owner` leads from there to the coroutine that
 -- a scheduler resumes.
 
+local described = require "moonrabbit.described"
+
 local create, resume, yield = coroutine.create, coroutine.resume, coroutine.yield
 local running, status = coroutine.running, coroutine.status
 local getinfo, plain_pcall = debug.getinfo, pcall
@@ -12,8 +14,9 @@ local getinfo, plain_pcall = debug.getinfo, pcall
 --- waits where it may pays for the first few only.
 local LOOKS = 16
 
---- `give_way(value)`: yield, in a wait.
-local M = { give_way = yield }
+--- `give_way(value)`: yield, in a wait. `explaining(wait, withdraw)`: a function that yields, made to say why it cannot
+--- where that is not known before it tries; then `withdraw` is given its first argument.
+local M = { give_way = yield, explaining = function(wait) return wait end }
 
 --- Why a waiting call throws where it may not yield.
 M.refusal = "this call waits, and it cannot inside a function that C calls (a callback of string.gsub or table.sort, "
@@ -33,8 +36,6 @@ function M.explain(err)
   M.suspicious = true
   return M.refusal
 end
-
-local function described(err) return type(err) == "string" and err or tostring(err) end
 
 local function plainly(_, err) return false, err end
 
@@ -121,10 +122,15 @@ if yields_across_pcall() then
   M.may_yield = not rawget(_G, "jit") and coroutine.isyieldable -- luacheck: ignore 143
   if not M.may_yield then -- 5.2 cannot tell, LuaJIT cannot compile it: they try
     M.may_yield = function() return true end
-    M.give_way = function(value)
-      local ok, err = plain_pcall(yield, value)
-      if not ok then error(M.explain(err), 0) end
+    M.explaining = function(wait, withdraw)
+      return function(subject, ...)
+        local ok, result = plain_pcall(wait, subject, ...)
+        if ok then return result end
+        if withdraw then withdraw(subject) end
+        error(M.explain(result), 0)
+      end
     end
+    M.give_way = M.explaining(yield)
   end
 else
   M.pcall = emulated

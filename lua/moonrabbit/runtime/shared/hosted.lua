@@ -9,7 +9,7 @@
 --   or (where the adapter brings no `set`) for the descriptor watch.fd: true when that is ready
 -- * `wake(task)`: ends that pause at the loop's next turn
 -- * `set(fd, events)`: the loop calls back when descriptors are ready (shared/descriptors.lua)
--- * `forget(fd)`, `ended(task)`: a descriptor is going to be closed, a task is over (both optional)
+-- * `forget(fd)`: a descriptor is going to be closed (optional)
 -- * `look_up(loop, by_system)`: the loop's own resolver (optional; shared/open.lua)
 --
 -- Any coroutine of the loop may wait; it is a task from then on.
@@ -58,16 +58,22 @@ local function detach(task)
   end
 end
 
+-- The task's yield threw: nobody may resume it for what it waited for.
+local function withdraw(task)
+  detach(task)
+  task.co = nil
+end
+
 --- enter, park and ready, as native/loop.lua has them.
 local function waiting(host)
   local tasks = setmetatable({}, { __mode = "k" }) -- coroutine -> task, which must not lead back to it
   local loop = { home = host.home, waiting = 0, tasks = tasks, cancelled = cancelled }
-  local pause, wake, home_of = host.pause, host.wake, host.home
+  local pause, wake, home_of = yielding.explaining(host.pause, withdraw), host.wake, host.home
 
-  local function task_of(co, home)
+  local function task_of(co)
     local task = tasks[co]
     if not task then
-      task = { home = home, parked = false, cancelling = false, over = false }
+      task = { parked = false, cancelling = false, over = false }
       tasks[co] = task
     end
     return task
@@ -80,7 +86,7 @@ local function waiting(host)
     local co = here and coroutine_of_loop()
     if not co then error("this call waits, and with the runtime '" .. host.name .. "' " .. host.outside, 3) end
     if home and home ~= here then error(host.elsewhere, 3) end
-    local task = task_of(co, here)
+    local task = task_of(co)
     if task.parked then detach(task) end -- its last wait threw, and that was caught
     if not may_yield(running_coroutine(), task) then error(yielding.refusal, 3) end
     task.co = co
@@ -115,9 +121,8 @@ local function waiting(host)
   end
 
   function loop.current()
-    local home = home_of()
-    local co = home and coroutine_of_loop()
-    return co and task_of(co, home) or nil
+    local co = home_of() and coroutine_of_loop()
+    return co and task_of(co) or nil
   end
 
   --- See docs/internals.md.
@@ -224,7 +229,7 @@ function M.runtime(host)
     if type(seconds) ~= "number" or seconds ~= seconds then
       error("sleep: seconds must be a number, not " .. (seconds ~= seconds and "NaN" or "a " .. type(seconds)), 2)
     end
-    park(enter(), now() + max(0, seconds))
+    park(enter(), now() + seconds)
   end
 
   function runtime.on_error(text)
@@ -237,13 +242,11 @@ function M.runtime(host)
 
   local function live(task, fn, ...)
     local co = coroutine_of_loop()
-    task.home = host.home()
     tasks[co] = task
     local ok, err, text = yielding.traced(fn, ...)
     task.over = true
     if task.parked then detach(task) end
     tasks[co] = nil
-    if host.ended then host.ended(task) end
     if not ok and err ~= cancelled then report(runtime, text, task) end
   end
 
