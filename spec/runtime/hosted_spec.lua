@@ -37,6 +37,50 @@ describe("moonrabbit.on", function()
   end)
 end)
 
+-- Runs fn(runtime) in a loop.
+local function run(name, fn)
+  if name == "luv" then debug.getregistry()["moonrabbit.spec.luv"] = require "luv" end -- see support/loops.lua
+  loops.run(name, fn)
+end
+
+for _, name in ipairs { "cqueues", "copas", "luv" } do
+  local it_runs = broker.it_unless(it, pending, not loops.has(name) and name .. " is not installed" or nil)
+
+  describe("in the loop of " .. name, function()
+    it_runs("an on_error that throws harms nobody, and what it was told is not lost", function()
+      local stderr, written, slept = io.stderr, {}, nil
+      io.stderr = { write = function(_, ...) written[#written + 1] = table.concat { ... } end } -- luacheck: ignore 122
+      local fine, problem = pcall(run, name, function(runtime)
+        local on_error = runtime.on_error
+        runtime.on_error = function() error "on_error failed too" end
+        runtime.spawn(function() error "a task failed" end)
+        runtime.sleep(0.01)
+        runtime.on_error = on_error
+        slept = true
+      end)
+      io.stderr = stderr -- luacheck: ignore 122
+      assert(fine, problem)
+      assert.is_true(slept)
+      assert.equal(1, #written)
+      assert.matches("on_error failed too", written[1])
+      assert.matches("a task failed\nstack traceback", written[1])
+    end)
+
+    it_runs("a wait inside a function that C calls says so, and takes no one's place", function()
+      run(name, function(runtime)
+        local condition, woken = runtime.condition(), false
+        local text = thrown(string.gsub, "x", "x", function() condition:wait(0.01) end)
+        assert.matches("this call waits, and .* function that C calls", text)
+        runtime.spawn(function() woken = condition:wait(20) end)
+        runtime.sleep(0.001)
+        condition:signal()
+        runtime.sleep(0.02)
+        assert.is_true(woken)
+      end)
+    end)
+  end)
+end
+
 local it_cqueues = broker.it_unless(it, pending, not loops.has "cqueues" and "cqueues is not installed" or nil)
 
 describe("cqueues", function()
@@ -162,6 +206,78 @@ describe("luv", function()
     assert.equal(2, #errors)
     assert.matches("a task failed\nstack traceback", errors[1])
     assert.matches("own coroutine failed\nstack traceback", errors[2])
+  end)
+
+  it_luv("ends a coroutine of the user's own quietly when it is cancelled", function()
+    local uv, runtime, errors, task, ended = require "luv", require "moonrabbit.runtime.luv", {}, nil, true
+    local on_error = runtime.on_error
+    runtime.on_error = function(text) errors[#errors + 1] = text end
+    coroutine.wrap(function()
+      task = runtime.current()
+      on().sleep(60)
+      ended = false
+    end)()
+    on().spawn(function() runtime.cancel(task) end)
+    uv.run()
+    runtime.on_error = on_error
+    assert.is_true(ended)
+    assert.same({}, errors)
+  end)
+
+  local function handles()
+    local n = 0
+    require "luv".walk(function() n = n + 1 end)
+    return n
+  end
+
+  it_luv("keeps no timer of coroutines that are over", function()
+    local uv, slept = require "luv", 0
+    for _ = 1, 2000 do
+      coroutine.wrap(function()
+        on().sleep(0.001)
+        slept = slept + 1
+      end)()
+    end
+    uv.run()
+    uv.run() -- what is closed is let go
+    assert.equal(2000, slept)
+    assert.truthy(handles() < 100, handles())
+  end)
+
+  it_luv("goes on when its user has closed every handle", function()
+    local uv, runtime, words, slept = require "luv", require "moonrabbit.runtime.luv", {}, 0
+    local function talk(server)
+      local near = assert(runtime.open({ host = "127.0.0.1", port = server:port() }, nil, 5))
+      local far = assert(server:accept())
+      on().spawn(function()
+        on().sleep(0.001)
+        far:write "x"
+      end)
+      words[#words + 1] = near:read(1, 20)
+      return near, far
+    end
+    on().spawn(function()
+      local server = assert(runtime.listen("127.0.0.1", 0))
+      local near, far = talk(server)
+      on().spawn(function() slept = slept + 1 end) -- is in the queue meanwhile
+      uv.walk(function(handle) if not handle:is_closing() then handle:close() end end)
+      on().sleep(0.001)
+      slept = slept + 1
+      near:close()
+      far:close()
+      server:close()
+    end)
+    uv.run()
+    on().spawn(function()
+      local server = assert(runtime.listen("127.0.0.1", 0))
+      local near, far = talk(server)
+      near:close()
+      far:close()
+      server:close()
+    end)
+    uv.run()
+    assert.equal("x x", table.concat(words, " "))
+    assert.equal(2, slept)
   end)
 
   it_luv("keeps uv.run no longer than something is waited for", function()

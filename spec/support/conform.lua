@@ -1,5 +1,5 @@
 -- Runs the conformance cases on a runtime, in this process, and prints a line for each:
---   lua spec/support/conform.lua RUNTIME [PORT of spec/support/lines.lua]
+--   lua spec/support/conform.lua RUNTIME [PORT of spec/support/lines.lua [PATTERN of names]]
 local loops = require "support.loops"
 local conformance = require "support.conformance"
 local moonrabbit = require "moonrabbit"
@@ -25,6 +25,6 @@ loops.run(name, function(runtime)
     failed = failed or result ~= "ok" and not result:find "^skipped"
     if os.getenv "TIMES" then io.write(("%.2f "):format(runtime.now() - began)) end
     print(case .. "\t" .. result:gsub("%c", " | "))
-  end)
+  end, arg[3])
   if failed then os.exit(1) end -- what it has left open would keep the loop
 end)

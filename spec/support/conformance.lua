@@ -14,7 +14,7 @@
 -- * `wakes`: how often a heartbeat may wake it; 1 by default
 -- * `errors`: the texts that rt.on_error was given; a case empties it
 --
--- `conformance.run(t, wanted)` runs them one after another and returns { { name, "ok"|"skipped"|text } … }.
+-- `conformance.run(t, report, wanted)` runs them one after another and returns { { name, "ok"|"skipped"|text } … }.
 
 local conformance = {}
 
@@ -82,6 +82,23 @@ case("errors in tasks are reported with a traceback, and the others go on", {}, 
   has(t.errors[1], "stack traceback")
   has(t.errors[2], "an object")
   t.errors[1], t.errors[2] = nil, nil
+end)
+
+case("an error object that cannot tell what it is is reported too, and the others go on", {}, function(t)
+  local done = false
+  local function object(tell) return setmetatable({}, { __tostring = tell }) end
+  t.rt.spawn(function() error(object(function() error "it cannot tell" end)) end)
+  t.rt.spawn(function() error(object(function() return {} end)) end)
+  t.rt.spawn(function() error() end)
+  t.rt.spawn(function()
+    t.rt.sleep(0.01)
+    done = true
+  end)
+  eventually(t, "all are reported", function() return done and #t.errors == 3 end)
+  for i = 3, 1, -1 do
+    equal("string", type(t.errors[i]), "what is reported")
+    t.errors[i] = nil
+  end
 end)
 
 case("10,000 tasks sleep and wait side by side", {}, function(t)
@@ -212,8 +229,7 @@ case("a cancelled task ends in its wait, quietly", {}, function(t)
       error(err, 0)
     end)
   end
-  local tasks = { wait_in(function() condition:wait() end) }
-  if not t.sleep_is_deaf then tasks[2] = wait_in(function() rt.sleep(60) end) end
+  local tasks = { wait_in(function() condition:wait() end), wait_in(function() rt.sleep(60) end) }
   rt.sleep(0.01)
   for _, task in ipairs(tasks) do rt.cancel(task) end
   eventually(t, "they ended", function() return ended == #tasks end)
@@ -223,6 +239,64 @@ case("a cancelled task ends in its wait, quietly", {}, function(t)
   rt.sleep(0.01)
   condition:signal()
   eventually(t, "the signal went to the next", function() return other end)
+end)
+
+case("a task cancels itself, and before it runs: its next wait throws, and no other", {}, function(t)
+  local rt, waits, began = t.rt, {}, t.rt.now()
+  local function wait_of(name, fn, ...)
+    local ok, err = t.moonrabbit.pcall(fn, ...)
+    waits[name] = ok and "waited" or err == rt.cancelled and "cancelled" or tostring(err)
+  end
+  rt.cancel(rt.current())
+  wait_of("its own", rt.sleep, 60)
+  wait_of("the next", rt.sleep, 0.02)
+  assert(rt.now() - began >= 0.018, "too early")
+  local task = rt.spawn(function()
+    wait_of("a condition", function() rt.condition():wait(60) end)
+    wait_of("a condition's next", function() rt.condition():wait(0.001) end)
+  end)
+  rt.cancel(task)
+  rt.cancel(task) -- which is once
+  eventually(t, "it ended", function() return waits["a condition's next"] end)
+  equal("cancelled", waits["its own"], "its own")
+  equal("waited", waits["the next"], "the next")
+  equal("cancelled", waits["a condition"], "a condition")
+  equal("waited", waits["a condition's next"], "a condition's next")
+end)
+
+case("a task that is over is left alone, whatever runs where it ran", {}, function(t)
+  local rt, ended, woken = t.rt, 0, 0
+  local old = {}
+  for i = 1, 10 do old[i] = rt.spawn(function() ended = ended + 1 end) end
+  eventually(t, "they ended", function() return ended == 10 end)
+  local condition = rt.condition()
+  for _ = 1, 10 do rt.spawn(function() if condition:wait(20) then woken = woken + 1 end end) end
+  rt.sleep(0.01)
+  for _, task in ipairs(old) do rt.cancel(task) end
+  rt.sleep(0.01)
+  condition:broadcast()
+  eventually(t, "the others were woken", function() return woken == 10 end)
+end)
+
+case("a wait may be as long as there are numbers, and be cancelled all the same", {}, function(t)
+  local rt, ended, tasks = t.rt, {}, {}
+  for i, fn in ipairs {
+    function() rt.sleep(math.huge) end,
+    function() rt.sleep(1e300) end,
+    function() rt.condition():wait(math.huge) end,
+  } do
+    tasks[i] = rt.spawn(function()
+      local ok, err = t.moonrabbit.pcall(fn)
+      ended[#ended + 1] = ok and "waited" or err == rt.cancelled and "cancelled" or tostring(err)
+    end)
+  end
+  rt.sleep(0.02)
+  equal(nil, ended[1], "ended before")
+  for _, task in ipairs(tasks) do rt.cancel(task) end
+  eventually(t, "they ended", function() return #ended == 3 end)
+  equal("cancelled cancelled cancelled", table.concat(ended, " "))
+  rt.sleep(-1)
+  rt.sleep(-math.huge)
 end)
 
 -- ---- Peers: a server and what it does with the first that connects ----------------------------------------------------
@@ -473,9 +547,57 @@ case("closing wakes who waits to read and who waits to write", { "peer" }, funct
   near:close()
   near:close()
   eventually(t, "both ended", function() return ends.read and ends.write end)
+  peer.ended()
   equal("closed", ends.read)
   equal("closed", ends.write)
   equal("closed", select(2, near:read()))
+  peer.close()
+end)
+
+case("closing wakes nobody who has given up waiting there", { "peer" }, function(t)
+  local peer, condition = new_peer(t), t.rt.condition()
+  local near = connected(t, peer)
+  local waits, gone_on = 0, nil
+  t.rt.spawn(function()
+    equal("timeout", select(2, near:read(10, 0.01)))
+    waits = waits + 1
+    gone_on = condition:wait(60)
+  end)
+  eventually(t, "one gave up", function() return waits == 1 end)
+  local task = t.rt.spawn(function()
+    t.moonrabbit.pcall(near.read, near)
+    waits = waits + 1
+    gone_on = condition:wait(60)
+  end)
+  t.rt.sleep(0.01)
+  t.rt.cancel(task)
+  eventually(t, "both gave up", function() return waits == 2 end)
+  near:close()
+  t.rt.sleep(0.02)
+  equal(nil, gone_on, "who waits for something else")
+  condition:broadcast()
+  eventually(t, "they were woken", function() return gone_on end)
+  peer.close()
+end)
+
+case("there is nothing to do while nobody reads what there is, or writes where there is room", { "peer" }, function(t)
+  local peer, written, read = new_peer(t), false, 0
+  peer.echo()
+  local near = connected(t, peer)
+  local size = 16 * 1024 * 1024 -- more than all buffers on the way
+  t.rt.spawn(function() written = near:write(("x"):rep(size), 20) end)
+  t.rt.sleep(0.05)
+  assert(not written, "the write did not have to wait")
+  while read < size do read = read + #assert(near:read(1024 * 1024, 20)) end
+  eventually(t, "it is written", function() return written end)
+  assert(near:write "more") -- which comes back
+  t.rt.sleep(0.05)
+  local cpu = os.clock()
+  t.rt.sleep(0.5)
+  cpu = os.clock() - cpu
+  assert(cpu < 0.1, ("it used %.2f s of the CPU"):format(cpu))
+  equal("more", near:read(100, 5))
+  near:close()
   peer.close()
 end)
 
@@ -486,6 +608,26 @@ case("closing a server wakes who accepts", { "listen" }, function(t)
   server:close()
   eventually(t, "it ended", function() return kind end)
   equal("closed", kind)
+end)
+
+case("a server that is forgotten while nobody accepts is in no one's way", { "listen" }, function(t)
+  local rt = t.rt
+  for _ = 1, 3 do
+    local ended
+    local task = rt.spawn(function()
+      local server = assert(rt.listen("127.0.0.1", 0))
+      t.moonrabbit.pcall(server.accept, server)
+      ended = true
+    end)
+    rt.sleep(0.005)
+    rt.cancel(task)
+    eventually(t, "it ended", function() return ended end)
+    task = nil -- luacheck: ignore 311
+    collectgarbage()
+    collectgarbage() -- and its descriptor is the next one's
+    local peer = new_peer(t)
+    talks(t, peer, { host = "127.0.0.1", port = peer.port })
+  end
 end)
 
 -- ---- TLS ------------------------------------------------------------------------------------------------------------
@@ -520,7 +662,7 @@ local function options(t, more)
   return all
 end
 
---- A line to the broker: { url, cut(), freeze(), thaw(), close(), passed() → how often something went through }.
+--- A line to the broker: { url, cut(), freeze(), thaw(), close(), passed() → how many bytes went through }.
 local function new_line(t)
   local control = assert(t.rt.open({ host = "127.0.0.1", port = t.lines }, nil, 10))
   local line = { url = (t.url:gsub("@[^/]*", "@127.0.0.1:" .. assert(control:read(64, 10)):match "%d+")) }
@@ -590,6 +732,23 @@ case("a handler that throws is reported, and the next one runs", { "broker" }, f
   assert(ch:publish("bad", { routing_key = queue }))
   eventually(t, "it came again, and that was told", function() return handled and reported end)
   has(reported, "the handler failed")
+  assert(conn:close(10))
+end)
+
+case("a handler and a listener may throw what cannot tell what it is, and the next ones run", { "broker" }, function(t)
+  local conn, ch, queue = with_queue(t)
+  local mute, told, handled = setmetatable({}, { __tostring = function() error "it cannot tell" end }), 0, 0
+  conn:on("error", function()
+    told = told + 1
+    error(mute)
+  end)
+  assert(conn:consume(queue, { concurrency = 1, error_delay = 0 }, function(message)
+    if not message.redelivered then error(mute) end
+    message:ack()
+    handled = handled + 1
+  end))
+  for i = 1, 2 do assert(ch:publish("m" .. i, { routing_key = queue })) end
+  eventually(t, "both came again, and that was told", function() return handled == 2 and told == 2 end)
   assert(conn:close(10))
 end)
 
@@ -905,22 +1064,33 @@ local function naps()
   return tonumber(text:match "\nvoluntary_ctxt_switches:%s*(%d+)")
 end
 
+-- How often more it woke than for the heartbeats of a while, and for the end of that.
+local function needless_wakes(t, line)
+  local seconds = 2.2
+  local bytes, slept, cpu = line.passed(), naps(), os.clock()
+  t.rt.sleep(seconds)
+  cpu, slept = os.clock() - cpu, slept and naps() - slept
+  local beats = (line.passed() - bytes) / 8 -- the size of the frame; nothing else goes through
+  assert(beats >= 6, ("there were %d heartbeats only"):format(beats)) -- both sides send one each half of the interval
+  assert(cpu < seconds / 5, ("it used %.2f s of the CPU"):format(cpu)) -- a loop that never sleeps
+  local most = (t.wakes or 1) * beats + 1 + seconds * (t.idle_turns or 0)
+  return slept and slept - most or 0, ("it woke %d times for %d heartbeats"):format(slept or 0, beats)
+end
+
 case("an idle connection wakes for its heartbeats, and for nothing else", { "broker", "lines" }, function(t)
-  local rt, seconds, line = t.rt, 2.2, new_line(t)
+  local rt, line = t.rt, new_line(t)
   local conn, ch, queue = with_queue(t, { uri = line.url, heartbeat = 1 })
   local consumer = assert(ch:consume(queue))
   assert(conn:consume(queue, function() end))
   local waiting = rt.spawn(function() consumer:receive(60) end)
-  rt.sleep(0.1)
-  local beats, slept, cpu = line.passed(), naps(), os.clock()
-  rt.sleep(seconds)
-  cpu, slept = os.clock() - cpu, slept and naps() - slept
-  beats = line.passed() - beats
-  assert(beats >= 6, ("there were %d heartbeats only"):format(beats)) -- both sides send one each half of the interval
-  -- Each may wake it once; and so does the end of the sleep.
-  local most = (t.wakes or 1) * beats + 2 + seconds * (t.idle_turns or 0)
-  assert(not slept or slept <= most, ("it woke %d times for %d heartbeats"):format(slept or 0, beats))
-  assert(cpu < seconds / 5, ("it used %.2f s of the CPU"):format(cpu)) -- a loop that never sleeps
+  rt.sleep(0.6) -- over half of the interval: what was to wake it while it worked has done so
+  local tries = 0
+  local needless, text
+  repeat -- a heartbeat that is under way at either end is counted on one side only: not each time
+    tries = tries + 1
+    needless, text = needless_wakes(t, line)
+  until needless <= 0 or tries == 3
+  assert(needless <= 0, text)
   equal("open", conn:state())
   rt.cancel(waiting)
   assert(conn:close(10))
@@ -939,27 +1109,28 @@ local function missing(t, one)
   end
 end
 
+local function outcome(t, one)
+  local lacking = missing(t, one)
+  if lacking then return "skipped: no " .. lacking end
+  local ok, err = t.moonrabbit.pcall(one.fn, t)
+  local result = not ok and tostring(err) or #t.errors > 0 and "an error in a task: " .. t.errors[1] or "ok"
+  for i = #t.errors, 1, -1 do t.errors[i] = nil end
+  return result
+end
+
 --- Runs the cases, in a task of the runtime.
 ---@param t table see above
 ---@param report fun(name: string, result: string)? called after each
+---@param wanted string? a pattern of the names of those to run; all by default
 ---@return table results { name, "ok" | "skipped: …" | what went wrong } each
-function conformance.run(t, report)
+function conformance.run(t, report, wanted)
   local results = {}
-  for i, one in ipairs(cases) do
-    local lacking, result = missing(t, one), "ok"
-    if lacking then
-      result = "skipped: no " .. lacking
-    else
-      local ok, err = t.moonrabbit.pcall(one.fn, t)
-      if not ok then
-        result = tostring(err)
-      elseif #t.errors > 0 then
-        result = "an error in a task: " .. t.errors[1]
-      end
-      for j = #t.errors, 1, -1 do t.errors[j] = nil end
+  for _, one in ipairs(cases) do
+    if one.name:find(wanted or "") then
+      local result = outcome(t, one)
+      results[#results + 1] = { one.name, result }
+      if report then report(one.name, result) end
     end
-    results[i] = { one.name, result }
-    if report then report(one.name, result) end
   end
   return results
 end

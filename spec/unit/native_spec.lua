@@ -531,6 +531,24 @@ describe("the native runtime", function()
       end)
       assert.matches("native_spec%.lua:%d+$", source)
     end)
+
+    it("are told to a function that may fail", function()
+      local told = {}
+      local on_error = rt.on_error
+      rt.on_error = function(text) told[#told + 1] = text end
+      rt.long_turn = 0.02
+      rt.on_long_turn = function() error "it failed" end
+      rt.run(function()
+        rt.spawn(function()
+          local deadline = rt.now() + 0.03
+          while rt.now() < deadline do end -- luacheck: ignore
+        end)
+        rt.sleep(0.001)
+      end)
+      rt.on_error = on_error
+      assert.truthy(#told >= 1)
+      assert.matches("on_long_turn: .*it failed", told[1])
+    end)
   end)
 
   describe("signals", function()
@@ -666,6 +684,30 @@ describe("the native runtime", function()
       local none, kind, text, temporary = rt.open({ path = path }, nil, 20)
       assert.same({ nil, "refused", "cannot connect to unix:" .. path .. ": no such file or directory", true },
         { none, kind, text, temporary })
+    end)
+
+    it("are accepted by several tasks, of which one may give up", function()
+      local server, taken, tasks, clients = assert(rt.listen("127.0.0.1", 0)), {}, {}, {}
+      rt.run(function()
+        for i = 1, 3 do
+          tasks[i] = rt.spawn(function()
+            local one = assert(server:accept())
+            taken[#taken + 1] = one
+          end)
+        end
+        rt.sleep(0.001)
+        rt.cancel(tasks[2])
+        rt.sleep(0.001)
+        for i = 1, 2 do clients[i] = assert(rt.open({ host = "127.0.0.1", port = server:port() }, nil, 20)) end
+        local deadline = rt.now() + 20
+        while #taken < 2 and rt.now() < deadline do rt.sleep(0.001) end
+      end)
+      assert.equal(2, #taken)
+      for i = 1, 2 do
+        clients[i]:close()
+        taken[i]:close()
+      end
+      server:close()
     end)
 
     it("end a pending accept when the server is closed", function()
