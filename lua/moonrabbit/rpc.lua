@@ -103,6 +103,19 @@ local function replies_of(self, deadline, now)
   return replies, err
 end
 
+-- Until there is a reply or an error.
+local function wait(session, call, deadline, timeout)
+  local now = session.runtime.now
+  while not call.reply and not call.err do
+    local left = deadline - now()
+    if left <= 0 then
+      call.err = session:error("timeout", ("no reply within %g s"):format(timeout))
+    else
+      session:block(call.condition, left)
+    end
+  end
+end
+
 function Rpc:call(body, opts)
   local connection = self.connection
   local runtime = connection._runtime
@@ -130,18 +143,11 @@ function Rpc:call(body, opts)
   local _, seq = core.outcome(confirmation)
   call.seq = seq
   replies.by_id[id], replies.by_seq[seq] = call, call
-  local session = channel._session
-  while not call.reply and not call.err do
-    local left = deadline - now()
-    if left <= 0 then
-      call.err = session:error("timeout", ("no reply within %g s"):format(timeout))
-    else
-      session:block(call.condition, left)
-    end
-  end
+  local whole, thrown = pcall(wait, channel._session, call, deadline, timeout)
   replies.by_id[id], replies.by_seq[seq] = nil, nil
   -- Its failure is the caller's alone to hear of.
   channel._failures = {}
+  if not whole then error(thrown, 0) end -- its task was cancelled
   if call.reply then return call.reply end
   return nil, call.err
 end

@@ -108,7 +108,7 @@ local function new(config, engine, transport)
     corked = false,        -- nothing is to be written before it does
     flushing = false,      -- a write waits, or may
     paused = false,        -- the reader waits for `drained`
-    awaiting = 0,          -- tasks in `block`, and those that something was thrown into there
+    awaiting = 0,          -- tasks in `block`
     awaiting_until = 0,    -- the latest that one of them waits
     admitted = 0,          -- bytes read past a full consumer or listener
     wake = condition(),    -- the writer

@@ -84,7 +84,7 @@ local http = [[
   }
   init_worker_by_lua_block {
     local rabbit = require "moonrabbit.resty"
-    rabbit.start { uri = "$uri", reconnect = { first = 0.05, max = 0.2 }, exit_timeout = $exit }
+    rabbit.start { uri = "$uri", reconnect = { first = 0.05, max = $max }, exit_timeout = $exit, $more }
     for word in ("$scripts"):gmatch "%S+" do rabbit.consume { app = word } end
   }
 ]]
@@ -132,6 +132,7 @@ describe("an app in nginx #resty", function()
     server = nginx.start {
       workers = what.workers or 2, server = locations,
       http = fill(http, { name = name, scripts = what.scripts or write_app(), exit = what.exit or 5,
+        max = what.max or 0.2, more = what.more or "",
         uri = broker.uri { host = "127.0.0.1", port = line.port } }),
     }
     server:ready "/ping"
@@ -342,6 +343,51 @@ describe("an app in nginx #resty", function()
     end
     send("ok", "one")
     all_done { "one" }
+  end)
+
+  it("is tried again as seldom as can be when the broker refuses it for good", function()
+    ok(channel:exchange_declare(name, { type = "direct" }))
+    start { workers = 1, max = 20, runs = false }
+    local seconds = server:logged(name:gsub("%p", "%%%0") .. ", consuming: [^\n]*trying again in ([%d.]+) s")
+    assert.truthy(tonumber(seconds) >= 15, seconds)
+  end)
+
+  it("begins when what is set up before it has succeeded", function()
+    start { workers = 1, more = [[setup = function()
+      if ngx.shared.seen:incr("setups", 1, 0) > 4 then return true end
+      return nil, require "moonrabbit.errors".new { kind = "closed", message = "not set up yet" }
+    end]] }
+    server:logged(name:gsub("%p", "%%%0") .. ", consuming: not set up yet; trying again")
+    send("ok", "one")
+    all_done { "one" }
+  end)
+
+  it("begins though what a script brings has thrown", function()
+    local path = write(name .. ".lua", [[
+      local mr, attached = require "moonrabbit", 0
+      local store = { commit = function() return true end, abort = function() return true end }
+      function store.begin() return "new" end
+      function store.attach()
+        attached = attached + 1
+        if attached == 2 then error "the store is not well" end
+      end
+      return mr.app { name = "$name", queues = { ["$name.in"] = {} }, consumers = {
+        { queue = "$name.in", dedupe = store, handler = function() end } } }
+    ]], { name = name })
+    start { workers = 1, scripts = path }
+    server:logged "starting it threw: [^\n]*the store is not well[^\n]*"
+  end)
+
+  it("says what holds within one worker only", function()
+    local path = write(name .. ".lua", [[
+      local mr = require "moonrabbit"
+      return mr.app { name = "$name", queues = { ["$name.in"] = {} }, consumers = {
+        { queue = "$name.in", order_by = function(msg) return msg.body end, handler = function() end } } }
+    ]], { name = name })
+    start { scripts = path }
+    server:logged "order_by holds within a worker: with several, `partitions` keeps the order of a key"
+    local _, lines = server:log():gsub("order_by holds within a worker", "")
+    assert.equal(1, lines)
   end)
 
   it("check_app keeps a reload with a broken script from taking the place of what runs", function()

@@ -64,7 +64,7 @@ local locations = [[
   location /late {
     content_by_lua_block {
       while not ngx.worker.exiting() do ngx.sleep(0.01) end
-      ngx.sleep(0.6)
+      ngx.sleep(1.3) -- longer than exit_timeout
       local ok, err = require "moonrabbit.resty".publish("late", { routing_key = ngx.var.arg_queue })
       ngx.say(ok and "ok" or tostring(err))
     }
@@ -164,6 +164,50 @@ describe("a worker of nginx #resty", function()
     assert.is_nil(seen.x)
   end)
 
+  -- The waits that the log tells of, in seconds.
+  local function waits(n)
+    local list = {}
+    broker.eventually(function()
+      list = {}
+      for seconds in server:log():gmatch "publishing: [^\n]*trying again in ([%d.]+) s" do
+        list[#list + 1] = tonumber(seconds)
+      end
+      return #list >= n
+    end, 20, n .. " attempts")
+    return list
+  end
+
+  local function reconnecting(options, port)
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block { require "moonrabbit.resty".start { uri = %q, %s } }]]):format(
+        broker.uri { host = "127.0.0.1", port = port or nginx.free_port() }, options),
+    }
+  end
+
+  it("comes less and less often, up to a limit", function()
+    reconnecting "reconnect = { first = 0.1, factor = 2, max = 0.6, jitter = 0 }"
+    local list = waits(5)
+    assert.same({ 0.1, 0.2, 0.4, 0.6, 0.6 }, { list[1], list[2], list[3], list[4], list[5] })
+    server:stop()
+    reconnecting "reconnect = { first = 0.5, factor = 1, jitter = 1 }"
+    local varied = false
+    for _, seconds in ipairs(waits(6)) do varied = varied or seconds ~= 0.5 end
+    assert.is_true(varied)
+  end)
+
+  it("does so too when what is set up on each connection fails", function()
+    reconnecting([[reconnect = { first = 0.1, factor = 2, max = 0.4, jitter = 0 }, setup = function(conn)
+      Calls = (Calls or 0) + 1
+      if Calls == 3 then error "thrown in setup" end
+      local _, err = conn:channel():queue_declare("no-such-queue", { passive = true })
+      return nil, err
+    end]], broker.parsed().port)
+    local list = waits(3)
+    assert.same({ 0.1, 0.2, 0.4 }, { list[1], list[2], list[3] })
+    server:logged "publishing: [^\n]*thrown in setup"
+    server:logged "publishing: [^\n]*no queue 'no%-such%-queue'[^\n]*; trying again in 0.4 s"
+  end)
+
   it("says at once what waiting does not help against", function()
     local to = broker.parsed()
     server = nginx.start {
@@ -181,6 +225,8 @@ describe("a worker of nginx #resty", function()
     assert.matches("^auth ", answer)
     assert.is_nil(answer:find("there was no connection", 1, true))
     assert.equal(0, stats().timeouts)
+    local seconds = tonumber(server:logged "trying again in ([%d.]+) s")
+    assert.truthy(seconds > 7, seconds) -- as seldom as can be
     assert.is_nil(server:log():find("wrong", 1, true))
   end)
 
@@ -479,7 +525,7 @@ describe("a worker of nginx #resty", function()
   end)
 
   it("still publishes for a request that outlives the reload", function()
-    start(broker.parsed().port)
+    start(broker.parsed().port, "exit_timeout = 1")
     assert.equal("ok\n", (publish "before"))
     moonrabbit.run(function()
       local answer

@@ -13,7 +13,8 @@ local locations = [[
       local args = ngx.req.get_uri_args()
       local body = rabbit.request_body()
       local ok, err = rabbit.publish(body, { routing_key = args.queue, exchange = args.exchange,
-        timeout = tonumber(args.timeout), headers = { via = "http" } })
+        timeout = tonumber(args.timeout),
+        headers = { via = "http", large = args.large and ("x"):rep(args.large) } })
       if not ok then ngx.status = 503 end
       ngx.say(ok and "ok" or err.kind .. " " .. tostring(err.temporary) .. " " .. err.message)
     }
@@ -198,6 +199,36 @@ describe("publishing in nginx #resty", function()
     assert.equal(503, status)
     assert.matches("^overflow false .*queue of this worker is full",
       (server:request("/publish?queue=" .. queue, { body = ("x"):rep(1000001) })))
+  end)
+
+  it("fails the message that cannot be sent, and holds up none", function()
+    local body = server:request("/publish?large=200000&queue=" .. queue, { body = "x" })
+    assert.matches("^overflow false ", body)
+    assert.equal("ok\n", (server:request("/publish?queue=" .. queue, { body = "after" })))
+    assert.equal("after", take(1)[1].body)
+  end)
+
+  it("learns of confirms though hundreds before them are missing", function()
+    if not broker.name then return pending(broker.not_ours()) end
+    local stalled = broker.unique "stalled"
+    ok(channel:queue_declare(stalled, { durable = true }))
+    local process = ('{ok,Q}=rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>,queue,<<"%s">>)),'
+      .. "sys:%%s(amqqueue:get_pid(Q))."):format(stalled)
+    broker.ctl("eval", process:format "suspend")
+    finally(function()
+      broker.ctl("eval", process:format "resume")
+      channel:queue_delete(stalled)
+    end)
+    local before = stats()
+    assert.equal("ok\n", (server:request("/many?n=600&queue=" .. stalled)), server:log())
+    broker.eventually(function() return stats().in_flight == 600 end)
+    for i = 1, 3 do
+      assert.equal("ok\n", (server:request("/publish?timeout=4&queue=" .. queue, { body = "m" .. i })))
+    end
+    take(3)
+    assert.equal(before.confirmed + 3, stats().confirmed)
+    broker.ctl("eval", process:format "resume")
+    broker.eventually(function() return stats().confirmed == before.confirmed + 603 end)
   end)
 
   it("fails the message that the broker closes the channel upon, and no other", function()

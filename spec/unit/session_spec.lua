@@ -197,4 +197,58 @@ describe("a connection", function()
     end)
     assert.is_true(turns >= 3, turns)
   end)
+
+  -- Runs fn in a task that is cancelled once it waits for the broker.
+  local function cancelled(fn)
+    local session = conn._session
+    local task = moonrabbit.spawn(fn)
+    eventually(function() return session.awaiting > 0 end)
+    native.cancel(task)
+    eventually(function() return session.awaiting == 0 end)
+  end
+
+  it("waits for nothing more when a task that waits for it is cancelled", function()
+    connect()
+    local waits = {}
+    local all = assert(conn:publisher { routing_key = "q" })
+    function waits.send() all:send "x" end
+    function waits.wait() all:wait() end
+    local small = assert(conn:publisher { routing_key = "q", max_kept = 1 })
+    assert(small:send_async "x")
+    function waits.room() small:send "x" end
+    local ch = assert(conn:channel { confirm = true, window = 1 })
+    function waits.publish() ch:publish("x", { routing_key = "q" }) end
+    function waits.window() ch:publish("x", { routing_key = "q" }) end
+    function waits.confirms() ch:wait_for_confirms() end
+    function waits.call() conn:call("x", { routing_key = "q" }) end
+    moonrabbit.run(function()
+      for _, name in ipairs { "send", "wait", "room", "publish", "window", "confirms", "call" } do
+        cancelled(waits[name])
+      end
+    end)
+    assert.is_nil(next(conn._rpc._replies.by_id))
+    assert.is_nil(next(conn._rpc._replies.by_seq))
+  end)
+
+  it("hands the room that a cancelled task was woken for on to the next", function()
+    connect()
+    local p = assert(conn:publisher { routing_key = "q", max_kept = 1, timeout = 30 })
+    local keeper = p._keeper
+    assert(p:send_async "first")
+    local taken
+    moonrabbit.run(function()
+      local one = moonrabbit.spawn(function() p:send_async "second" end)
+      eventually(function() return conn._session.awaiting == 1 end)
+      moonrabbit.spawn(function() taken = p:send_async "third" end)
+      eventually(function() return conn._session.awaiting == 2 end)
+      -- The confirm and the cancel come in the same turn.
+      local confirmed = keeper._confirmed
+      function keeper._confirmed(self)
+        confirmed(self)
+        native.cancel(one)
+      end
+      other:say(fake.ack(p.channel._core:id(), 1))
+      eventually(function() return taken end)
+    end)
+  end)
 end)

@@ -55,10 +55,16 @@ local function missing(self)
   return table.concat(lines)
 end
 
---- Puts the page of this worker into the dictionary.
+-- What of a page outlives its worker, in about half the room: the others know what its families are for.
+local function brief(page) return (sum.lasting(page):gsub("# HELP [^\n]*\n", "")) end
+
+--- Puts the page of this worker into the dictionary. One that leaves may have no other chance: what it has counted goes
+--- where its page stood, if there is no room for a larger one.
 ---@return boolean whole  false: it does not fit
 function Shared:write()
-  return self.slots:put(self.metrics:text(), life.exiting and Slots.LEAVING or missing(self))
+  local page = self.metrics:text()
+  if not life.exiting then return self.slots:put(page, missing(self)) end
+  return self.slots:put(page, Slots.LEAVING) or self.slots:put(brief(page), Slots.LEAVING)
 end
 
 local function on_timer(premature, self)

@@ -14,8 +14,8 @@ local Session = {}
 local function is_overfull(self) return self.state == "open" and self.overfull() end
 
 -- Counts what is read past a consumer or listener that has more than it takes.
-local function count_read(self, n)
-  self.admitted = (self.engine:is_full() or is_overfull(self)) and self.admitted + n or 0
+local function count_read(self, n, overfull)
+  self.admitted = (overfull or self.engine:is_full()) and self.admitted + n or 0
 end
 
 --- Whether some more may be read past a full consumer.
@@ -30,7 +30,7 @@ function Session:read_alone(deadline)
   if not transport.fill_alone or self.state == "closed" or is_overfull(self) then return false end
   local n, kind, text = transport:fill_alone(self.engine, deadline)
   if n then
-    count_read(self, n)
+    count_read(self, n, false)
   elseif kind == nil or kind == "again" or kind == "full" then
     return false
   else
@@ -63,10 +63,11 @@ end
 function Session:read_loop()
   local engine, transport, now = self.engine, self.transport, self.runtime.now
   while self.state ~= "closed" do
-    while is_overfull(self) and not hold(self) do end
+    local overfull = is_overfull(self)
+    while overfull and not hold(self) do overfull = is_overfull(self) end
     local n, kind, text = transport:fill(engine)
     if n then
-      count_read(self, n)
+      count_read(self, n, overfull)
       if self.detector then self.detector:heard(now()) end
     end
     if not n and kind ~= "full" then

@@ -8,18 +8,22 @@ local huge = math.huge
 ---@class moonrabbit.Session
 local Session = {}
 
---- Waits on a condition for something that only reading can bring.
+--- Waits on a condition for something that only reading can bring. Throws when the task is cancelled, or may not wait
+--- here; then another one of those who wait has what it may have been woken for.
 ---@param left number seconds
 function Session:block(condition, left)
-  if self:read_alone(self.runtime.now() + left) then return end
-  self.awaiting = self.awaiting + 1
+  local until_then = self.runtime.now() + left
+  if self:read_alone(until_then) then return end
   local check_owner = self.transport.check_owner
   if check_owner then check_owner(self.transport) end
-  local until_then = self.runtime.now() + left
+  self.awaiting = self.awaiting + 1
   if until_then > self.awaiting_until then self.awaiting_until = until_then end
   if self.paused and self:may_admit() then self.drained:signal() end
-  condition:wait(left < huge and left or nil)
+  local whole, err = protect(condition.wait, condition, left < huge and left or nil)
   self.awaiting = self.awaiting - 1
+  if whole then return end
+  condition:signal()
+  error(err, 0)
 end
 
 --- Queues a call whose method was just handed to the engine. `late(result)` is called when the
@@ -48,7 +52,6 @@ end
 function Session:await(call, timeout)
   local whole, err = protect(wait_for, self, call, self.runtime.now() + timeout)
   if not whole then -- the task was cancelled, or may not wait here: nobody takes the answer
-    self.awaiting = self.awaiting - 1
     call.abandoned = true
     if call.done and call.ok and call.late then call.late(call.result, call.extra) end
     error(err, 0)
