@@ -224,6 +224,30 @@ describe("a connection that is lost again and again", function()
     assert.equal(0, seen.recovered)
   end)
 
+  it("leaves such a channel with something on it that is never settled, before a message is given up", function()
+    connect()
+    local channels, count, stuck = 0, 0, 0
+    other.answers["20.10"] = function(frame)
+      channels, count = channels + 1, 0
+      return fake.method(frame.channel, 20, 11, fake.long "")
+    end
+    other.answers["60.40"] = function(frame)
+      count = count + 1
+      if frame.args:match "^..%z.(%a+)" == "stuck" then
+        stuck = stuck + 1
+        return channels == 2 and fake.ack(frame.channel, count) or ""
+      end
+      return (channels == 2 and fake.ack or fake.nack)(frame.channel, count)
+    end
+    local p = ok(conn:publisher { retry = { first = 0.02, factor = 1, attempts = 3 } })
+    local first = ok(p:send_async("x", { routing_key = "stuck" }))
+    local bad = ok(p:send_async("x", { routing_key = "bad" }))
+    eventually(function() return first:outcome() == "acked" and bad:outcome() == "acked" end, 20)
+    assert.same({ 2, 2 }, { channels, stuck })
+    assert.equal(0, p:unconfirmed())
+    assert.equal(0, seen.recovered)
+  end)
+
   it("meets a broker that accepts and drops with growing gaps", function()
     connect { first = 0.001, factor = 2, max = 0.05, jitter = 0 }
     local open, opened = other.runtime.open, nil

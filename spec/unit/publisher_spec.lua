@@ -342,10 +342,11 @@ describe("a publisher #smoke", function()
   end)
 
   -- When a channel is left there is another one of the same connection, a moment later: `opened(err)` is called.
-  local function leaves_channels(opened)
+  -- `under_way`: how many publishes of the old one are not settled; 0 by default.
+  local function leaves_channels(opened, under_way)
     w.channel.leaves = function(err)
       assert.equal("nacked", err.kind)
-      assert.equal(0, w.channel._core:unconfirmed())
+      assert.equal(under_way or 0, w.channel._core:unconfirmed())
       w.channel._core:close(200, "Goodbye")
       w.channel.hooks.lost(errors.new { kind = "closed", message = "left", temporary = true })
       opened()
@@ -456,6 +457,44 @@ describe("a publisher #smoke", function()
     assert.equal(1, left)
     assert.same({ "acked", "acked", "pending" }, outcomes { slow, later, bad })
     assert.same({ "!bad" }, w:published())
+  end)
+
+  it("leaves such a channel in spite of that for one that is about to be given up, and only once in a while", function()
+    start { routing_key = "k", retry = { first = 1, factor = 1, jitter = 0 } }
+    -- One is never answered, and what is `served` only on another channel than the first.
+    local copies, sequence, served, left = 0, 0, true, {}
+    leaves_channels(function()
+      left[#left + 1] = w.runtime.now()
+      sequence = 0
+    end, 1)
+    local function tick(seconds)
+      for _ = 1, seconds * 10 do
+        for _, body in ipairs(w:published()) do
+          sequence = sequence + 1
+          if body:find "stuck" then
+            copies = copies + 1
+          else
+            w:say((served and #left > 0 and fake.ack or fake.nack)(w.channel._core:id(), sequence))
+          end
+        end
+        w.runtime.advance(0.1)
+      end
+    end
+    local stuck, bad = p:send_async "stuck", p:send_async "bad"
+    tick(120)
+    assert.same({ "pending", "acked" }, outcomes { stuck, bad })
+    assert.same({ 1, 2 }, { #left, copies })
+    -- Where every channel refuses, it is given up, after as many attempts as ever.
+    served = false
+    local worse = {}
+    for i = 1, 6 do
+      worse[i] = p:send_async "worse"
+      tick(120)
+    end
+    assert.same({ "nacked", "nacked", "nacked", "nacked", "nacked", "nacked" }, outcomes(worse))
+    assert.equal("pending", stuck:outcome())
+    assert.truthy(#left >= 3 and #left <= 5, #left)
+    assert.equal(1 + #left, copies)
   end)
 
   it("keeps strict order with a window of one", function()

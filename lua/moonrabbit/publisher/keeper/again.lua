@@ -77,11 +77,23 @@ end
 
 -- ---- Leaving a channel ------------------------------------------------------------------------------
 
--- A message that is due and may do better on another channel.
-local function badly_served(self, now)
+-- A message that is due, until this time, and may do better on another channel; whether for one of them nothing else is
+-- to be waited for.
+local function badly_served(self, now, due)
+  local renewal, attempts, served = self._renewal, self._policy.attempts, nil
   for _, record in pairs(self._troubled) do
-    if record.due and record.due <= now and self._renewal:helps(record, now) then return record end
+    if record.due and record.due <= due then
+      if renewal:insists(record, attempts, now) then return record, true end
+      if renewal:helps(record, now) then served = record end
+    end
   end
+  return served, false
+end
+
+-- What was refused here has had another channel then.
+local function leave(self, why)
+  for _, record in pairs(self._troubled) do record.moved = record.outcome == "nacked" end
+  self.channel:_renew(why)
 end
 
 -- Leaves the channel for such a message, once nothing is under way on it.
@@ -89,14 +101,16 @@ local function renew(self, now)
   local renewal = self._renewal
   if not self._up then return end
   if not renewal.by then
-    local record = badly_served(self, now)
+    local record = badly_served(self, now, now)
     if not record then return end
     renewal:begin(record.err, now)
   end
   local idle = self.channel._core:unconfirmed() == 0
   if not idle and now < renewal.by then return self:_wake_at(renewal.by) end
+  local _, insists = badly_served(self, now, huge)
+  if insists and not idle then renewal:copied(now) end
   local why = renewal:over(now)
-  if idle then self.channel:_renew(why) end
+  if idle or insists then leave(self, why) end
 end
 
 -- ---- The task that keeps the times ------------------------------------------------------------------
