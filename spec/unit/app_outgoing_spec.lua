@@ -70,6 +70,19 @@ describe("an app's channels", function()
     assert.truthy(left_at[#left_at] - left_at[#left_at - 1] >= 59)
   end)
 
+  it("are not left for refusals that are long ago", function()
+    for _ = 1, 10 do
+      refused(2)
+      clock = clock + 601
+    end
+    assert.equal(1, #made)
+    refused(2)
+    clock = clock + 599
+    refused(1)
+    outgoing:channel "routes"
+    assert.equal(2, #made)
+  end)
+
   it("are not left for what is no refusal, nor for one by a channel that was left", function()
     refused(10, "timeout")
     refused(10, "unroutable")

@@ -9,6 +9,9 @@ local Renewal = require "moonrabbit.publisher.renewal"
 
 -- Seconds for which a channel that was left waits for the outcome of what is under way on it.
 local PATIENCE = 30
+-- Seconds after which a refusal says nothing of its channel any more. (What is confirmed meanwhile says nothing either:
+-- it may have gone to another queue.)
+local FORGOTTEN = 600
 
 ---@class moonrabbit.app.Outgoing
 local Outgoing = {}
@@ -18,7 +21,8 @@ Outgoing.__index = Outgoing
 ---@param connection moonrabbit.Connection
 function Outgoing.new(runtime, connection)
   return setmetatable({
-    runtime = runtime, connection = connection, channels = {}, refusals = {}, renewals = {},
+    runtime = runtime, connection = connection, channels = {}, renewals = {},
+    refusals = {}, refused_at = {}, -- of the present channels: how many, and when last
   }, Outgoing)
 end
 
@@ -51,10 +55,11 @@ end
 ---@param err moonrabbit.Error?
 function Outgoing:heard(purpose, channel, ok, err)
   if ok or not err or err.kind ~= "nacked" or self.channels[purpose] ~= channel then return end
-  local refusals = self.refusals[purpose] + 1
-  local renewal = self.renewals[purpose] or Renewal.new()
-  self.refusals[purpose], self.renewals[purpose] = refusals, renewal
   local time = self.runtime.now()
+  local recent = time - (self.refused_at[purpose] or time) <= FORGOTTEN
+  local refusals = (recent and self.refusals[purpose] or 0) + 1
+  local renewal = self.renewals[purpose] or Renewal.new()
+  self.refusals[purpose], self.refused_at[purpose], self.renewals[purpose] = refusals, time, renewal
   if not renewal:helps({ outcome = "nacked", attempts = refusals }, time) then return end
   renewal:over(time)
   self.channels[purpose] = nil
