@@ -282,9 +282,9 @@ describe("examples for nginx #resty", function()
     assert.equal(10, select(2, text:gsub("\n", "")))
     -- What Debian's package has in files of its own, and this checkout in place of /usr/local.
     local changes = {
-      { "events { }", [[load_module $modules/ndk_http_module.so;
-        load_module $modules/ngx_http_lua_module.so;
-        user $owner;
+      { "include /etc/nginx/modules-enabled/*.conf;", [[load_module $modules/ndk_http_module.so;
+        load_module $modules/ngx_http_lua_module.so;]] },
+      { "events { }", [[user $owner;
         pid $prefix/nginx.pid;
         error_log $prefix/logs/error.log info;
         events { }]] },

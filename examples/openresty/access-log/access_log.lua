@@ -1,5 +1,5 @@
 --- Ships a line of JSON for every request to the exchange "access". What finds the worker's queue full (the broker was
--- away for too long) is dropped and counted: `dropped` of /stats.
+-- away for too long) is dropped and counted: `dropped` of /stats, which tells of the worker that answers.
 local cjson = require "cjson.safe"
 local rabbit = require "moonrabbit.resty"
 

@@ -1,5 +1,6 @@
 --- Server-sent events from a queue: each worker has one exclusive queue, bound to the exchange "events", and hands what
--- comes to all of its browsers. One that does not keep up loses the oldest events, and is told how many.
+-- comes to all of its browsers. One that does not keep up loses the oldest events, and is told how many. What comes
+-- while a browser is connecting again is lost to it.
 local rabbit = require "moonrabbit.resty"
 local semaphore = require "ngx.semaphore"
 

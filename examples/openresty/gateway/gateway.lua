@@ -5,6 +5,7 @@
 -- | 202 | a queue has the message |
 -- | 200 | the reply of a call |
 -- | 404 | no such exchange, or no queue takes the message |
+-- | 403 | the broker's user may not |
 -- | 400, 405, 413 | the request's fault |
 -- | 503, with Retry-After | the broker is away or refuses, or the queue of this worker is full: try again |
 -- | 504 | no answer in time: the outcome is unknown, and trying again may make a duplicate (X-Message-Id tells) |

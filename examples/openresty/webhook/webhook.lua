@@ -22,8 +22,11 @@ local function declare(conn)
   return ok and true, err
 end
 
+function webhook.check()
+  if not secret or secret == "" then error("WEBHOOK_SECRET is not set", 0) end
+end
+
 function webhook.start()
-  if not secret or secret == "" then error "WEBHOOK_SECRET is not set" end
   seen = dedupe.new { dict = "webhooks", ttl = 24 * 3600 }
   rabbit.start { uri = os.getenv "AMQP_URL" or "amqp://guest:guest@127.0.0.1/", name = "webhooks", setup = declare }
 end
