@@ -111,9 +111,26 @@ local function command(self, arguments)
     arguments or "")
 end
 
+-- `edits` is a list of { what stands there, what shall }.
+local function edited(text, edits)
+  for _, edit in ipairs(edits or {}) do
+    local from, to = text:find(edit[1], 1, true)
+    assert(from, "not there to be edited: " .. edit[1])
+    text = text:sub(1, from - 1) .. edit[2] .. text:sub(to + 1)
+  end
+  return text
+end
+
+local function edit_file(path, edits)
+  local text = edited(slurp(path), edits)
+  local file = assert(io.open(path, "w"))
+  file:write(text)
+  file:close()
+end
+
 -- The configuration of an example, with its port, files and modules as they are here.
-local function of_example(folder)
-  local text = slurp(folder .. "/nginx.conf")
+local function of_example(folder, edits)
+  local text = edited(slurp(folder .. "/nginx.conf"), edits)
   local search = "$here/lua/?.lua;$here/lua/?/init.lua;"
   local changes = {
     { "#load_module /usr/lib/nginx/modules", "load_module $modules" },
@@ -138,8 +155,9 @@ local function of_example(folder)
 end
 
 --- Starts one. what: `main`, `http` and `server` (pieces of configuration), `workers`, `env` (a table), `path` (put
---- before lua_package_path, ";" at its end), `paths` (in place of lua_package_path and lua_package_cpath); or `example`, a folder whose nginx.conf it is. $port, $prefix, $here, $build and $modules in
---- them are filled in.
+--- before lua_package_path, ";" at its end), `paths` (in place of lua_package_path and lua_package_cpath); or `example`, a
+--- folder whose nginx.conf it is, with `edits`: { [file] = { { what stands there, what shall }, … } }. $port, $prefix,
+--- $here, $build and $modules in them are filled in.
 ---@return support.Nginx
 function nginx.start(what)
   local prefix = nginx.here .. "/build/resty-" .. shell "mktemp -u XXXXXXXX"
@@ -150,7 +168,9 @@ function nginx.start(what)
   self.environment = table.concat(environment, " ")
   if what.example then
     os.execute(("cp %s/* %s/"):format(what.example, prefix))
-    local all = { text = of_example(what.example) }
+    local edits = what.edits or {}
+    for name, list in pairs(edits) do edit_file(prefix .. "/" .. name, list) end
+    local all = { text = of_example(what.example, edits["nginx.conf"]) }
     for key, value in pairs(what) do all[key] = value end
     what = all
     self.what = what
@@ -175,7 +195,9 @@ function Nginx:request(path, opts)
   if not transport then return nil, nil, why end
   local lines = { ("%s %s HTTP/%s"):format(opts.method or (opts.body and "POST" or "GET"), path, opts.version or "1.0"),
     "Host: localhost" }
-  for name, value in pairs(opts.headers or {}) do lines[#lines + 1] = name .. ": " .. value end
+  for name, value in pairs(opts.headers or {}) do
+    for _, one in ipairs(type(value) == "table" and value or { value }) do lines[#lines + 1] = name .. ": " .. one end
+  end
   if opts.body then lines[#lines + 1] = "Content-Length: " .. #opts.body end
   transport:write(table.concat(lines, "\r\n") .. "\r\n\r\n" .. (opts.body or ""))
   if opts.on then opts.on(transport) end

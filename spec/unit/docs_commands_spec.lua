@@ -23,6 +23,20 @@ describe("the commands of the documentation", function()
     assert.truthy(total >= 50, total)
   end)
 
+  it("are taken by moonrabbit in the heads of the examples for nginx, too", function()
+    local cli, total = require "moonrabbit.cli", 0
+    local pipe = assert(io.popen "cat examples/openresty/*/nginx.conf")
+    for line in pipe:lines() do
+      for _, command in ipairs(pages.commands(line:match "^#   (.*)" or "")) do
+        total = total + 1
+        local args, problem = cli.parse(command.words)
+        assert.truthy(args, ("%s: %s"):format(command.line, tostring(problem)))
+      end
+    end
+    pipe:close()
+    assert.truthy(total >= 3, total)
+  end)
+
   it("would be refused with an option that there is not", function()
     local cli = require "moonrabbit.cli"
     local commands = pages.commands "moonrabbit run 'a b.lua' --worker-count 2 | cat\nmoonrabbit top --once # look\n"

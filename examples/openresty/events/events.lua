@@ -8,9 +8,10 @@ local events = {}
 
 local EXCHANGE = "events"
 local MOST = 100 -- events that may wait for one browser
-local PING = 15 -- seconds
+local PING = 15 -- seconds without an event
+local LOOK = 1  -- seconds; so soon is noticed that the worker leaves
 
-local browsers = {}
+local browsers, watching = {}, 0
 
 local function queue(conn)
   local channel, err = conn:channel()
@@ -49,9 +50,11 @@ local function write(event)
 end
 
 local function serve(browser)
+  local quiet = 0
   while not ngx.worker.exiting() do
     local ok = true
-    if browser.ready:wait(PING) then
+    if browser.ready:wait(LOOK) then
+      quiet = 0
       local event = table.remove(browser, 1)
       if browser.lost > 0 then
         ok = ngx.print(("event: lost\ndata: %d\n\n"):format(browser.lost))
@@ -59,7 +62,8 @@ local function serve(browser)
       end
       if ok and event then ok = write(event) end
     else
-      ok = ngx.print ": still here\n\n" and ngx.flush(true)
+      quiet = quiet + LOOK
+      if quiet % PING == 0 then ok = ngx.print ": still here\n\n" and ngx.flush(true) end
     end
     if not ok then return end
   end
@@ -69,8 +73,10 @@ function events.stream()
   ngx.header["Content-Type"] = "text/event-stream"
   ngx.header["Cache-Control"] = "no-store"
   local browser = { ready = semaphore.new(), lost = 0 }
-  browsers[browser] = true
-  local function leave() browsers[browser] = nil end
+  browsers[browser], watching = true, watching + 1
+  local function leave()
+    if browsers[browser] then browsers[browser], watching = nil, watching - 1 end
+  end
   ngx.on_abort(function()
     leave()
     ngx.exit(499)
@@ -81,5 +87,8 @@ function events.stream()
   leave()
   if not served then error(problem, 0) end
 end
+
+--- How many pages are open, on the worker that answers.
+function events.stats() ngx.say(watching) end
 
 return events

@@ -13,7 +13,8 @@ local report = require "moonrabbit.runtime.shared.report"
 
 local C = ffi.C
 pcall(ffi.cdef, "typedef struct { long tv_sec; long tv_nsec; } moonrabbit_timespec;")
-pcall(ffi.cdef, "int clock_gettime(int clock, void *time);")
+-- Under a name of our own: who else in the process declares the system's has another type of time (Kong does).
+pcall(ffi.cdef, 'int moonrabbit_clock_gettime(int clock, moonrabbit_timespec *time) __asm__("clock_gettime");')
 
 local ngx_sleep, current, check, LEAST, LONG = ngx.sleep, tasks.current, tasks.check, tasks.LEAST, tasks.LONG
 
@@ -27,7 +28,7 @@ local timespec = ffi.new "moonrabbit_timespec"
 local CLOCK_MONOTONIC = 1
 
 local function now()
-  C.clock_gettime(CLOCK_MONOTONIC, timespec)
+  C.moonrabbit_clock_gettime(CLOCK_MONOTONIC, timespec)
   return tonumber(timespec.tv_sec) + tonumber(timespec.tv_nsec) / 1e9
 end
 

@@ -18,7 +18,8 @@ local function kind_of(err)
   if err:find("no resolver defined", 1, true) then
     return "dns", false, err .. ": nginx looks names up by its own directive `resolver` alone (or give an address)"
   end
-  if err:find("resolve", 1, true) then return "dns", true, err end
+  -- nginx's words, those of Kong ("DNS resolution failed") and those of APISIX.
+  if err:find("resol", 1, true) or err:find("parse domain", 1, true) then return "dns", true, err end
   if err:find("refused", 1, true) or err:lower():find("no such file", 1, true) then return "refused", true, err end
   return "closed", true, err
 end
