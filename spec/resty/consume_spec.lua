@@ -1,6 +1,7 @@
 -- moonrabbit.resty's consumers: handlers in the workers of nginx.
 local broker = require "support.broker"
 local cjson = require "cjson.safe"
+local native = require "moonrabbit.runtime.native"
 local nginx = require "support.nginx"
 local proxy = require "support.proxy"
 local ok = broker.ok
@@ -127,13 +128,74 @@ describe("consuming in nginx #resty", function()
     broker.eventually(function() return seen()["three"] end)
   end)
 
-  it("waits for a queue that is not there yet", function()
+  it("waits for a queue that is not there yet, on whichever connection", function()
     ok(channel:queue_delete(queue))
     start(1)
     server:logged "the consumer on '[^']+' has ended: [^\n]*no queue"
+    line:cut()
+    server:logged "consuming: [^\n]*; trying again in"
     ok(channel:queue_declare(queue))
     send "one"
     broker.eventually(function() return seen()["one"] end)
+  end)
+
+  -- A worker whose consumer has a queue of its own; `text` is in the function that declares it, with n, how often it ran.
+  local function start_own(text, options)
+    server = nginx.start {
+      server = locations,
+      http = ([[
+        lua_shared_dict seen 1m;
+        init_worker_by_lua_block {
+          local rabbit, seen = require "moonrabbit.resty", ngx.shared.seen
+          rabbit.start { uri = os.getenv "AMQP_URL", reconnect = { first = 0.3, max = 0.3, jitter = 0 }, %s }
+          rabbit.consume {
+            queue = function(conn)
+              local n = seen:incr("asked", 1, 0)
+              %s
+              local name = assert(assert(conn:channel()):queue_declare("", { exclusive = true })).queue
+              seen:set("own", name)
+              return name
+            end,
+            handler = function(message)
+              seen:incr(message.body, 1, 0)
+              message:ack()
+            end,
+          }
+        }
+      ]]):format(options or "", text),
+    }
+    server:ready "/ping"
+  end
+
+  local function consumes()
+    local own = broker.eventually(function() return seen().own end)
+    ok(channel:publish("one", { routing_key = own }))
+    broker.eventually(function() return seen().one == 1 end)
+  end
+
+  it("consumes from what a function declares, and asks it again, with pauses, when that fails", function()
+    local began = native.now()
+    start_own [[
+      if n == 1 then error "thrown by queue" end
+      if n == 2 then return nil end
+      if n == 3 then return nil, require "moonrabbit.errors".new { kind = "closed", message = "not yet" } end
+    ]]
+    for _, why in ipairs { "thrown by queue", "the function 'queue' named none", "not yet" } do
+      server:logged("the consumer on '%(its own%)' has ended: [^\n]*" .. why .. "[^\n]*; starting again in 0.3 s")
+    end
+    consumes()
+    assert.equal(4, seen().asked)
+    assert.truthy(native.now() - began >= 0.9)
+  end)
+
+  it("begins when what is set up before it has succeeded", function()
+    start_own("", [[setup = function()
+      if seen:incr("setups", 1, 0) > 4 then return true end
+      return nil, require "moonrabbit.errors".new { kind = "closed", message = "not set up yet" }
+    end]])
+    server:logged "consuming: not set up yet; trying again"
+    consumes()
+    assert.equal(1, seen().asked)
   end)
 
   it("finishes what is being handled when it is reloaded, and loses nothing", function()

@@ -9,6 +9,7 @@ local ok = broker.ok
 local http = [[
   lua_shared_dict numbers 256k;
   lua_shared_dict hold 64k;
+  lua_max_running_timers 8;
   init_worker_by_lua_block {
     if ngx.worker.id() ~= 0 then return end
     local rabbit = require "moonrabbit.resty"
@@ -94,6 +95,14 @@ local locations = [[
       ngx.print(ok and "ok" or err.kind)
     }
   }
+  location = /busy {
+    content_by_lua_block {
+      for _ = 1, 20 do ngx.timer.at(0, function() while not Freed do ngx.sleep(0.01) end end) end
+      ngx.sleep(0.05)
+      ngx.print(ngx.timer.running_count())
+    }
+  }
+  location = /free { content_by_lua_block { Freed = true } }
   location = /linger {
     content_by_lua_block {
       local hold = ngx.shared.hold
@@ -180,6 +189,18 @@ describe("the metrics of one worker #resty", function()
     keeps(PUBLISHED, 3)
     ok(channel:publish("x", { routing_key = name .. ".in" }))
     keeps(('moonrabbit_messages_settled_total{queue="%s.in",outcome="ok"}'):format(name), 1)
+  end)
+
+  it("are there after all, when nginx has run too many timers for a while", function()
+    start_ready()
+    assert.equal("ok", get "/publish")
+    keeps(PUBLISHED, 1)
+    assert.equal("8", get "/busy")
+    assert.equal("ok", get "/publish")
+    server:logged "metrics.lua:%d+: 8 lua_max_running_timers are not enough"
+    get "/free"
+    assert.equal(1, kept(PUBLISHED))
+    broker.eventually(function() return get "/publish" == "ok" and kept(PUBLISHED) > 1 end)
   end)
 
   it("tell two publishers of one name apart", function()

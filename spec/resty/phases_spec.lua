@@ -21,6 +21,17 @@ local http = [[
     local rabbit = require "moonrabbit.resty"
     rabbit.start { uri = os.getenv "AMQP_URL", exit_timeout = 2 }
     assert(rabbit.publish_async("init_worker", { routing_key = "$queue" }))
+    local publisher = rabbit.publisher { routing_key = "$queue" }
+    local calls = {
+      publish = function() rabbit.publish "x" end, send = function() publisher:send "x" end,
+      call = function() rabbit.call("x", { routing_key = "q" }) end, run = function() rabbit.run(print) end,
+      connect = function() rabbit.connect "amqp://" end, request_body = rabbit.request_body,
+    }
+    function Cannot(phase)
+      for name, fn in pairs(calls) do
+        ngx.log(ngx.NOTICE, "in ", phase, ", ", name, ": ", select(2, pcall(fn)), " end")
+      end
+    end
   }
   exit_worker_by_lua_block {
     local ok, err = require "moonrabbit.resty".publish_async("exit_worker", { routing_key = "$queue" })
@@ -70,6 +81,13 @@ local locations = [[
       assert(require "moonrabbit.resty".publish("outer", { routing_key = "$queue" }))
       ngx.say(a.body, b.body)
     }
+  }
+  location = /cannot {
+    set_by_lua_block $nothing { Cannot "set" }
+    content_by_lua_block { ngx.say "ok" }
+    header_filter_by_lua_block { Cannot "header_filter" }
+    body_filter_by_lua_block { Cannot "body_filter" }
+    log_by_lua_block { Cannot "log" }
   }
   location = /exit {
     content_by_lua_block {
@@ -158,6 +176,17 @@ describe("the other phases of nginx #resty", function()
     assert.equal("pong\n", (server:request "/balanced"), server:log())
     assert.same({ "balancer" }, take(1))
     server:logged "in balancer: [^\n]*publish waits, which is impossible in balancer_by_lua%*[^\n]*publish_async is for"
+  end)
+
+  it("says what cannot be called in phases that cannot wait", function()
+    assert.equal("ok\n", (server:request "/cannot"), server:log())
+    for _, phase in ipairs { "set", "header_filter", "body_filter", "log" } do
+      for _, name in ipairs { "publish", "send", "call", "run", "connect", "request_body" } do
+        server:logged(("in %s, %s: [^\n]*%s waits, which is impossible in %s_by_lua%%*: [^\n]* end"):format(phase, name,
+          name, phase))
+      end
+    end
+    assert.is_nil(channel:get(queue, { no_ack = true }) or nil)
   end)
 
   it("subrequests and internal redirects publish as requests do", function()

@@ -29,7 +29,7 @@ local EVERY = 1
 -- The same in a worker that leaves.
 local SOON = 0.1
 -- A timer that has not begun so long after it was due never will: nginx has too many.
-local LATE = 5
+local LATE = 1
 
 local TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
