@@ -181,6 +181,7 @@ describe("a worker of nginx #resty", function()
     server = nginx.start {
       http = ([[init_worker_by_lua_block { require "moonrabbit.resty".start { uri = %q, %s } }]]):format(
         broker.uri { host = "127.0.0.1", port = port or nginx.free_port() }, options),
+      server = locations,
     }
   end
 
@@ -555,6 +556,27 @@ describe("a worker of nginx #resty", function()
     local pids = server:workers()
     server:signal "QUIT"
     nginx.gone(pids, 8)
+  end)
+
+  it("does not begin an attempt that nobody needs when it leaves", function()
+    local port = nginx.free_port()
+    reconnecting("reconnect = { first = 30, max = 30 }, connect_timeout = 30", port)
+    waits(1)
+    line = open_line(port)
+    line.silent = true
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 5)
+  end)
+
+  it("waits for the next attempt no longer than it may stay", function()
+    reconnecting "reconnect = { first = 30, max = 30 }, exit_timeout = 0.5"
+    waits(1)
+    server:request(("/async?n=3&body=a&queue=%s"):format(queue))
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 8)
+    server:logged "3 messages were not confirmed when the worker had to leave"
   end)
 
   it("is there again after a crash, and stops at once when told to", function()

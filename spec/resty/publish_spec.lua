@@ -99,6 +99,15 @@ local locations = [[
       try(rabbit.consume, { queue = "q", handler = print })
       try(rabbit.connect, { uri = "amqp://", runtime = "native" })
       try(rabbit.call, "x", { reply_to = "q" })
+      try(rabbit.call, "x", "q")
+      try(rabbit.publisher, "q")
+      try(rabbit.publisher, { rooting_key = "q" })
+      try(rabbit.connect, 7)
+      try(rabbit.run, "x")
+      local ran, where = pcall(function() rabbit.publish(7) end)
+      try(error, where)
+      ran, where = pcall(function() rabbit.publisher():send_async("x", { rooting_key = "q" }) end)
+      try(error, where)
     }
     content_by_lua_block { ngx.say(table.concat(ngx.ctx.lines, "\n")) }
     log_by_lua_block {
@@ -334,6 +343,15 @@ describe("publishing in nginx #resty", function()
     assert.matches("consume belongs into init_worker_by_lua%*", lines[7])
     assert.matches("unknown option 'runtime'", lines[8])
     assert.matches("Connection:call: unknown option 'reply_to'", lines[9])
+    assert.matches("resty.call: opts must be a table", lines[10])
+    assert.matches("resty.publisher: .*table", lines[11])
+    assert.matches("resty.publisher: unknown option 'rooting_key'", lines[12])
+    assert.matches("resty.connect: a URI or a table of options expected", lines[13])
+    assert.matches("resty.run: fn must be a function", lines[14])
+    -- And says where it was made.
+    local here = "^access_by_lua%(nginx.conf:%d+%):%d+: "
+    assert.matches(here .. "moonrabbit.resty.publish: the body must be a string", lines[15])
+    assert.matches(here .. "Publisher:send_async: unknown option 'rooting_key'", lines[16])
   end)
 
   it("says in which phase nothing can wait", function()

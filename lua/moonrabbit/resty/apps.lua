@@ -9,6 +9,7 @@
 -- keeps in memory (breakers, canaries, rates, `order_by`, `dedupe.memory`) is that worker's alone.
 -- @module moonrabbit.resty.apps
 
+local Keeper = require "moonrabbit.resty.keeper"
 local errors = require "moonrabbit.errors"
 local life = require "moonrabbit.resty.life"
 local moonrabbit = require "moonrabbit"
@@ -21,8 +22,6 @@ local apps = {}
 
 -- A publishing connection whose app is over says goodbye for so long.
 local GOODBYE = 1
--- A number of attempts after which they are as far apart as they come.
-local SELDOM = 20
 
 -- What scripts wait with. The native runtime's would block the worker, and throws here anyway.
 moonrabbit.sleep, moonrabbit.spawn = runtime.sleep, runtime.spawn
@@ -157,8 +156,7 @@ end
 local function work(self, conn, keeper)
   local ok, err = set_up(self, conn)
   if ok then return run(self, keeper) end
-  -- What the broker refuses for good is tried as seldom as can be.
-  if err.temporary == false then keeper.attempt = math.max(keeper.attempt, SELDOM) end
+  if err.temporary == false then keeper:seldom() end
   return err
 end
 
@@ -203,7 +201,7 @@ end
 function apps.keep(app, config)
   warn(app)
   local self = setmetatable({ app = app, config = config, connections = {} }, Kept)
-  self.keeper = life.keep {
+  self.keeper = Keeper.new {
     name = config.name, connect = config.connect, backoff = config.backoff, exit_timeout = config.exit_timeout,
     watch = config.watch,
     serve = function(conn, keeper) return self:serve(conn, keeper) end,

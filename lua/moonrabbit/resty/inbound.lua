@@ -5,6 +5,7 @@
 -- within the deadline, and the rest goes back to its queue.
 -- @module moonrabbit.resty.inbound
 
+local Keeper = require "moonrabbit.resty.keeper"
 local life = require "moonrabbit.resty.life"
 local runtime = require "moonrabbit.runtime.resty"
 
@@ -30,7 +31,7 @@ function Inbound:add(subscription)
   self.subscriptions[#self.subscriptions + 1] = subscription
   if self.keeper then return end
   local config = self.config
-  self.keeper = life.keep {
+  self.keeper = Keeper.new {
     name = config.name, connect = config.connect, backoff = config.backoff, exit_timeout = config.exit_timeout,
     watch = config.watched(),
     serve = function(conn, keeper) return self:serve(conn, keeper) end,

@@ -1,0 +1,136 @@
+--- A session of the connection that publishes: from a channel to the next, until it is lost or the worker leaves.
+--
+-- What was sent and not settled when a channel ends is sent again on the next one, from `head` on, in its order.
+--
+-- A message that makes the broker close the channel or the connection (an unknown exchange, a forbidden one)
+-- would do so again with whatever shared the channel with it. So after such an end those that were
+-- under way go one at a time; the one that the broker closes upon has failed, and the others pass.
+-- @module moonrabbit.resty.outbound.session
+
+local jobs = require "moonrabbit.resty.outbound.jobs"
+local leaving = require "moonrabbit.resty.outbound.leaving"
+local life = require "moonrabbit.resty.life"
+local obstacles = require "moonrabbit.resty.outbound.obstacles"
+local queue = require "moonrabbit.resty.outbound.queue"
+local runtime = require "moonrabbit.runtime.resty"
+local send_all = require "moonrabbit.resty.outbound.send"
+local settling = require "moonrabbit.resty.outbound.settle"
+
+local huge = math.huge
+local crowded, finish = queue.crowded, queue.finish
+local settle, noticed = settling.settle, settling.noticed
+
+local session = {}
+
+-- So often all are looked at, when confirms come out of order.
+local SWEEP = 0.005
+-- As long as nginx's timers allow with some room.
+local LONG = 86400
+
+-- Waits to be woken, by any message.
+local function sleep(self, limit)
+  self.sleeping = "any"
+  self.wake:wait(limit)
+  self.sleeping = nil
+end
+
+-- Waits for something to do. Messages that nobody waits for may gather for `linger` seconds.
+local function rest(self, channel, limit)
+  if #self.jobs > 0 or not channel:is_open() then return end
+  sleep(self, limit)
+  local linger = self.config.linger
+  if linger == 0 or self.urgent or self.sweep_due or #self.jobs > 0 or life.exiting or self.next == self.tail
+    or crowded(self) or not channel:is_open() then return end
+  self.sleeping = "urgent"
+  self.wake:wait(math.min(linger, LONG))
+  self.sleeping = nil
+end
+
+-- How long the sender may sleep.
+local function patience(self, keeper)
+  if self.sweep_due then return SWEEP end
+  return life.exiting and leaving.patience(keeper) or LONG
+end
+
+-- What was under way on a channel that has ended is to be sent again.
+local function take_back(self, reason)
+  settle(self, huge)
+  local past = self.next
+  local coded = reason and (reason.kind == "channel" or reason.kind == "protocol") and reason.code
+  local culprit
+  for index = self.head, past - 1 do
+    local slot = index % self.entries + 1
+    if self.confirmations[slot] then
+      self.confirmations[slot] = false
+      self.resent = self.resent + 1
+      culprit = index
+    end
+  end
+  if coded then
+    if self.in_flight == 1 then
+      self.in_flight = 0
+      self.resent = self.resent - 1
+      finish(self, culprit, nil, reason)
+    end
+    self.suspects = math.max(self.suspects, past)
+  end
+  self.in_flight = 0
+  self.next = self.head
+end
+
+-- Sends on one channel for as long as it lasts. Returns why it ended; nil when the worker leaves.
+local function use(self, conn, channel, keeper)
+  self.channel = channel
+  channel._notice = function() noticed(self) end
+  local off = channel:on("close", function() self:rouse() end)
+  while channel:is_open() and not leaving.is_over(self, keeper) do
+    if self.sweep_due then self.sweep_due = not settle(self, huge) end
+    jobs.start(self, conn)
+    local went = send_all(self, channel)
+    if went == false then runtime.sleep(0) end -- its end is about to be told
+    -- A message that there was no room for has waited; one that is held has not.
+    if went == nil and obstacles.held(self) then sleep(self, patience(self, keeper)) end
+    if went then rest(self, channel, patience(self, keeper)) end
+  end
+  off()
+  if channel:is_open() then return nil end
+  return channel:_closed_error()
+end
+
+--- Runs in a timer of its own, for as long as the connection lasts. Returns why it ended.
+function session.serve(self, conn, keeper)
+  self.endpoint = conn.endpoint
+  self.idle_since = nil
+  conn:on("released", function() self:rouse() end)
+  if self.config.setup then
+    local ok, err = self.config.setup(conn)
+    if not ok and err then return err end
+  end
+  local reason
+  repeat
+    local channel, err = conn:channel { confirm = true, window = 0 }
+    if not channel then return err end
+    reason = use(self, conn, channel, keeper)
+    take_back(self, reason)
+    if reason then runtime.log("warn", self.config.name .. ": " .. tostring(reason)) end
+  until not reason or not conn:is_open()
+  if life.exiting and keeper:overdue() then leaving.abandon(self) end
+  return reason
+end
+
+--- An attempt to connect has failed.
+function session.connecting_failed(self, err)
+  if life.exiting and self.keeper:overdue() then return leaving.abandon(self) end
+  if err.temporary ~= false then return end
+  -- Who waits learns at once what waiting does not help against.
+  local unknown = self:error("timeout", "the connection was lost before the broker confirmed the message, whose outcome"
+    .. " is unknown, and cannot be made again: " .. err.message, false)
+  for index = self.head, self.tail - 1 do
+    if type(self.kept[index % self.entries + 1]) == "table" then
+      finish(self, index, nil, index < self.sent_to and unknown or err)
+    end
+  end
+  jobs.fail(self, err)
+end
+
+return session

@@ -1,0 +1,14 @@
+--- Waiting for a semaphore as long as a caller likes.
+-- @module moonrabbit.resty.outbound.wait
+
+-- As long as nginx's timers allow with some room.
+local LONG = 86400
+
+--- Waits for a semaphore for so many seconds, or for ever (math.huge).
+return function(sema, seconds)
+  while seconds > LONG do
+    if sema:wait(LONG) then return end
+    seconds = seconds - LONG
+  end
+  sema:wait(seconds)
+end
