@@ -334,6 +334,25 @@ describe("Copas", function()
     assert.matches("in a thread of Copas", thrown(on().sleep, 1))
   end)
 
+  it_copas("refuses what its select cannot wait for, instead of ending the loop", function()
+    loops.run("copas", function(runtime) runtime.sleep(0.001) end) -- Copas 1: its alarm has its descriptor now
+    local files, line = {}, require "moonrabbit.runtime.native".listen("127.0.0.1", 0)
+    repeat files[#files + 1] = io.open "/dev/null" until #files > 1030 or not files[1]
+    if #files <= 1030 then return pending "ulimit -n is too small" end
+    local problem, listening, refused
+    loops.run("copas", function(runtime)
+      local _, _, text = runtime.open({ host = "127.0.0.1", port = line:port() }, nil, 5)
+      problem = text
+      listening, refused = runtime.listen("127.0.0.1", 0)
+      runtime.sleep(0.001) -- the loop goes on
+    end)
+    for _, file in ipairs(files) do file:close() end
+    line:close()
+    assert.matches("no room for descriptor %d+: Copas waits by select%(2%), which takes none over 1023", problem)
+    assert.is_nil(listening)
+    assert.matches("no room for descriptor", refused)
+  end)
+
   it_copas("shares the loop with servers and threads, and what they wait for", function()
     loops.find_copas()
     local copas, socket = require "copas", require "socket"

@@ -29,6 +29,14 @@ local host = {
   home = function() return hosted.coroutine() and true end,
 }
 
+-- What select(2) takes. With one more Copas would throw, in each turn, and end the loop of its user.
+local MOST = 1023
+
+function host.refuse(fd)
+  if fd <= MOST then return nil end
+  return ("no room for descriptor %d: Copas waits by select(2), which takes none over %d"):format(fd, MOST)
+end
+
 -- ---- Copas 1 ----------------------------------------------------------------------------------------------------------------
 
 local alarm, alarm_at, never
@@ -37,6 +45,8 @@ local OFF = 1e9
 local function new_alarm()
   local made, text = net.alarm()
   if not made then error("this system needs Copas 2 or later, which has a clock: " .. text, 0) end
+  text = host.refuse(made:fd())
+  if text then error(text, 0) end
   return made
 end
 

@@ -10,6 +10,7 @@
 -- * `wake(task)`: ends that pause at the loop's next turn
 -- * `set(fd, events)`: the loop calls back when descriptors are ready (shared/descriptors.lua)
 -- * `forget(fd)`: a descriptor is going to be closed (optional)
+-- * `refuse(fd)`: why the loop cannot wait for it, for people (optional; where the adapter brings no `set`)
 -- * `look_up(loop, by_system)`: the loop's own resolver (optional; shared/open.lua)
 --
 -- Any coroutine of the loop may wait; it is a task from then on.
@@ -147,7 +148,10 @@ local function own_descriptors(host, loop)
 
   function Watch:forget(task) self.tasks[task] = nil end
 
+  --- nil, text: the loop cannot wait for this one.
   function D.watch(fd)
+    local text = host.refuse and host.refuse(fd)
+    if text then return nil, text end
     return setmetatable({ fd = fd, home = home(), tasks = {} }, Watch)
   end
 

@@ -74,7 +74,11 @@ function M.of(descriptors, new_transport, cancelled, own_look_up)
     local addresses, why, watch
     addresses, why, text, temporary = resolver:result()
     if not addresses and why == "again" then
-      watch = watch_fd(resolver:fd())
+      watch, text = watch_fd(resolver:fd())
+      if not watch then
+        resolver:close()
+        return nil, "refused", text, true
+      end
       local ready = wait_or_close(watch, resolver, "r", deadline)
       unwatch(watch)
       if ready then
@@ -101,8 +105,12 @@ function M.of(descriptors, new_transport, cancelled, own_look_up)
   local function attempt(address, context, server_name, deadline)
     local stream, kind, text, temporary = net.connect(address, context, server_name)
     if not stream then return nil, kind, text, temporary end
-    local watch = watch_fd(stream:fd())
-    local done
+    local watch, done
+    watch, text = watch_fd(stream:fd())
+    if not watch then
+      stream:close()
+      return nil, "refused", text, true
+    end
     done, kind, text, temporary = handshake(stream, watch, deadline)
     if done then return new_transport(stream, watch) end
     if kind == "timeout" and not text then

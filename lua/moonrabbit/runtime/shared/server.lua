@@ -18,7 +18,13 @@ function M.of(descriptors, new_transport)
     local socket = self.socket
     while socket do
       local stream, why, text = socket:accept()
-      if stream then return new_transport(stream) end
+      if stream then
+        local client
+        client, text = watch(stream:fd())
+        if client then return new_transport(stream, client) end
+        stream:close()
+        return nil, "refused", text
+      end
       if why ~= "again" then return nil, why, text end
       wait(self.watch, "r")
       socket = self.socket
@@ -45,7 +51,13 @@ function M.of(descriptors, new_transport)
   return function(host, port)
     local socket, text = net.listen(host, port)
     if not socket then return nil, text end
-    return setmetatable({ socket = socket, watch = watch(socket:fd()) }, Server)
+    local watched
+    watched, text = watch(socket:fd())
+    if not watched then
+      socket:close()
+      return nil, text
+    end
+    return setmetatable({ socket = socket, watch = watched }, Server)
   end
 end
 
