@@ -73,15 +73,10 @@ function Channel.open(connection, session, opts, level)
   -- Opened after all, and nobody waits for it any more (its task was cancelled).
   local calls, refusal = self:_attach(session, function() self:_abandon() end)
   if not calls then return nil, refusal end
-  for i = 1, #calls do
-    local ok, err = session:await(calls[i], math.max(0, deadline - session.runtime.now()))
-    if not ok then
-      if not self._closed then
-        for j = i + 1, #calls do calls[j].abandoned = true end
-        self:_abandon()
-      end
-      return nil, err
-    end
+  local ok, err = session:await_all(calls, deadline)
+  if not ok then
+    if not self._closed then self:_abandon() end
+    return nil, err
   end
   return self
 end

@@ -13,6 +13,7 @@
 -- @module moonrabbit.session
 
 local core = require "moonrabbit.core"
+local described = require "moonrabbit.described"
 local errors = require "moonrabbit.errors"
 local parts = require "moonrabbit.parts"
 local protect = require "moonrabbit.protect"
@@ -51,7 +52,7 @@ parts(Session, reader, events, writer, waiting, words)
 local function run(self, loop)
   local whole, err = protect(loop, self)
   if whole then return end
-  local text = tostring(err)
+  local text = described(err)
   if self.state ~= "closed" then
     local memory = text:find("not enough memory", 1, true)
     self.engine:eof(text)

@@ -251,4 +251,49 @@ describe("a connection", function()
       eventually(function() return taken end)
     end)
   end)
+
+  local function last_heard(id) return function() return other.heard[#other.heard] == id end end
+
+  it("cancels a consumer that starts after the task that started it was cancelled, whatever it waited for", function()
+    connect()
+    local ch = assert(conn:channel())
+    other.answers["60.10"], other.answers["60.20"] = false, false
+    moonrabbit.run(function()
+      local task = moonrabbit.spawn(function() ch:consume("q", { prefetch = 5, tag = "c" }) end)
+      eventually(last_heard "60.20")
+      native.cancel(task)
+      eventually(function() return conn._session.awaiting == 0 end)
+      other:say(fake.method(1, 60, 11) .. fake.method(1, 60, 21, short "c"))
+      eventually(last_heard "60.30")
+    end)
+    assert.is_nil(next(ch._consumers))
+  end)
+
+  it("consumes again though the answer to an earlier attempt comes after all", function()
+    connect { timeout = 0.2, reconnect = { first = 0.01, max = 0.05 } }
+    local ch = assert(conn:channel())
+    local consumer = assert(ch:consume("q", { prefetch = 5, tag = "c" }))
+    moonrabbit.run(function()
+      local late, channel = {}, nil
+      other.answers["50.10"] = function(frame)
+        return fake.method(frame.channel, 50, 11, short "q" .. u32(0) .. u32(0))
+      end
+      other.answers["60.20"] = function(frame)
+        channel = frame.channel
+        late[#late + 1] = fake.method(frame.channel, 60, 21, short "c")
+        if #late == 1 then return "" end
+        return late[#late]
+      end
+      -- It is told that its first attempt took too long, hears the answer, and then that it has been cancelled.
+      other.answers["60.30"] = function(frame) return late[1] .. fake.method(frame.channel, 60, 31, short "c") end
+      other:cut()
+      eventually(function() return #late >= 2 end)
+      local message
+      moonrabbit.spawn(function() message = consumer:receive(10) end)
+      other:say(fake.method(channel, 60, 60, short "c" .. fake.u64(1) .. fake.u8(0) .. short "" .. short "q")
+        .. fake.content(channel, "x"))
+      eventually(function() return message end)
+    end)
+    assert.is_nil(consumer:reason())
+  end)
 end)

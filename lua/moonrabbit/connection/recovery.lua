@@ -126,16 +126,6 @@ end
 
 -- ---- Channels ---------------------------------------------------------------------------------------
 
--- Waits for the answers to what `channel:_attach` sent. true; or nil, err.
-local function opened(session, calls, deadline)
-  local now = session.runtime.now
-  for _, call in ipairs(calls) do
-    local ok, err = session:await(call, math.max(0, deadline - now()))
-    if not ok then return nil, err end
-  end
-  return true
-end
-
 local function channel_refused(self, channel, err)
   if channel._over then return end
   report(self, channel, err)
@@ -153,7 +143,7 @@ function recovery.open_channels(self, session, channels)
   end
   local deadline = session.runtime.now() + self.call_timeout
   for _, each in ipairs(pending) do
-    local ok, err = opened(session, each[2], deadline)
+    local ok, err = session:await_all(each[2], deadline)
     if not ok and err.kind == "timeout" then session:fail("the broker does not open channels: " .. err.message) end
     if session.state ~= "open" then return nil, session.reason end
     if not ok then
@@ -221,7 +211,7 @@ end
 
 -- Waits for the answers to what `consumer:_subscribe` sent. `alone`: nothing else was out.
 local function started(self, session, consumer, calls, deadline, alone)
-  local ok, err = opened(session, calls, deadline)
+  local ok, err = session:await_all(calls, deadline)
   if ok then return consumer_restored(self, consumer) end
   consumer:_unsubscribed(err)
   if session.state ~= "open" then

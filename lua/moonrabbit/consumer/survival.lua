@@ -45,8 +45,8 @@ function Consumer:_subscribe(level)
   self:_takes(queue)
   channel._receivers[queue] = self
   calls[#calls + 1] = session:expect(channel._calls, "basic.consume", function()
-    -- Nobody waits for it any more.
-    self:_abandon()
+    -- Nobody waits for it any more; where it is to come back, `_unsubscribed` has cancelled it.
+    if self._ended or not self._started then self:_abandon() end
   end)
   return calls
 end
@@ -86,34 +86,4 @@ function Consumer:_give_up(err)
   self:_let_go()
 end
 
-local survival = {}
-
---- A `pop` that notes where in a stream its consumer is.
----@package
-function survival.counting(consumer, pop)
-  return function(queue)
-    local message = pop(queue)
-    local offset = message and message.headers["x-stream-offset"]
-    if offset then consumer._offset = offset end
-    return message
-  end
-end
-
---- The arguments to ask for a stream behind the last message that was taken, instead of from where it began.
----@package
-function survival.from_there(consumer, arguments)
-  local offset = consumer._offset
-  if type(offset) ~= "number" then return arguments end
-  local all = {}
-  for key, value in pairs(arguments) do all[key] = value end
-  all["x-stream-offset"] = offset + 1
-  return all
-end
-
---- Adds the methods to the class.
----@package
-function survival.extend(class)
-  for name, method in pairs(Consumer) do class[name] = method end
-end
-
-return survival
+return Consumer

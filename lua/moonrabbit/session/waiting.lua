@@ -3,7 +3,7 @@
 
 local protect = require "moonrabbit.protect"
 
-local huge = math.huge
+local max, huge = math.max, math.huge
 
 ---@class moonrabbit.Session
 local Session = {}
@@ -46,14 +46,19 @@ local function wait_for(self, call, deadline)
   end
 end
 
+-- Nobody takes the answer, which may have come.
+local function abandon(call)
+  call.abandoned = true
+  if call.done and call.ok and call.late then call.late(call.result, call.extra) end
+end
+
 --- Waits for a call: its result, or nil, err.
 ---@param call moonrabbit.Call
 ---@param timeout number
 function Session:await(call, timeout)
   local whole, err = protect(wait_for, self, call, self.runtime.now() + timeout)
-  if not whole then -- the task was cancelled, or may not wait here: nobody takes the answer
-    call.abandoned = true
-    if call.done and call.ok and call.late then call.late(call.result, call.extra) end
+  if not whole then -- the task was cancelled, or may not wait here
+    abandon(call)
     error(err, 0)
   end
   if not call.done then
@@ -62,6 +67,23 @@ function Session:await(call, timeout)
   end
   if call.ok then return call.result, call.extra end
   return nil, call.result
+end
+
+--- Waits for calls that went out together: true, or nil and the first error, with the others abandoned.
+---@param calls moonrabbit.Call[]
+---@param deadline number
+---@return true|nil, moonrabbit.Error?
+function Session:await_all(calls, deadline)
+  local now = self.runtime.now
+  for i, call in ipairs(calls) do
+    local whole, ok, err = protect(self.await, self, call, max(0, deadline - now()))
+    if not whole or not ok then
+      for j = i + 1, #calls do abandon(calls[j]) end
+      if not whole then error(ok, 0) end
+      return nil, err
+    end
+  end
+  return true
 end
 
 return Session
