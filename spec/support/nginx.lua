@@ -4,9 +4,12 @@ local native = require "moonrabbit.runtime.native"
 local ok = broker.ok
 
 local MODULES = os.getenv "NGINX_MODULES" or "/usr/lib/nginx/modules"
-local NGINX = os.getenv "NGINX" or "/usr/sbin/nginx"
+-- Not NGINX: by that name nginx hands its sockets to the next one.
+local PROGRAM = os.getenv "NGINX_PROGRAM" or "/usr/sbin/nginx"
+-- Where its resty.core is, if not in the path of its own.
+local LUALIB = os.getenv "NGINX_LUALIB"
 
-local nginx = { modules = MODULES, program = NGINX }
+local nginx = { modules = MODULES, program = PROGRAM }
 
 local function readable(path)
   local file = io.open(path)
@@ -32,7 +35,7 @@ local shell = nginx.shell
 
 --- Why there can be no nginx; nil where there can.
 function nginx.missing()
-  if not readable(NGINX) or not readable(MODULES .. "/ngx_http_lua_module.so") then
+  if not readable(PROGRAM) or not readable(MODULES .. "/ngx_http_lua_module.so") then
     return "nginx with ngx_lua is not installed"
   end
 end
@@ -84,7 +87,7 @@ http {
 ]]
 
 local paths = [[
-  lua_package_path '$here/lua/?.lua;$here/lua/?/init.lua;$here/spec/resty/?.lua;$path/usr/share/lua/5.1/?.lua;;';
+  lua_package_path '$lualib$here/lua/?.lua;$here/lua/?/init.lua;$here/spec/resty/?.lua;$path/usr/share/lua/5.1/?.lua;;';
   lua_package_cpath '$build/5.1/?.so;;';
 ]]
 
@@ -97,6 +100,7 @@ local function write(self, what)
   local values = {
     modules = MODULES, owner = shell "id -un" .. " " .. shell "id -gn", workers = what.workers or 1,
     prefix = self.prefix, here = nginx.here, build = build, port = self.port, path = what.path or "",
+    lualib = LUALIB and LUALIB .. "/?.lua;" or "",
     paths = what.paths or paths, main = what.main or "", http = what.http or "", server = what.server or "",
   }
   -- Three times: what is filled in has such names itself.
@@ -107,7 +111,7 @@ local function write(self, what)
 end
 
 local function command(self, arguments)
-  return ("%s '%s' -p '%s/' -c '%s/nginx.conf' %s 2>&1"):format(self.environment, NGINX, self.prefix, self.prefix,
+  return ("%s '%s' -p '%s/' -c '%s/nginx.conf' %s 2>&1"):format(self.environment, PROGRAM, self.prefix, self.prefix,
     arguments or "")
 end
 
@@ -131,7 +135,7 @@ end
 -- The configuration of an example, with its port, files and modules as they are here.
 local function of_example(folder, edits)
   local text = edited(slurp(folder .. "/nginx.conf"), edits)
-  local search = "$here/lua/?.lua;$here/lua/?/init.lua;"
+  local search = "$lualib$here/lua/?.lua;$here/lua/?/init.lua;"
   local changes = {
     { "#load_module /usr/lib/nginx/modules", "load_module $modules" },
     { "127.0.0.1:8080", "127.0.0.1:$port" },
