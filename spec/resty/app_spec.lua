@@ -35,6 +35,11 @@ local function deaf(msg)
   note("late", msg)
 end
 
+local function held()
+  seen:set("holding", true)
+  while not seen:get "let go" do ngx.sleep(0.01) end
+end
+
 local function copy(msg, app)
   mr.sleep(0.2)
   note("done", msg)
@@ -54,6 +59,7 @@ return mr.app {
         route.key("bad", bad),
         route.key("asleep", asleep),
         route.key("deaf", deaf),
+        route.key("held", held),
         route.key("copy", copy),
         route.key("refused", route.dead_letter "nobody wants it"),
       } },
@@ -91,6 +97,7 @@ local http = [[
 
 local locations = [[
   location /ping { return 200 "pong\n"; }
+  location /let_go { content_by_lua_block { ngx.shared.seen:set("let go", true) } }
   location /seen {
     content_by_lua_block {
       local all = {}
@@ -294,6 +301,16 @@ describe("an app in nginx #resty", function()
     server:logged "trying again"
     broker.eventually(function() return channel:publish("back", { exchange = name, routing_key = "ok" }) end, 10)
     all_done { "back" }
+  end)
+
+  it("does not wait for handlers whose connection is lost", function()
+    start { workers = 1, exit = 60 }
+    send("held", "held")
+    broker.eventually(function() return seen().holding end)
+    line:cut()
+    send("ok", "after")
+    all_done { "after" }
+    server:request "/let_go"
   end)
 
   it("finishes what it has when the worker leaves", function()
