@@ -65,8 +65,10 @@ local locations = [[
     content_by_lua_block {
       while not ngx.worker.exiting() do ngx.sleep(0.01) end
       ngx.sleep(1.3) -- longer than exit_timeout
-      local ok, err = require "moonrabbit.resty".publish("late", { routing_key = ngx.var.arg_queue })
-      ngx.say(ok and "ok" or tostring(err))
+      local rabbit = require "moonrabbit.resty"
+      local ok, err = rabbit.publish("late", { routing_key = ngx.var.arg_queue })
+      ngx.sleep(0.6) -- the connection is closed again
+      ngx.say(ok and "ok" or tostring(err), " ", tostring(rabbit.run(function(conn) return conn:state() end)))
     }
     log_by_lua_block {
       require "moonrabbit.resty".publish_async("logged", { routing_key = ngx.var.arg_queue })
@@ -534,7 +536,7 @@ describe("a worker of nginx #resty", function()
       moonrabbit.sleep(0.1)
       local old = server:reload()
       broker.eventually(function() return answer end)
-      assert.equal("ok\n", answer, server:log())
+      assert.equal("ok open\n", answer, server:log())
       nginx.gone(old, 5)
     end)
     local seen = taken()
@@ -567,6 +569,40 @@ describe("a worker of nginx #resty", function()
     local pids = server:workers()
     server:signal "QUIT"
     nginx.gone(pids, 5)
+  end)
+
+  it("tells functions that wait for a connection when there will be none, for the password is wrong", function()
+    local port = nginx.free_port()
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block {
+        require "moonrabbit.resty".start { uri = "amqp://guest:wrong@127.0.0.1:%d/", reconnect = { first = 0.05 } }
+      }]]):format(port),
+      server = locations,
+    }
+    server:ready "/ping"
+    moonrabbit.run(function()
+      local answer
+      moonrabbit.spawn(function() answer = server:request "/run?timeout=20" end)
+      broker.eventually(function() return stats().calls == 1 end)
+      line = open_line(port)
+      broker.eventually(function() return answer end)
+      assert.matches("^auth ", answer)
+      assert.equal(0, stats().calls)
+    end)
+  end)
+
+  it("tells functions that wait for a connection when it must leave", function()
+    reconnecting "exit_timeout = 0.5"
+    moonrabbit.run(function()
+      local answer
+      moonrabbit.spawn(function() answer = server:request "/run?timeout=20" end)
+      broker.eventually(function() return stats().calls == 1 end)
+      local pids = server:workers()
+      server:signal "QUIT"
+      broker.eventually(function() return answer end)
+      assert.matches("^shutdown the worker has left", answer)
+      nginx.gone(pids, 5)
+    end)
   end)
 
   it("waits for the next attempt no longer than it may stay", function()
