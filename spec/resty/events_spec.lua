@@ -38,10 +38,13 @@ describe("events of the examples #resty", function()
   -- Opens the stream; fn(text_until, transport) reads it, `text_until(pattern)` until that has come.
   local function listen(fn)
     return at.server:request("/events", { version = "1.1", on = function(transport)
-      local text = ""
+      local parts, tail = {}, "" -- tail: so much of it that a pattern is found across two reads
       local function text_until(pattern)
-        while not text:find(pattern) do text = text .. ok(transport:read(65536, 10)) end
-        return text
+        while not tail:find(pattern) do
+          parts[#parts + 1] = ok(transport:read(65536, 10))
+          tail = tail:sub(-1000) .. parts[#parts]
+        end
+        return table.concat(parts)
       end
       text_until ": hello\n"
       fn(text_until, transport)
