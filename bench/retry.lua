@@ -2,21 +2,76 @@
 -- deleted half-way. Says how many came home early (none may), how late the latest was beyond its step (at most 0.1 s),
 -- and where the deleted queue's messages are (among the orphans, all of them).
 --
+-- At the same time 2,500 messages with such delays take the same wait queues without any Lua, and as many again bare
+-- queues with a TTL. A broker or a machine that stands still makes them late as well, at the same moments; and when
+-- this process gets no CPU, its own timers are late. So it says which of the late ones are only the client's.
+--
 --     scripts/with-broker -- lua5.4 bench/retry.lua [messages] [longest delay]
 dofile((arg[0]:match "^(.*)/" or ".") .. "/paths.lua")
 local moonrabbit = require "moonrabbit"
 local disposal = require "moonrabbit.app.disposal"
 local native = require "moonrabbit.runtime.native"
+local raw_ladder = dofile((arg[0]:match "^(.*)/" or ".") .. "/raw_ladder.lua")
 local steps = require "moonrabbit.app.steps"
 
 local TOTAL = tonumber(arg[1]) or 10000
 local LONGEST = tonumber(arg[2]) or 60
 local WRITERS = 16
+-- Seconds: what may not be, and what is worth a second look.
+local LIMIT, LATE = 0.1, 0.05
 local url = assert(os.getenv "AMQP_URL", "AMQP_URL: use scripts/with-broker")
 local app = "bench-retry"
 local kept, doomed = app .. ".kept", app .. ".doomed"
 
 local function quantile(sorted, share) return sorted[math.max(1, math.ceil(#sorted * share))] or 0 end
+
+local function lateness_of(list)
+  local sorted, blocked = {}, 0
+  for i, each in ipairs(list) do
+    sorted[i] = each.over
+    if each.over > LIMIT then blocked = blocked + 1 end
+  end
+  table.sort(sorted)
+  return ("median %.3f s, 99 %% %.3f s, worst %.3f s, %d of %d by more than %g s"):format(quantile(sorted, 0.5),
+    quantile(sorted, 0.99), sorted[#sorted] or 0, blocked, #list, LIMIT), sorted[#sorted] or 1
+end
+
+local function near_a_late_one(list, at)
+  for _, each in ipairs(list) do
+    if each.over > LATE and math.abs(each.at - at) < LATE then return true end
+  end
+  return false
+end
+
+-- Of those that were late: how many came home when one without Lua was late as well, when not and this process was held
+-- up, and when neither.
+local function causes(ours, others, held_up)
+  local count = { late = 0, others = 0, held_up = 0, neither = 0 }
+  for _, each in ipairs(ours) do
+    if each.over > LATE then
+      local cause = near_a_late_one(others, each.at) and "others" or near_a_late_one(held_up, each.at) and "held_up"
+        or "neither"
+      count.late, count[cause] = count.late + 1, count[cause] + 1
+    end
+  end
+  return count
+end
+
+-- When a timer of this process was late, and how much: by the machine, the collector or its own doing. `cpu`: what the
+-- process used of it at the worst.
+local function watch_itself()
+  local list = { worst = 0, cpu = 0 }
+  native.spawn(function()
+    while not list.ended do
+      local due, used = native.now() + 0.005, os.clock()
+      native.sleep(0.005)
+      local over = native.now() - due
+      if over > list.worst and not list.ended then list.worst, list.cpu = over, os.clock() - used end
+      if over > LATE then list[#list + 1] = { at = native.now(), over = over } end
+    end
+  end)
+  return list
+end
 
 -- Delays spread evenly over the decades, the same ones each time.
 local seed = 4711
@@ -77,8 +132,12 @@ moonrabbit.run(function()
   local count = 0
   for _ in pairs(seen) do count = count + 1 end
 
-  local late, early, worst_message = {}, 0, nil
-  local home, blocked = 0, 0
+  local raws = {}
+  if raw_ladder.there() then
+    raws[1] = { "the same without Lua", raw_ladder.on(ch, app .. ".raw", disposals[1].ladder) }
+    raws[2] = { "bare classic queues", raw_ladder.bare(ch, app .. ".bare", seen) }
+  end
+  local came, early, home = {}, 0, 0
   local consumer = assert(ch:consume(kept, { prefetch = 0, no_ack = true }))
   native.spawn(function()
     while true do
@@ -89,13 +148,14 @@ moonrabbit.run(function()
       home = home + 1
       if now < trip.at + trip.delay then early = early + 1 end
       -- Late is what is later than its step from when the broker had the copy at the latest.
-      local over = now - (trip.confirmed or now) - trip.step
-      late[#late + 1] = over
-      if over > 0.1 then blocked = blocked + 1 end
-      if not worst_message or over > worst_message.over then worst_message = { over = over, delay = trip.delay } end
+      came[home] = { at = now, over = now - (trip.confirmed or now) - trip.step }
     end
   end)
 
+  local list = {}
+  for i = 1, TOTAL, 4 do list[#list + 1] = steps.of(delays[i]) end
+  for _, each in ipairs(raws) do each[2]:start(url, list, LONGEST * 1.2 + 60) end
+  local held_up = watch_itself()
   began = native.now()
   local next_one, running = 0, WRITERS
   local failure = { message = "bench", kind = "error" }
@@ -134,12 +194,22 @@ moonrabbit.run(function()
     probe:close()
   until (home >= TOTAL / 2 and orphans + gone >= TOTAL / 2) or native.now() > deadline
 
-  table.sort(late)
   print(("home: %d of %d, %d early"):format(home, TOTAL / 2, early))
-  print(("later than the step: median %.3f s, 99 %% %.3f s, worst %.3f s (a delay of %.2f s), %d by more than 0.1 s")
-    :format(quantile(late, 0.5), quantile(late, 0.99), late[#late] or 0, worst_message.delay, blocked))
+  local text, worst = lateness_of(came)
+  print("later than the step: " .. text)
+  held_up.ended = true
+  local others = {}
+  for _, each in ipairs(raws) do
+    local found = each[2]:finish()
+    print(("%-20s %s"):format(each[1] .. ":", (lateness_of(found))))
+    for _, one in ipairs(found) do others[#others + 1] = one end
+  end
+  local cause = causes(came, others, held_up)
+  print(("ours later than %g s: %d; %d of them while one without Lua was late as well, %d while this process was held "
+    .. "up (by %.3f s at most, of which it used %.3f s), %d else"):format(LATE, cause.late, cause.others, cause.held_up,
+    held_up.worst, held_up.cpu, cause.neither))
   print(("of the deleted queue: %d home before, %d orphans, %d lost"):format(gone, orphans, TOTAL / 2 - gone - orphans))
-  local fine = home == TOTAL / 2 and early == 0 and (late[#late] or 1) <= 0.1 and gone + orphans == TOTAL / 2
+  local fine = home == TOTAL / 2 and early == 0 and worst <= LIMIT and gone + orphans == TOTAL / 2
 
   for step in pairs(seen) do
     local name = disposals[1].ladder:wait_name(step)
