@@ -9,7 +9,8 @@ local errors = require "moonrabbit.errors"
 
 local pipeline = {}
 
--- Calls that are out at once. A channel error lets all that is out be sent again.
+-- Calls that are out at once. A channel error lets all that is out be sent again. More follow once half are answered: one
+-- for each answer would be a write for each.
 local WINDOW = 256
 
 -- Whether the end of a session was the answer to this method.
@@ -30,20 +31,26 @@ local function send(session, channel, step)
   return nil, session:refusal(status, step.method)
 end
 
+-- Sends steps behind `sent`, up to `last`, into `calls`: the last that went; and why no more did.
+local function send_more(session, channel, steps, calls, sent, last)
+  while sent < last do
+    local call, err = send(session, channel, steps[sent + 1])
+    if not call then return sent, err end
+    sent = sent + 1
+    calls[sent] = call
+  end
+  return sent
+end
+
 -- From step `at` on: the number of the step that failed and why, or nil when all were answered.
 local function run(connection, session, channel, steps, at, timeout)
   local window = connection._careful and 1 or WINDOW
   local calls, sent = {}, at - 1
   for answered = at, #steps do
-    while sent < #steps and sent - answered + 1 < window do
-      local call, err = send(session, channel, steps[sent + 1])
-      if not call then
-        -- What stands before it is answered first.
-        if sent >= answered then break end
-        return answered, err, 1
-      end
-      sent = sent + 1
-      calls[sent] = call
+    if sent - answered + 1 <= window / 2 then
+      local problem
+      sent, problem = send_more(session, channel, steps, calls, sent, math.min(#steps, answered + window - 1))
+      if sent < answered then return answered, problem, 1 end -- else what stands before it is answered first
     end
     local result, err = session:await(calls[answered], timeout)
     if result == nil then return answered, err, sent - answered + 1 end
