@@ -11,9 +11,12 @@
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
 local Calls = require "moonrabbit.session.calls"
-local topology = require "moonrabbit.channel.topology"
+local parts = require "moonrabbit.parts"
+local Waiters = require "moonrabbit.channel.waiters"
+local confirms = require "moonrabbit.channel.confirms"
 local publishing = require "moonrabbit.channel.publishing"
 local survival = require "moonrabbit.channel.survival"
+local topology = require "moonrabbit.channel.topology"
 
 local check, argument = options.check, options.argument
 local shortstr, boolean, seconds, integer = options.shortstr, options.boolean, options.seconds, options.integer
@@ -28,9 +31,7 @@ local Channel = {}
 Channel.__index = Channel
 Channel.__name = "moonrabbit.Channel"
 
-topology.extend(Channel)
-publishing.extend(Channel)
-survival.extend(Channel)
+parts(Channel, topology, publishing, confirms, survival)
 
 -- ---- Opening -------------------------------------------------------------------------------------
 
@@ -59,10 +60,7 @@ function Channel.open(connection, session, opts, level)
     _consumers = {},             -- consumer tag -> Consumer
     _room = session.runtime.condition(),    -- publishers that wait for the window
     _settled = session.runtime.condition(), -- wait_for_confirms
-    _waiting = {},               -- seq -> waiter
-    _order = {}, _head = 1, _tail = 0,      -- waiters as they came; false: gone
-    _waiters = 0,
-    _spare = {},
+    _waiters = Waiters.new(session.runtime), -- for the outcome of one publish
     _failures = {},              -- of publishes whose caller does not wait; `more`: beyond those kept
     _prefetch = opts.prefetch,   -- what was chosen for its consumers, nil: nothing
     _told = opts.prefetch,       -- what basic.qos was last told, nil: nothing
@@ -80,9 +78,6 @@ function Channel.open(connection, session, opts, level)
   end
   return self
 end
-
--- The engine's methods that are called most.
-Channel._bind = function(_, core_channel) publishing.bind(core_channel) end
 
 -- Closes without waiting: what is to be said to the broker is said, whatever it answers is dropped.
 function Channel:_abandon()

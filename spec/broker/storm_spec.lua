@@ -312,7 +312,7 @@ describe("a connection that is lost again and again", function()
     assert.equal(1, size(ch._receivers))
     assert.equal(1, size(conn._record.queues))
     assert.equal(1, size(conn._record.bindings))
-    for _, empty in ipairs { ch._waiting, ch._failures, conn._repairs.items } do assert.equal(0, size(empty)) end
+    for _, empty in ipairs { ch._waiters._of, ch._failures, conn._repairs.items } do assert.equal(0, size(empty)) end
     assert.equal(0, ch:unconfirmed())
     assert.is_nil(consumer._later)
     assert.is_nil(handled:reason())

@@ -1,12 +1,9 @@
---- The methods of a channel that publish and wait for confirms.
+--- The methods of a channel that publish. What becomes of it is in channel/confirms.lua.
 -- @module moonrabbit.channel
 
-local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
 local trace = require "moonrabbit.trace"
 
-local core_acked, core_outcome = core.acked, core.outcome
-local huge = math.huge
 local argument, seconds = options.argument, options.seconds
 
 ---@class moonrabbit.PublishOptions
@@ -33,37 +30,18 @@ local argument, seconds = options.argument, options.seconds
 ---@class moonrabbit.Channel
 local Channel = {}
 
--- How many failed publishes are kept for wait_for_confirms.
-local MAX_FAILURES = 10000
--- Waiters beyond the first unsettled one that are looked at for each batch of confirms.
-local SCAN = 256
-
 -- The engine's methods, taken from the first channel.
 local core_publish, core_publish_route, core_forward
 
--- ---- Publishing -------------------------------------------------------------------------------------
-
--- What a confirmation that failed failed of; the engine keeps only the outcome.
-local failure_of = setmetatable({}, { __mode = "k" })
-
---- The error of a confirmation that is settled and not acked.
+--- Takes them.
 ---@package
-function Channel:_failure(confirmation)
-  local err = failure_of[confirmation]
-  if err then return err end
-  local outcome = core_outcome(confirmation)
-  if outcome == "nacked" then
-    err = self._session:error("nacked", "the broker refused the message (basic.nack)")
-  elseif outcome == "unroutable" then
-    err = self._session:error("unroutable", "no queue takes the message", { code = 312 })
-  else
-    local reason = self._lost_by or self:_closed_error()
-    err = self._session:error(reason.kind, "the outcome of the publish is unknown: " .. reason.message,
-      { code = reason.code, class = reason.class, method = reason.method, temporary = reason.temporary })
-  end
-  failure_of[confirmation] = err
-  return err
+function Channel._bind(_, core_channel)
+  core_publish = core_publish or core_channel.publish
+  core_publish_route = core_publish_route or core_channel.publish_route
+  core_forward = core_forward or core_channel.forward
 end
+
+-- ---- Waiting for room -------------------------------------------------------------------------------
 
 -- Publishing as a function of (channel, x, y), so that waiting for room knows what to repeat.
 local function publish_again(self, opts, body)
@@ -113,6 +91,8 @@ local function publish_slow(self, again, x, y, status, timeout, level)
     status = flush
   until false
 end
+
+-- ---- Publishing -------------------------------------------------------------------------------------
 
 local function check_publish(body, opts, level)
   if type(body) ~= "string" then
@@ -224,273 +204,4 @@ function Channel:_forward(message, exchange, routing_key, opts, timeout)
   return publish_slow(self, again, nil, nil, flush, timeout, 3)
 end
 
--- ---- Waiting for confirms ---------------------------------------------------------------------------
-
--- A waiter is { condition, confirmation, seq, index, own }; they are used again.
-local function add_waiter(self, confirmation, own)
-  local _, seq = core_outcome(confirmation)
-  local waiter = self._waiting[seq]
-  if waiter then
-    waiter.count = waiter.count + 1
-    return waiter
-  end
-  local spare = self._spare
-  waiter = spare[#spare]
-  if waiter then
-    spare[#spare] = nil
-  else
-    waiter = { condition = self._runtime.condition() }
-  end
-  if self._waiters == 0 then self._head, self._tail = 1, 0 end
-  local index = self._tail + 1
-  self._tail = index
-  self._order[index] = waiter
-  waiter.confirmation, waiter.seq, waiter.index, waiter.own, waiter.count = confirmation, seq, index, own, 1
-  self._waiting[seq] = waiter
-  self._waiters = self._waiters + 1
-  return waiter
-end
-
---- A condition for whoever cannot say when they wait no longer: it is broadcast when the confirmation is settled. And
---- the runtime that it is of.
----@package
-function Channel:_condition_of(confirmation)
-  local waiter = add_waiter(self, confirmation, false)
-  if waiter.stays then waiter.count = waiter.count - 1 end
-  waiter.stays = true
-  return waiter.condition, self._runtime
-end
-
--- Takes a waiter off the lists; it is still referred to by those who wait.
-local function remove_waiter(self, waiter)
-  if self._waiting[waiter.seq] == waiter then
-    self._waiting[waiter.seq] = nil
-    self._order[waiter.index] = false
-    self._waiters = self._waiters - 1
-  end
-end
-
-local function settle_waiter(self, waiter)
-  remove_waiter(self, waiter)
-  waiter.condition:broadcast()
-end
-
--- Wakes those whose publish is settled. Confirms mostly come in order, so mostly the first few are it;
--- no batch of confirms looks at all of many thousands.
-local function wake_settled(self, limit)
-  local order, tail = self._order, self._tail
-  local i = self._head
-  local pending = 0
-  local leading = true
-  while i <= tail do
-    local waiter = order[i]
-    if waiter and core_acked(waiter.confirmation) ~= false then
-      settle_waiter(self, waiter)
-      waiter = false
-    end
-    if not waiter then
-      if leading then
-        order[i] = nil
-        self._head = i + 1
-      end
-    else
-      leading = false
-      pending = pending + 1
-      if pending >= limit then return false end
-    end
-    i = i + 1
-  end
-  return true
-end
-
--- Whoever waits for the last confirm goes on.
-local function all_settled(self)
-  if self._core:unconfirmed() == 0 then self._settled:broadcast() end
-end
-
--- `_notice`, where somebody has set it, is called when publishes were settled, and must not yield: what it does
--- not look at itself is kept for nobody.
----@package
-function Channel:_confirmed()
-  if self._waiters > 0 and not wake_settled(self, SCAN) and not self._sweeping then
-    self._sweeping = true
-    self._runtime.spawn(function()
-      self._runtime.sleep(0.005)
-      self._sweeping = false
-      wake_settled(self, huge)
-    end)
-  end
-  self._room:signal()
-  all_settled(self)
-  if self._notice then self._notice() end
-  if self._publisher then self._publisher:_confirmed() end
-end
-
----@package
-function Channel:_returned(message, seq)
-  if seq then
-    self._returns = self._returns or {}
-    self._returns[seq] = { message.reply_code, message.reply_text }
-  end
-  self:_emit("return", message)
-end
-
----@package
-function Channel:_failed(seq, outcome, confirmation)
-  local err
-  local returned = self._returns and self._returns[seq]
-  if returned then self._returns[seq] = nil end
-  if outcome == "unroutable" then
-    err = self._session:error("unroutable", ("no queue takes the message: %s (%s)"):format(
-      returned and returned[2] or "NO_ROUTE", returned and returned[1] or 312),
-      { code = returned and returned[1] or 312, class = 60, method = 40 })
-  else
-    err = self._session:error("nacked", "the broker refused the message (basic.nack)", { class = 60, method = 120 })
-  end
-  if self._publisher and confirmation and self._publisher:_failed(outcome, confirmation, err) then return end
-  if confirmation then failure_of[confirmation] = err end
-  local waiter = self._waiting[seq]
-  local own = waiter and waiter.own or confirmation and confirmation == self._own
-  if not own and not self._notice then
-    local failures = self._failures
-    if #failures < MAX_FAILURES then
-      failures[#failures + 1] = { seq = seq, outcome = outcome, err = err }
-    else
-      failures.more = (failures.more or 0) + 1
-    end
-  end
-  if waiter then settle_waiter(self, waiter) end
-  local rpc_call = self._rpc_failed
-  if rpc_call then rpc_call(seq, err) end
-  self._room:signal()
-  all_settled(self)
-  if self._notice then self._notice() end
-end
-
--- A script's main chunk reads what comes by itself as long as there is nobody else to run. Answers as
--- core.acked does.
-local function wait_alone(self, confirmation, deadline, own)
-  local session = self._session
-  local acked = false
-  session:try_flush() -- no other task could add to this write
-  self._own = own and confirmation
-  while acked == false and not self._closed and session:read_alone(deadline) do acked = core_acked(confirmation) end
-  self._own = nil
-  return acked
-end
-
--- In line with others, while the loop runs.
-local function wait_in_loop(self, confirmation, deadline, own, flushed)
-  local session, now = self._session, self._runtime.now
-  local acked = false
-  local waiter = add_waiter(self, confirmation, own)
-  if not flushed then session:touch() end
-  repeat
-    local left = deadline - now()
-    if left <= 0 then break end
-    session:block(waiter.condition, left)
-    acked = core_acked(confirmation)
-  until acked ~= false or self._closed
-  waiter.count = waiter.count - 1
-  if waiter.count == 0 then
-    remove_waiter(self, waiter)
-    waiter.confirmation = nil
-    local spare = self._spare
-    if #spare < 64 then spare[#spare + 1] = waiter end
-  end
-  return acked
-end
-
---- Waits for one confirmation. `own`: the failure is the caller's alone to hear of.
----@package
-function Channel:_wait(confirmation, timeout, own)
-  local acked = core_acked(confirmation)
-  if acked then return true end
-  if acked == nil or self._closed then return nil, self:_failure(confirmation) end
-  timeout = timeout or self.timeout
-  if timeout > 0 then
-    local runtime = self._runtime
-    local deadline = runtime.now() + timeout
-    local script = runtime.current and not runtime.current()
-    if script then acked = wait_alone(self, confirmation, deadline, own) end
-    if acked == false and not self._closed then acked = wait_in_loop(self, confirmation, deadline, own, script) end
-  end
-  if acked then return true end
-  if acked == nil or self._closed then return nil, self:_failure(confirmation) end
-  return nil, self._session:error("timeout", ("the broker has not confirmed the message within %g s"):format(timeout)
-    .. (self._session.blocked and " (it has blocked publishing)" or ""))
-end
-
---- Waits until every publish of this channel is settled: true when all since the last call were
---- acked. Else err.failed is a list of { seq, outcome, err }, without those whose failure `publish`
---- has returned already; on a `timeout`, err.pending tells how many are not settled yet. err.kind is
---- otherwise the first failure's, or what ended the channel (`closed`, `channel`); on a channel that has come
---- back since, what was lost is told once, err.pending says how many. On a channel without confirms it throws.
----@param timeout number? seconds; the channel's by default
----@return true|nil, moonrabbit.Error?
-function Channel:wait_for_confirms(timeout)
-  if timeout ~= nil then argument("Channel:wait_for_confirms", "timeout", timeout, seconds) end
-  if not self.confirm then error("Channel:wait_for_confirms: the channel was opened without confirm = true", 2) end
-  timeout = timeout or self.timeout
-  local session, now = self._session, self._runtime.now
-  local deadline = now() + timeout
-  session:touch()
-  local core_channel = self._core
-  local pending = core_channel:unconfirmed()
-  local failed = self._failures
-  while pending > 0 and not self._closed and self._core == core_channel do
-    local left = deadline - now()
-    if left <= 0 then break end
-    session:block(self._settled, left)
-    pending = core_channel:unconfirmed()
-  end
-  -- Another task that waited may have taken them, and left new ones.
-  if #failed == 0 then failed = self._failures end
-  local err
-  -- What this core channel lost is told to all who waited on it, what earlier ones did to the next who asks.
-  local lost = math.max(core_channel:lost(), self._lost or 0)
-  if lost > 0 then
-    local reason = self._lost_by or self._closed
-    err = session:error(reason.kind, "publishes may not have been settled: " .. reason.message,
-      { code = reason.code, class = reason.class, method = reason.method, temporary = reason.temporary })
-    err.pending = lost
-    if not self._over then self._lost = nil end
-  elseif pending > 0 then
-    err = session:error("timeout", ("%d publishes were not confirmed within %g s"):format(pending, timeout))
-    err.pending = pending
-  elseif #failed > 0 then
-    local first = failed[1].err
-    err = session:error(first.kind, ("%d publishes failed; the first: %s"):format(#failed + (failed.more or 0),
-      first.message),
-      { code = first.code, class = first.class, method = first.method, temporary = first.temporary })
-  else
-    return true
-  end
-  if self._failures == failed then self._failures = {} end
-  err.failed = failed
-  return nil, err
-end
-
---- How many publishes are not settled yet; 0 on a channel without confirms.
----@return integer
-function Channel:unconfirmed()
-  return self._core:unconfirmed()
-end
-
-local publishing = {}
-
---- Adds the methods to the class.
----@package
-function publishing.extend(class)
-  for name, method in pairs(Channel) do class[name] = method end
-end
-
---- Takes the engine's methods from a channel of it.
----@package
-function publishing.bind(core_channel)
-  core_publish = core_publish or core_channel.publish
-  core_publish_route = core_publish_route or core_channel.publish_route
-  core_forward = core_forward or core_channel.forward
-end
-
-return publishing
+return Channel

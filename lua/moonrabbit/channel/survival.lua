@@ -49,8 +49,7 @@ local function let_go(self, err, quiet)
     if lost > 0 then self._lost, self._lost_by = (self._lost or 0) + lost, err end
   end
   self._returns = nil
-  for _, waiter in pairs(self._waiting) do waiter.condition:broadcast() end
-  self._waiting, self._order, self._head, self._tail, self._waiters = {}, {}, 1, 0, 0
+  self._waiters:release()
   for _, receiver in pairs(self._receivers) do
     if receiver._channel_ended then receiver:_channel_ended(err) end
   end
@@ -197,12 +196,4 @@ function Channel:_queue_renamed(old, new)
   end
 end
 
-local survival = {}
-
---- Adds the methods to the class.
----@package
-function survival.extend(class)
-  for name, method in pairs(Channel) do class[name] = method end
-end
-
-return survival
+return Channel

@@ -342,12 +342,4 @@ function Channel:flow(active, opts)
   return result.active ~= false
 end
 
-local topology = {}
-
---- Adds the methods to the class.
----@package
-function topology.extend(class)
-  for name, method in pairs(Channel) do class[name] = method end
-end
-
-return topology
+return Channel

@@ -22,7 +22,7 @@
 local parts = require "moonrabbit.parts"
 local Renewal = require "moonrabbit.publisher.renewal"
 local Ring = require "moonrabbit.publisher.ring"
-local Waiters = require "moonrabbit.publisher.waiters"
+local Waiters = require "moonrabbit.channel.waiters"
 local again = require "moonrabbit.publisher.keeper.again"
 local intake = require "moonrabbit.publisher.keeper.intake"
 local outcomes = require "moonrabbit.publisher.keeper.outcomes"

@@ -1,8 +1,8 @@
---- Who waits for which confirmation of a publisher, over all its channels.
+--- Who waits for which confirmation, of a channel or of a publisher over all its channels.
 --
 -- Confirms mostly come in the order of the publishes, so mostly the first few waiters are whom a batch of them
 -- wakes: each batch looks at those and at a few more, and a sweep a moment later at all of them.
--- @module moonrabbit.publisher.waiters
+-- @module moonrabbit.channel.waiters
 
 local core = require "moonrabbit.core"
 
@@ -12,14 +12,21 @@ local huge = math.huge
 -- Waiters beyond the first unsettled one that are looked at for each batch of confirms.
 local SCAN = 256
 local SWEEP = 0.005
+-- Waiters that are used again, at most.
+local SPARE = 64
 
----@class moonrabbit.publisher.Waiters
+---@class moonrabbit.channel.Waiters
 ---@field count integer
 local Waiters = {}
 Waiters.__index = Waiters
 
 function Waiters.new(runtime)
-  return setmetatable({ count = 0, _runtime = runtime, _of = {}, _order = {}, _head = 1, _tail = 0 }, Waiters)
+  return setmetatable({
+    count = 0, _runtime = runtime,
+    _of = {},                          -- confirmation -> waiter
+    _order = {}, _head = 1, _tail = 0, -- waiters as they came; false: gone
+    _spare = {},
+  }, Waiters)
 end
 
 --- Joins those who wait for a confirmation: a waiter, with a `condition` to wait on. `own`: its failure is
@@ -28,11 +35,12 @@ function Waiters:join(confirmation, own)
   local waiter = self._of[confirmation]
   if not waiter then
     if self.count == 0 then self._head, self._tail = 1, 0 end
-    self._tail = self._tail + 1
-    waiter = {
-      condition = self._runtime.condition(), confirmation = confirmation, index = self._tail, own = own, users = 0,
-    }
-    self._order[waiter.index], self._of[confirmation] = waiter, waiter
+    local index, spare = self._tail + 1, self._spare
+    local last = #spare
+    waiter = spare[last] or { condition = self._runtime.condition() }
+    spare[last] = nil
+    waiter.confirmation, waiter.index, waiter.own, waiter.users, waiter.listed = confirmation, index, own, 0, true
+    self._tail, self._order[index], self._of[confirmation] = index, waiter, waiter
     self.count = self.count + 1
   end
   waiter.users = waiter.users + 1
@@ -47,8 +55,10 @@ function Waiters:stay(confirmation)
   return waiter
 end
 
+-- Takes it off the lists; those who wait refer to it still.
 local function drop(self, waiter)
-  if self._of[waiter.confirmation] ~= waiter then return end
+  if not waiter.listed then return end
+  waiter.listed = false
   self._of[waiter.confirmation] = nil
   self._order[waiter.index] = false
   self.count = self.count - 1
@@ -57,7 +67,20 @@ end
 --- Waits no longer.
 function Waiters:leave(waiter)
   waiter.users = waiter.users - 1
-  if waiter.users == 0 then drop(self, waiter) end
+  if waiter.users > 0 then return end
+  drop(self, waiter)
+  waiter.confirmation = nil
+  local spare = self._spare
+  if #spare < SPARE then spare[#spare + 1] = waiter end
+end
+
+--- Wakes everybody: there is nothing to wait for any more.
+function Waiters:release()
+  for _, waiter in pairs(self._of) do
+    waiter.listed = false
+    waiter.condition:broadcast()
+  end
+  self._of, self._order, self._head, self._tail, self.count = {}, {}, 1, 0, 0
 end
 
 --- Wakes who waits for a confirmation; whether its failure is theirs alone.
@@ -75,7 +98,8 @@ local function wake(self, limit)
   for i = self._head, self._tail do
     local waiter = order[i]
     if waiter and acked(waiter.confirmation) ~= false then
-      self:settled(waiter.confirmation)
+      drop(self, waiter)
+      waiter.condition:broadcast()
       waiter = false
     end
     if waiter then
