@@ -304,20 +304,52 @@ describe("luv", function()
     assert.is_true(slept)
   end)
 
-  it_luv("gives up a name at the timeout, and a late answer meets nobody", function()
-    local uv, runtime = require "luv", require "moonrabbit.runtime.luv"
-    local real, answer, kind = uv.getaddrinfo, nil, nil
-    uv.getaddrinfo = function(_, _, _, fn)
-      answer = fn
-      return { cancel = function() end }
-    end
-    on().spawn(function()
-      kind = select(2, runtime.open({ host = "slow.example", port = 1 }, nil, 0.01))
-    end)
+  -- Runs fn in a task while libuv looks names up as `look_up` does.
+  local function with_names(look_up, fn)
+    local uv = require "luv"
+    local real = uv.getaddrinfo
+    uv.getaddrinfo = look_up
+    on().spawn(fn)
     uv.run()
     uv.getaddrinfo = real
+  end
+
+  it_luv("gives up a name at the timeout, and a late answer meets nobody", function()
+    local runtime, condition = require "moonrabbit.runtime.luv", nil
+    local answer, cancelled, kind, woken
+    with_names(function(_, _, _, fn)
+      answer = fn
+      return { cancel = function() cancelled = true end }
+    end, function()
+      condition = runtime.condition()
+      on().spawn(function()
+        on().sleep(0.03)
+        answer(nil, {})
+      end)
+      kind = select(2, runtime.open({ host = "slow.example", port = 1 }, nil, 0.01))
+      woken = condition:wait(0.05)
+    end)
     assert.equal("timeout", kind)
-    answer(nil, {})
+    assert.is_true(cancelled)
+    assert.is_false(woken)
+  end)
+
+  it_luv("tries each of a name's addresses", function()
+    local runtime, opened = require "moonrabbit.runtime.luv", nil
+    with_names(function(_, _, _, fn)
+      local timer = require "luv".new_timer()
+      timer:start(1, 0, function()
+        timer:close()
+        fn(nil, { { addr = "127.0.0.2" }, { addr = "127.0.0.1" } })
+      end)
+      return { cancel = function() end }
+    end, function()
+      local server = assert(runtime.listen("127.0.0.1", 0))
+      opened = runtime.open({ host = "two.example", port = server:port() }, nil, 20)
+      if opened then opened:close() end
+      server:close()
+    end)
+    assert.truthy(opened)
   end)
 end)
 

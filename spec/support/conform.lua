@@ -18,6 +18,7 @@ loops.run(name, function(runtime)
     t.tls_ca = true
   end
   t.lines = tonumber(arg[2])
+  t.system_names = name ~= "luv"
   t.idle_turns = name == "copas" and loops.copas_ticks() and 12 or nil
   runtime.on_error = function(text) t.errors[#t.errors + 1] = text end
   local began, failed = runtime.now(), false

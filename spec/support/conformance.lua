@@ -9,6 +9,7 @@
 -- * `tls`: { host, port, url, ca } of a broker; ca: a file, nil where the runtime is told otherwise   needs "tls"
 -- * `lines`: the port of a process of spec/support/lines.lua    needs "lines"
 -- * `listen`: true where rt.listen is there                     needs "listen"; with `lines` in its place: "peer"
+-- * `system_names`: true where names are looked up by moonrabbit.net
 -- * `idle_turns`: what the loop turns a second by itself, nil: not at all
 -- * `write_is_deaf`: true where closing does not end a write
 -- * `wakes`: how often a heartbeat may wake it; 1 by default
@@ -457,7 +458,36 @@ case("a peer that says nothing to a TLS handshake is given up in time", { "peer"
   equal("timeout", kind)
   equal(true, temporary)
   has(text, "TLS handshake")
+  peer.ended()
   peer.close()
+end)
+
+case("a resolver that does not answer is given up in time, or with its task", { "system_names" }, function(t)
+  local net, rt, closed, ended = require "moonrabbit.net", t.rt, 0, nil
+  local silent = assert(net.listen("127.0.0.1", 0))
+  local resolve = net.resolve
+  net.resolve = function()
+    return {
+      fd = function() return silent:fd() end, result = function() return nil, "again" end,
+      close = function() closed = closed + 1 end,
+    }
+  end
+  local transport, kind, text, temporary = rt.open({ host = "slow.example", port = 1 }, nil, 0.02)
+  local task = rt.spawn(function()
+    local _, err = t.moonrabbit.pcall(rt.open, { host = "slow.example", port = 1 }, nil, 60)
+    ended = err
+  end)
+  rt.sleep(0.01)
+  rt.cancel(task)
+  eventually(t, "it ended", function() return ended end)
+  net.resolve = resolve
+  silent:close()
+  equal(nil, transport)
+  equal("timeout", kind)
+  equal(true, temporary)
+  has(text, "slow.example")
+  equal(rt.cancelled, ended)
+  equal(2, closed, "resolvers that were closed")
 end)
 
 local function talks(t, peer, endpoint)

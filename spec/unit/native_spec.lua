@@ -892,6 +892,55 @@ describe("the native runtime", function()
       server:close()
     end)
 
+    -- A stream with TLS that wants these, one after the other, whatever it does; and what was waited for.
+    local function wanting(...)
+      local wants, waits = { ... }, {}
+      local function work()
+        if wants[1] then return nil, "again" end
+        return "x"
+      end
+      local stream = {
+        handshake = work, fill = work, flush = work, read = work, settle = work,
+        fd = function() return 0 end, tls_info = function() return "TLS" end,
+        wants = function() return table.remove(wants, 1) end,
+      }
+      return stream, waits, {
+        watch = function() return {} end, unwatch = function() end,
+        wait = function(_, events)
+          waits[#waits + 1] = events
+          return true
+        end,
+      }
+    end
+
+    it("waits for what the stream wants, as all that is done on it does", function()
+      local net, open = require "moonrabbit.net", require "moonrabbit.runtime.shared.open"
+      local transport = require "moonrabbit.runtime.shared.transport"
+      local connect = net.connect
+      local stream, waits, descriptors = wanting("w", "r", "w")
+      net.connect = function() return stream end
+      local opened = open.of(descriptors, function(one) return one end)({ host = "127.0.0.1", port = 1 }, nil, 20)
+      net.connect = connect
+      assert.equal(stream, opened)
+      assert.same({ "w", "r", "w" }, waits)
+      for _, method in ipairs { "fill", "flush", "read", "write" } do
+        stream, waits, descriptors = wanting("w", "r", "w")
+        local secure = transport.of(descriptors)(stream)
+        assert.truthy(secure[method](secure, method == "write" and "" or nil), method)
+        assert.same({ "w", "r", "w" }, waits, method)
+      end
+    end)
+
+    it("keeps no context of files for those who name none, nor the other way round", function()
+      local endpoint = { host = "127.0.0.1", port = closed_port() }
+      assert.equal("refused", select(2, rt.open(endpoint, { verify = false }, 20)))
+      for _, option in ipairs { "cert", "key" } do -- an authority is read where it is asked only
+        local _, kind = rt.open(endpoint, { verify = false, [option] = "/there/is/none" }, 20)
+        assert.equal("tls", kind, option)
+      end
+      assert.equal("refused", select(2, rt.open(endpoint, { verify = false }, 20)))
+    end)
+
     it("makes TLS connections, and says what is wrong with a certificate", function()
       local folder = tls_support.certificates()
       local server = tls_support.server(folder, "server")
