@@ -411,4 +411,34 @@ describe("Copas", function()
     assert.equal("late", line)
     assert.truthy(turns < 100, turns)
   end)
+
+  it_copas("works in its timers, and keeps no loop that is told to end (Copas 4)", function()
+    loops.find_copas()
+    local copas = require "copas"
+    if not copas.waitforexit then return pending "this is an older Copas: set MOONRABBIT_COPAS" end
+    local condition, ticks, ended = require "moonrabbit.runtime.copas".condition(), 0, nil
+    local deadline = require "socket".gettime() + 20
+    copas.loop(function()
+      local timer
+      timer = require "copas.timer".new {
+        delay = 0.001, recurring = true,
+        callback = function()
+          on().sleep(0.001)
+          ticks = ticks + 1
+          if ticks == 3 then
+            timer:cancel()
+            copas.exit()
+          end
+        end,
+      }
+      copas.addthread(function()
+        copas.waitforexit()
+        condition:signal()
+      end)
+      ended = condition:wait(60)
+    end)
+    assert.equal(3, ticks)
+    assert.is_true(ended)
+    assert.truthy(require "socket".gettime() < deadline)
+  end)
 end)

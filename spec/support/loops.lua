@@ -3,9 +3,12 @@
 
 local loops = {}
 
---- Debian has Copas and what it needs for some versions of Lua only; it is the same for all.
+--- Debian has Copas and what it needs for some versions of Lua only; it is the same for all. MOONRABBIT_COPAS is a
+--- folder with another one, which comes first: Copas 4 has another way of waiting than Debian's.
 function loops.find_copas()
-  package.path = package.path .. ";/usr/share/lua/5.1/?.lua"
+  local own, path = os.getenv "MOONRABBIT_COPAS", package.path
+  if own and not path:find(own, 1, true) then path = ("%s/?.lua;%s/?/init.lua;"):format(own, own) .. path end
+  package.path = path .. ";/usr/share/lua/5.1/?.lua"
 end
 
 local drive = {}
