@@ -259,7 +259,10 @@ describe("luv", function()
     on().spawn(function()
       local server = assert(runtime.listen("127.0.0.1", 0))
       local near, far = talk(server)
-      on().spawn(function() slept = slept + 1 end) -- is in the queue meanwhile
+      on().spawn(function() -- is in the queue meanwhile, turn after turn
+        for _ = 1, 100 do on().sleep(0) end
+        slept = slept + 1
+      end)
       uv.walk(function(handle) if not handle:is_closing() then handle:close() end end)
       on().sleep(0.001)
       slept = slept + 1

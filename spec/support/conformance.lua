@@ -360,6 +360,7 @@ local function other_peer(t, host, path)
   return {
     port = port,
     echo = function() ask "echo" end, say = function(text) ask("say " .. text) end, hang_up = function() ask "cut" end,
+    later = function(text) ask("later " .. text) end,
     arrived = function() eventually(t, "it is connected", function() return ask "arrived" > 0 end) end,
     ended = function() ask "ended" end,
     close = function() control:close() end,
@@ -553,6 +554,8 @@ case("a peer that does not read holds the writer back, not the others", { "peer"
   eventually(t, "it gave up", function() return result end)
   equal(nil, result[1])
   equal("timeout", result[2])
+  peer.say "word"
+  equal("word", near:read(100, 5))
   near:close()
   peer.close()
 end)
@@ -621,6 +624,19 @@ case("there is nothing to do while nobody reads what there is, or writes where t
   cpu = os.clock() - cpu
   assert(cpu < 0.1, ("it used %.2f s of the CPU"):format(cpu))
   equal("more", near:read(100, 5))
+  near:close()
+  peer.close()
+end)
+
+case("nothing turns while all wait for the network, and nobody for a time", { "lines" }, function(t)
+  local peer = other_peer(t, "127.0.0.1")
+  local near = connected(t, peer)
+  t.rt.sleep(0.001)
+  peer.later "word"
+  local cpu = os.clock()
+  equal("word", near:read(100))
+  cpu = os.clock() - cpu
+  assert(cpu < 0.3, ("it used %.2f s of the CPU"):format(cpu))
   near:close()
   peer.close()
 end)

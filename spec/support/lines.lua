@@ -12,6 +12,7 @@
 --   echo        what will connect gets back what it sends
 --   say TEXT    what has connected is told a word
 --   arrived     how many have connected
+--   later TEXT  a second from now what has connected is told a word
 --   ended       answers once what has connected has hung up
 local native = require "moonrabbit.runtime.native"
 
@@ -75,6 +76,13 @@ function Line:echo() self.echoing = true end
 function Line:say(text)
   while not self.ends[1] do native.sleep(0.001) end
   self.ends[1]:write(text)
+end
+
+function Line:later(text)
+  native.spawn(function()
+    native.sleep(1)
+    self:say(text)
+  end)
 end
 
 function Line:arrived() return #self.ends end
