@@ -545,7 +545,7 @@ end)
 case("a peer that does not read holds the writer back, not the others", { "peer" }, function(t)
   local peer, ticks, result = new_peer(t), 0, nil
   local near = connected(t, peer)
-  t.rt.spawn(function() result = { near:write(("x"):rep(32 * 1024 * 1024), 1) } end)
+  t.rt.spawn(function() result = { near:write(("x"):rep(32 * 1024 * 1024), 2) } end)
   while ticks < 20 and not result do
     t.rt.sleep(0.005)
     ticks = ticks + 1
