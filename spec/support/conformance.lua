@@ -201,6 +201,8 @@ case("a wait ends at its timeout, and tells so", {}, function(t)
   equal(false, condition:wait(0.03))
   assert(t.rt.now() - began >= 0.028, "too early")
   equal(false, condition:wait(0))
+  equal(false, condition:wait(-0.001)) -- a deadline passes between two looks at the clock
+  equal(false, condition:wait(-20))
 end)
 
 case("a signal that nobody waits for is not kept", {}, function(t)

@@ -6,13 +6,15 @@ local tasks = require "moonrabbit.runtime.resty.tasks"
 
 local current, check, LEAST, LONG = tasks.current, tasks.check, tasks.LEAST, tasks.LONG
 
+local max = math.max
+
 local Condition = {}
 Condition.__index = Condition
 
 local function wait_for(posted, timeout)
   if timeout and timeout < LONG then
-    -- Less than a millisecond is none to nginx, which would not yield.
-    return posted:wait(timeout > 0 and timeout < LEAST and LEAST or timeout)
+    -- Less than a millisecond is none to nginx, which would not yield; less than none it throws at.
+    return posted:wait(timeout > 0 and max(timeout, LEAST) or 0)
   end
   local ok
   repeat ok = posted:wait(LONG) until ok or timeout and timeout < math.huge
