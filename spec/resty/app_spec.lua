@@ -304,7 +304,9 @@ describe("an app in nginx #resty", function()
   end)
 
   it("does not wait for handlers whose connection is lost", function()
-    start { workers = 1, exit = 60 }
+    -- One without a time limit, which would end it as well.
+    start { workers = 1, exit = 60, scripts = write(name .. ".lua", (script:gsub("timeout = 1, ", "")),
+      { name = name, version = 1 }) }
     send("held", "held")
     broker.eventually(function() return seen().holding end)
     line:cut()

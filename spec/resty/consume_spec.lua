@@ -32,6 +32,7 @@ local http = [[
 
 local locations = [[
   location /ping { return 200 "pong\n"; }
+  location /let_go { content_by_lua_block { ngx.shared.seen:set("let go", true) } }
   location /seen {
     content_by_lua_block {
       local all = {}
@@ -158,6 +159,7 @@ describe("consuming in nginx #resty", function()
             end,
             handler = function(message)
               seen:incr(message.body, 1, 0)
+              while message.body == "held" and not seen:get "let go" do ngx.sleep(0.01) end
               message:ack()
             end,
           }
@@ -186,6 +188,17 @@ describe("consuming in nginx #resty", function()
     consumes()
     assert.equal(4, seen().asked)
     assert.truthy(native.now() - began >= 0.9)
+  end)
+
+  it("handles sixteen at once where nothing else is said", function()
+    start_own ""
+    local own = broker.eventually(function() return seen().own end)
+    for _ = 1, 20 do ok(channel:publish("held", { routing_key = own })) end
+    broker.eventually(function() return seen().held == 16 end)
+    ok(channel:publish("one", { routing_key = own }))
+    assert.equal(16, seen().held)
+    server:request "/let_go"
+    broker.eventually(function() return seen().held == 20 and seen().one == 1 end)
   end)
 
   it("begins when what is set up before it has succeeded", function()

@@ -27,6 +27,17 @@ local locations = [[
       ngx.say(ok and "ok" or err.kind .. " " .. err.message)
     }
   }
+  location /timeouts {
+    content_by_lua_block {
+      local rabbit = require "moonrabbit.resty"
+      local plain = rabbit.publisher { routing_key = "q" }
+      local publisher = rabbit.publisher { routing_key = "q", timeout = 0.02 }
+      for _, given in ipairs { { plain }, { publisher }, { publisher, { timeout = 0.01 } } } do
+        local _, err = given[1]:send("x", given[2])
+        ngx.say(err.message)
+      end
+    }
+  }
   location /async {
     content_by_lua_block {
       local args = ngx.req.get_uri_args()
@@ -148,10 +159,15 @@ describe("a worker of nginx #resty", function()
 
   it("starts before the broker is there, and waits for it", function()
     local port = nginx.free_port()
-    start(port, "entries = 10")
+    start(port, "entries = 10, timeout = 0.03")
     local body, status = publish("x", 0.2)
     assert.matches("^refused true there was no connection to the broker for 0.2 s: ", body)
     assert.equal(503, status)
+    local timeouts = {}
+    for seconds in (server:request "/timeouts"):gmatch "no connection to the broker for ([%d.]+) s" do
+      timeouts[#timeouts + 1] = seconds
+    end
+    assert.same({ "0.03", "0.02", "0.01" }, timeouts)
     assert.equal("10 overflow\n", (server:request(("/async?n=12&body=a&queue=%s"):format(queue))))
     assert.equal(10, stats().queued)
     assert.equal(2, stats().overflows)
@@ -281,6 +297,36 @@ describe("a worker of nginx #resty", function()
     local all, now = (server:request "/timers"):match "^(%d+) (%d+)"
     assert.truthy(tonumber(all) >= sessions, all)
     assert.equal("1", now) -- those of lost connections have ended, and nginx has freed what they used
+  end)
+
+  it("holds messages while the broker is short of memory, and does nothing meanwhile", function()
+    if not broker.name then return pending(broker.not_ours()) end
+    start(broker.parsed().port)
+    assert.equal("ok\n", (publish "before"))
+    local function watermark(value) broker.ctl("set_vm_memory_high_watermark", value) end
+    finally(function() watermark "0.4" end)
+    watermark "0.00001"
+    local function ticks()
+      local file = assert(io.open(("/proc/%d/stat"):format(server:workers()[1])))
+      local fields = file:read("*a"):match "%) (.*)"
+      file:close()
+      local user, system = fields:match(("%S+ "):rep(11) .. "(%d+) (%d+)")
+      return user + system
+    end
+    -- The broker tells of it, and stops reading, once something is published.
+    assert.matches("^timeout true ", (publish("unknown", 0.5)))
+    local used = ticks()
+    local answer = publish("held", 1.5)
+    assert.matches("^blocked true the message was not sent within 1.5 s: the broker has blocked publishing", answer)
+    assert.matches("low on memory", answer)
+    assert.equal("20 ok\n", (server:request(("/async?n=20&body=a&queue=%s"):format(queue))))
+    used = ticks() - used
+    assert.truthy(used < 30, used) -- of 150
+    watermark "0.4"
+    broker.eventually(function() return stats().confirmed == 22 and stats().in_flight == 0 end)
+    local seen = taken()
+    for i = 1, 20 do assert.truthy(seen["a" .. i]) end
+    assert.is_nil(seen.held)
   end)
 
   it("goes to another node at once when one has fallen silent", function()

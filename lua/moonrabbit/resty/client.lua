@@ -115,7 +115,7 @@ local function pass(...) return ... end
 --- err.kind: `nacked`, `unroutable`, `channel` (with the broker's code: no such exchange, not permitted), `overflow`
 --- (the queue is full, or the message too large; not sent), `timeout` (the outcome is unknown, or, as the message
 --- says, it was not sent), what kept the connection away (`refused`, `dns`, `tls`, `auth`, `vhost`; not sent),
---- `shutdown`.
+--- `blocked` (the broker is short of memory or disk space, or a standby site is held; not sent), `shutdown`.
 ---@param body string
 ---@param opts moonrabbit.PublishOptions? as for Channel:publish
 ---@return true|nil, moonrabbit.Error?

@@ -18,6 +18,14 @@ function obstacles.held(self)
   return why and self:error("blocked", why, true) or nil
 end
 
+--- An error while the broker has blocked publishing.
+function obstacles.blocked(self, timeout)
+  local channel = self.channel
+  local why = self.keeper.state == "open" and channel and channel._session.blocked
+  return why and self:error("blocked", ("the message was not sent within %g s: the broker has blocked publishing (%s)")
+    :format(timeout, why), true) or nil
+end
+
 --- The broker refuses us for good: waiting would not help.
 function obstacles.refused(self)
   local failure = self.keeper.state ~= "open" and self.keeper.failure

@@ -35,7 +35,7 @@ local function give_up(self, waiter, timeout)
       ("the broker has not confirmed the message within %g s: its outcome is unknown"):format(timeout))
   end
   take_out(self, index)
-  return nil, away(self, timeout) or held(self)
+  return nil, away(self, timeout) or held(self) or obstacles.blocked(self, timeout)
     or self:error("timeout", ("the message was not sent within %g s"):format(timeout))
 end
 

@@ -16,8 +16,9 @@ local function sent(self, index, confirmation)
 end
 
 -- Sends the message at `next`, which the engine has refused, once there is room. False: the channel or connection is
--- gone. nil: not now.
+-- gone. nil: not now. While the broker has blocked publishing nothing is begun, so that who gives up knows it was not sent.
 local function send_slowly(self, channel)
+  if channel._session.blocked then return nil end
   local index = self.next
   local slot = index % self.entries + 1
   self.sending = index

@@ -88,8 +88,8 @@ local function use(self, conn, channel, keeper)
     jobs.start(self, conn)
     local went = send_all(self, channel)
     if went == false then runtime.sleep(0) end -- its end is about to be told
-    -- A message that there was no room for has waited; one that is held has not.
-    if went == nil and obstacles.held(self) then sleep(self, patience(self, keeper)) end
+    -- A message that there was no room for has waited; one that is blocked or held has not.
+    if went == nil and (channel._session.blocked or obstacles.held(self)) then sleep(self, patience(self, keeper)) end
     if went then rest(self, channel, patience(self, keeper)) end
   end
   off()
@@ -102,6 +102,7 @@ function session.serve(self, conn, keeper)
   self.endpoint = conn.endpoint
   self.idle_since = nil
   conn:on("released", function() self:rouse() end)
+  conn:on("unblocked", function() self:rouse() end)
   if self.config.setup then
     local ok, err = self.config.setup(conn)
     if not ok and err then return err end
