@@ -160,7 +160,7 @@ describe("events of the examples #resty", function()
         return reported():find("open|news210|news209|", 1, true) and select(2, reported():gsub("|", "")) == 200
       end, 10, "the newest 200")
       -- The worker that serves the page goes; the browser comes back by itself.
-      at.server:reload()
+      nginx.gone(at.server:reload(), 10)
       broker.eventually(function()
         return reported():find "^open" and at.channel:publish("again", { exchange = "events", routing_key = "news" })
           and reported():find("newsagain", 1, true)
