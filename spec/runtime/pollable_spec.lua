@@ -87,6 +87,28 @@ describe("objects that cqueues.poll takes #smoke", function()
     end)
   end)
 
+  it_polls("are polled by several at once, and waited for by others", function()
+    connected(function(conn, ch, queue)
+      local consumer, ready, received = ok(ch:consume(queue)), 0, nil
+      for _ = 1, 3 do
+        on.spawn(function() if cqueues.poll(consumer, 20) == consumer then ready = ready + 1 end end)
+      end
+      on.spawn(function() received = ok(consumer:receive(20)) end)
+      cqueues.sleep(0.01)
+      ok(ch:publish("m", { routing_key = queue }))
+      local deadline = cqueues.monotime() + 20
+      while not (received and ready == 3) and cqueues.monotime() < deadline do cqueues.sleep(0.001) end
+      assert.equal("m", received.body)
+      assert.equal(3, ready)
+      local ended
+      on.spawn(function() ended = select(2, consumer:receive(20)) end)
+      cqueues.sleep(0.01)
+      conn:close(5)
+      while not ended do cqueues.sleep(0.001) end
+      assert.equal("closed", ended.kind)
+    end)
+  end)
+
   it_polls("are confirmations: ready once they are settled", function()
     connected(function(conn, ch, queue)
       for _, sender in ipairs { ch, ok(conn:publisher()) } do

@@ -636,6 +636,45 @@ case("there is nothing to do while nobody reads what there is, or writes where t
   peer.close()
 end)
 
+case("tasks that keep one another busy do not keep the network waiting", { "peer" }, function(t)
+  local peer, over, turns = new_peer(t), false, 0
+  local near = connected(t, peer)
+  for _ = 1, 2 do
+    t.rt.spawn(function()
+      while not over do
+        t.rt.sleep(0)
+        turns = turns + 1
+      end
+    end)
+  end
+  local said
+  t.rt.spawn(function()
+    eventually(t, "the others turn", function() return turns > 2 end)
+    peer.say "word"
+    said = true
+  end)
+  local bytes = near:read(100, 20)
+  eventually(t, "it was said", function() return said end)
+  over = true
+  equal("word", bytes)
+  near:close()
+  peer.close()
+end)
+
+case("a peer that goes without having read what it was sent ends a read", { "peer" }, function(t)
+  local peer, kind = new_peer(t), nil
+  local near = connected(t, peer)
+  peer.arrived()
+  assert(near:write "nobody reads this")
+  t.rt.spawn(function() kind = select(2, near:read(100, 20)) end)
+  t.rt.sleep(0.01)
+  peer.hang_up() -- which resets the connection
+  eventually(t, "the read ended", function() return kind end)
+  equal("closed", kind)
+  near:close()
+  peer.close()
+end)
+
 case("nothing turns while all wait for the network, and nobody for a time", { "lines" }, function(t)
   local peer = other_peer(t, "127.0.0.1")
   local near = connected(t, peer)
