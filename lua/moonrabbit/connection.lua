@@ -8,6 +8,7 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
+local parts = require "moonrabbit.parts"
 local runtimes = require "moonrabbit.runtime"
 local uri = require "moonrabbit.uri"
 local connection_options = require "moonrabbit.connection.options"
@@ -33,8 +34,7 @@ Connection.__index = Connection
 Connection.__name = "moonrabbit.Connection"
 
 Connection.options = connection_options.schema
-events.extend(Connection)
-supervisor.extend(Connection)
+parts(Connection, events, supervisor)
 pollable.extend(Connection, "Connection")
 
 -- ---- Connecting -------------------------------------------------------------------------------------

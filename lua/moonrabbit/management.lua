@@ -21,6 +21,7 @@ local errors = require "moonrabbit.errors"
 local http = require "moonrabbit.management.http"
 local json = require "moonrabbit.management.json"
 local options = require "moonrabbit.options"
+local add_parts = require "moonrabbit.parts"
 local runtimes = require "moonrabbit.runtime"
 
 local management = {}
@@ -325,10 +326,11 @@ function Management:__tostring()
 end
 
 for _, name in ipairs { "broker", "queues", "policies", "access", "federation", "definitions" } do
-  require("moonrabbit.management." .. name).extend(Management)
+  local part = require("moonrabbit.management." .. name)
+  add_parts(Management, part)
 end
 
 management.Management = Management
-management.compare = require("moonrabbit.management.definitions").compare
+management.compare = require("moonrabbit.management.differences").compare
 
 return management

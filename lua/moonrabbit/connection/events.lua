@@ -135,12 +135,4 @@ function Connection:_report(event, text, message)
   end
 end
 
-local mixin = {}
-
---- Adds the methods to the class.
----@package
-function mixin.extend(class)
-  for name, method in pairs(Connection) do class[name] = method end
-end
-
-return mixin
+return Connection

@@ -228,12 +228,4 @@ function Connection:wait_open(timeout)
   return nil, self:_closed_error()
 end
 
-local mixin = {}
-
---- Adds the methods to the class.
----@package
-function mixin.extend(class)
-  for name, method in pairs(Connection) do class[name] = method end
-end
-
-return mixin
+return Connection

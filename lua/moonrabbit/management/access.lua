@@ -94,12 +94,4 @@ function Management:delete_permissions(vhost, user)
   return self:_change("DELETE", { "permissions", vhost, user })
 end
 
-local access = {}
-
---- Adds the methods to the class.
----@package
-function access.extend(class)
-  for name, method in pairs(Management) do class[name] = method end
-end
-
-return access
+return Management

@@ -120,12 +120,4 @@ function Management:health(name, ...)
   return nil, err
 end
 
-local broker = {}
-
---- Adds the methods to the class.
----@package
-function broker.extend(class)
-  for name, method in pairs(Management) do class[name] = method end
-end
-
-return broker
+return Management

@@ -131,12 +131,4 @@ function Management:delete_shovel(vhost, name)
   return self:_change("DELETE", { "parameters", "shovel", vhost, name })
 end
 
-local federation = {}
-
---- Adds the methods to the class.
----@package
-function federation.extend(class)
-  for name, method in pairs(Management) do class[name] = method end
-end
-
-return federation
+return Management

@@ -129,12 +129,4 @@ function Management:mirror(vhost, name, opts)
   })
 end
 
-local policies = {}
-
---- Adds the methods to the class.
----@package
-function policies.extend(class)
-  for name, method in pairs(Management) do class[name] = method end
-end
-
-return policies
+return Management

@@ -144,12 +144,4 @@ function Management:queue_bindings(vhost, name)
   return self:_get({ "queues", vhost, name, "bindings" }, nil, "list")
 end
 
-local queues = {}
-
---- Adds the methods to the class.
----@package
-function queues.extend(class)
-  for name, method in pairs(Management) do class[name] = method end
-end
-
-return queues
+return Management

@@ -221,12 +221,4 @@ function Runner:conclude(job, failed, asked)
   return fail(self, job, failed or failure_of_outcome(asked), seconds, asked)
 end
 
-local conclude = {}
-
---- Adds the methods to the class.
----@package
-function conclude.extend(class)
-  for name, method in pairs(Runner) do class[name] = method end
-end
-
-return conclude
+return Runner

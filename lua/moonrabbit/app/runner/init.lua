@@ -31,6 +31,7 @@ local compile = require "moonrabbit.app.route.compile"
 local conclude = require "moonrabbit.app.runner.conclude"
 local default_settle = require "moonrabbit.app.runner.settle"
 local failure = require "moonrabbit.app.failure"
+local parts = require "moonrabbit.parts"
 local protector = require "moonrabbit.app.protected"
 local trace = require "moonrabbit.trace"
 
@@ -44,7 +45,7 @@ local type, select = type, select
 local Runner = {}
 Runner.__index = Runner
 
-conclude.extend(Runner)
+parts(Runner, conclude)
 
 --- How long a handler that was cancelled may take to end before it is left to itself.
 local GRACE = 1
