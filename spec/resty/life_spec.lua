@@ -59,7 +59,11 @@ local locations = [[
   location /busy {
     content_by_lua_block {
       Freed = false
-      for i = 1, 10 do ngx.timer.at(0, function() while not Freed do ngx.sleep(0.01) end end) end
+      for i = 1, 10 do
+        ngx.timer.at(0, function()
+          while not Freed and not ngx.worker.exiting() do ngx.sleep(0.01) end
+        end)
+      end
       ngx.sleep(0.05)
       ngx.say(ngx.timer.running_count())
     }
@@ -363,6 +367,16 @@ describe("a worker of nginx #resty", function()
     local pids = server:workers()
     server:signal "QUIT"
     nginx.gone(pids, 5)
+  end)
+
+  it("leaves though nginx has run too many timers to tell it so", function()
+    start(broker.parsed().port, "heartbeat = 1", { http_before = "lua_max_running_timers 3;" })
+    assert.equal("ok\n", (publish "before"))
+    assert.equal("3\n", (server:request "/busy"))
+    local pids = server:workers()
+    server:signal "QUIT"
+    server:logged "life.lua:%d+: 3 lua_max_running_timers are not enough"
+    nginx.gone(pids, 8)
   end)
 
   it("waits for ever when it is told to", function()

@@ -4,6 +4,8 @@
 -- one has ended. moonrabbit.resty.keeper is what keeps connections until then.
 -- @module moonrabbit.resty.life
 
+local runtime = require "moonrabbit.runtime.resty"
+
 ---@class moonrabbit.resty.Life
 ---@field exiting boolean  the worker is to leave
 local life = { exiting = false }
@@ -40,10 +42,12 @@ local function arm()
   if not ok then ngx.log(ngx.ERR, "moonrabbit: no timer to notice the worker's end with: ", err) end
 end
 
---- Notices that the worker is to leave, should the timer that does so not have been run.
+--- Notices that the worker is to leave, should the timer that does so not have been run. Sessions look about as often as
+--- their heartbeats are.
 function life.look()
   if exiting() then leave() end
 end
+runtime.look = life.look
 
 --- Calls `fn` once the worker is to leave. It must not yield.
 function life.on_exit(fn)

@@ -146,7 +146,7 @@ end
 --- quarters of an interval for a standstill of this process.) Until then nothing is to be done: where a transport cannot
 --- tell that a write waits, what is looked for is a broker that has been silent for long.
 function Session:watch_loop()
-  local engine, now, quarter = self.engine, self.runtime.now, self.heartbeat / 4
+  local engine, now, quarter, look = self.engine, self.runtime.now, self.heartbeat / 4, self.runtime.look
   while self.state ~= "closed" do
     local silent_at, wait_for = engine:silence_deadline(), nil
     local left = silent_at and silent_at - now()
@@ -156,6 +156,7 @@ function Session:watch_loop()
       wait_for = left and max(quarter, left - 2 * quarter) or quarter
     end
     self.stuck:wait(wait_for)
+    if look then look() end
     if self.flushing and self.state ~= "closed" then
       local deadline = engine:deadline(now())
       if deadline and deadline <= now() then tick(self) end
