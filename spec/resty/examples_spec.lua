@@ -209,6 +209,7 @@ describe("examples for nginx #resty", function()
     at.server = nginx.start({ text = text }):ready "/ping"
     assert.equal("the broker has it\n", (at.server:request("/hello/" .. queue)), at.server:log())
     assert.equal("hello", examples.next_message(at, queue).body)
+    assert.matches("^no queue takes the message", (at.server:request("/hello/" .. queue .. "-that-is-not-there")))
     local body, status = at.server:request("/publish/" .. queue, { body = "what came" })
     assert.equal("the broker has it\n", body, at.server:log())
     assert.equal(202, status)

@@ -13,12 +13,20 @@ describe("the upstream of the examples #resty", function()
   local upstream
   local told = {} -- body -> what the upstream answers, in turn; the last one again and again
   local times = {} -- body -> when it was called
+  local cut -- whether it was stopped in an answer without end
 
   local function clear()
     for _, queue in ipairs { "upstream.orders", "upstream.dead" } do at.channel:queue_delete(queue) end
   end
 
-  local function answer(request)
+  local function answer_without_end(client)
+    local piece, sent = ("x"):rep(65536), client:write "HTTP/1.1 200 OK\r\n\r\n"
+    for _ = 1, 1000 do sent = sent and client:write(piece) end
+    cut = not sent
+    return ""
+  end
+
+  local function answer(request, client)
     local body = request.body
     times[body] = times[body] or {}
     table.insert(times[body], native.now())
@@ -26,6 +34,7 @@ describe("the upstream of the examples #resty", function()
     local said = #answers > 1 and table.remove(answers, 1) or answers[1]
     if said == "silence" then return nil end
     if said == "hang up" then return "" end
+    if said == "endless" then return answer_without_end(client) end
     if said == "nonsense" then return "SSH-2.0-OpenSSH\r\n" end
     local status, retry_after = said:match "^(%d+) ?(%d*)$"
     return http_server.response(tonumber(status), "it says " .. status,
@@ -132,9 +141,20 @@ describe("the upstream of the examples #resty", function()
     called("silent", 2)
   end)
 
+  it("is not listened to without end", function()
+    start()
+    told.endless = { "endless" }
+    publish "endless"
+    broker.eventually(function() return cut end, 20, "the answer is cut short")
+    metric 'moonrabbit_messages_settled_total{queue="upstream.orders",outcome="ok"} 1\n'
+    assert.equal(1, calls "endless")
+  end)
+
   it("is left alone when it fails again and again", function()
-    local edit = { "failures = 50, within = 10, pause = 5", "failures = 3, pause = 600" }
-    start { workers = 1, edits = { ["orders.lua"] = { edit } } }
+    -- What fails does not come again while the other specs run.
+    local edits = { { "failures = 50, within = 10, pause = 5", "failures = 3, pause = 600" },
+      { "first = 1, factor = 2, max = 60", "first = 600, factor = 1, max = 600" } }
+    start { workers = 1, edits = { ["orders.lua"] = edits } }
     for i = 1, 20 do
       told["bad" .. i] = { "500" }
       publish("bad" .. i)
@@ -146,8 +166,10 @@ describe("the upstream of the examples #resty", function()
     start()
     publish("sly", { content_type = "text/plain\r\nX-Made-Up: 1" })
     called("sly", 1)
-    assert.is_nil(upstream.requests[1].headers["x-made-up"])
-    assert.equal("text/plain  X-Made-Up: 1", upstream.requests[1].headers["content-type"])
+    local headers
+    for _, request in ipairs(upstream.requests) do headers = request.body == "sly" and request.headers or headers end
+    assert.is_nil(headers["x-made-up"])
+    assert.equal("text/plain  X-Made-Up: 1", headers["content-type"])
   end)
 
   it("does not start with a script that is broken", function()

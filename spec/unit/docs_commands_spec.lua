@@ -31,6 +31,7 @@ describe("the commands of the documentation", function()
         total = total + 1
         local args, problem = cli.parse(command.words)
         assert.truthy(args, ("%s: %s"):format(command.line, tostring(problem)))
+        assert.is_nil(args.key, command.line .. ": --key is a file, of TLS")
       end
     end
     pipe:close()

@@ -43,10 +43,11 @@ local function exchange(socket, request)
 end
 
 local function understand(text)
-  local status, lines, body = text:match "^HTTP/1%.%d (%d%d%d)[^\r\n]*(\r\n.-\r\n)\r\n(.*)$"
+  local head, body = text:match "^(.-\r\n)\r\n(.*)$"
+  local status = head and head:match "^HTTP/1%.%d (%d%d%d)"
   if not status then return nil, "the upstream's answer is no HTTP" end
   local headers = {}
-  for name, value in lines:gmatch "\r\n([^:\r\n]+):%s*([^\r\n]*)" do headers[name:lower()] = value end
+  for name, value in head:gmatch "\r\n([^:\r\n]+):%s*([^\r\n]*)" do headers[name:lower()] = value end
   return { status = tonumber(status), headers = headers, body = body }
 end
 
