@@ -197,7 +197,7 @@ bench: ## clients and consumer frameworks beside moonrabbit, memory; half an hou
 	@QUICK='$(QUICK)' bench/run
 	@bench/with-null lua5.4 bench/many.lua
 	@bench/with-null lua5.4 bench/soak.lua -- $(if $(QUICK),1000000)
-	@bench/frameworks $(if $(QUICK),--messages 5000 --runs 1)
+	@bench/frameworks $(if $(QUICK),--messages 3000 --runs 3)
 
 chaos: ## faults against a cluster of its own, lost messages counted (docs/chaos.md); QUICK=1 for three minutes
 	@$(call check_deps,build broker chaos)
