@@ -275,17 +275,29 @@ function nginx.gone(pids, seconds)
   end, seconds or 20, "processes gone")
 end
 
---- Ends it, and removes its folder unless KEEP is set.
+-- What no nginx of ours may log, whatever a spec does to it. Specs kill workers with signal 9.
+local function shame(text)
+  for line in text:gmatch "[^\n]+" do
+    if line:find("error in a task", 1, true) or line:find("left in connection", 1, true)
+      or line:match "exited on signal (%d+)" and not line:find "exited on signal 9" then return line end
+  end
+end
+
+--- Ends it, and removes its folder unless KEEP is set. Throws when a worker stays behind, or something went wrong unseen.
 function Nginx:stop()
   local pids = self:workers()
   pids[#pids + 1] = self.pid
   if nginx.alive(self.pid) then self:signal "QUIT" end
-  if not pcall(nginx.gone, pids, 15) then
+  local gone = pcall(nginx.gone, pids, 15)
+  if not gone then
     for _, pid in ipairs(pids) do
       if nginx.alive(pid) then os.execute("kill -KILL " .. pid) end
     end
   end
+  local line = shame(self:log())
   if not os.getenv "KEEP" then os.execute("rm -rf '" .. self.prefix .. "'") end
+  if not gone then error("a worker of nginx stayed behind", 2) end
+  if line then error("nginx logged: " .. line, 2) end
 end
 
 return nginx
