@@ -149,6 +149,7 @@ describe("publishing in nginx #resty", function()
             ngx.log(ngx.NOTICE, "start: ", select(2, pcall(rabbit.start, options)), " end")
           end
           ngx.log(ngx.NOTICE, "consume: ", select(2, pcall(rabbit.consume, { queue = "q" })), " end")
+          ngx.log(ngx.NOTICE, "consume: ", select(2, pcall(rabbit.consume, { app = "x.lua", queue = "q" })), " end")
           ngx.log(ngx.NOTICE, "publish: ", select(2, pcall(rabbit.publish, "x")), " end")
         }
         client_max_body_size 4m;
@@ -367,7 +368,8 @@ describe("publishing in nginx #resty", function()
     for _, text in ipairs { "twice: [^\n]*start was called before", "unknown option 'url' %(did you mean 'uri'%?%)",
       "invalid AMQP URI: ", "lua_ssl_trusted_certificate", "lua_ssl_protocols", "'tls.cert' and 'tls.key' go together",
       "tls.cert: /nowhere.pem: No such file", "'entries' must be", "reconnect: unknown option 'frist'",
-      "unknown option 'runtime'", "sites.standby is missing", "consume: [^\n]*option 'handler' is missing" } do
+      "unknown option 'runtime'", "sites.standby is missing", "consume: [^\n]*option 'handler' is missing",
+      "consume: [^\n]*unknown option 'queue'" } do
       assert.matches(text, server:log())
     end
   end)
