@@ -244,6 +244,28 @@ describe("luv", function()
     assert.truthy(handles() < 100, handles())
   end)
 
+  it_luv("keeps no handle of a server that was forgotten, once its descriptor is another's", function()
+    local uv, runtime = require "luv", require "moonrabbit.runtime.luv"
+    on().spawn(function()
+      local task = on().spawn(function()
+        local server = assert(runtime.listen("127.0.0.1", 0))
+        on().pcall(server.accept, server)
+      end)
+      on().sleep(0.001)
+      runtime.cancel(task)
+      on().sleep(0.001)
+      task = nil -- luacheck: ignore 311
+      collectgarbage()
+      collectgarbage()
+      local servers = {} -- of which one has the descriptor
+      for i = 1, 8 do servers[i] = assert(runtime.listen("127.0.0.1", 0)) end
+      for i = 1, 8 do servers[i]:close() end
+    end)
+    local deadline = runtime.now() + 20
+    while uv.run "nowait" and runtime.now() < deadline do end -- luacheck: ignore
+    assert.is_falsy(uv.loop_alive())
+  end)
+
   it_luv("goes on when its user has closed every handle", function()
     local uv, runtime, words, slept = require "luv", require "moonrabbit.runtime.luv", {}, 0
     local function talk(server)
