@@ -770,7 +770,12 @@ describe("the native runtime", function()
       local engine, client, peer = engine_pair()
       assert(client:flush(engine))
       assert.equal("AMQP\0\0\9\1", peer:read())
-      local function fill_alone(seconds) return client:fill_alone(engine, rt.now() + seconds) end
+      local function fill_alone(seconds)
+        local began = rt.now()
+        local n, kind, text = client:fill_alone(engine, began + seconds)
+        assert.truthy(rt.now() - began < 10, "it waited on, though there was something to do")
+        return n, kind, text
+      end
       assert.is_nil(fill_alone(20)) -- nobody reads: the engine may be paused
       local reader = rt.spawn(function()
         while client:fill(engine) do end -- luacheck: ignore
@@ -789,6 +794,9 @@ describe("the native runtime", function()
       rt.sleep(0)
       assert.same({ nil, "again" }, { fill_alone(20) }) -- until the sleeper's time
       rt.run(function() assert.is_nil(fill_alone(20)) end)
+      assert(rt.signal("USR2", function() end))
+      assert.is_nil(fill_alone(20)) -- which the loop is to find
+      assert(rt.signal "USR2")
       while not sleeper.over do rt.sleep(0) end
       peer:write "\0\0"
       assert.equal(2, fill_alone(20))
