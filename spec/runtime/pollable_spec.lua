@@ -184,6 +184,16 @@ describe("objects that cqueues.poll takes #smoke", function()
     end, { reconnect = { first = 0.01 } })
   end)
 
+  it_polls("are connections that tell what has changed while nobody polled them", function()
+    connected(function(conn)
+      while cqueues.poll(conn, 0) == conn do end -- what was until here
+      conn._session:fail "cut by the spec"
+      while conn:state() == "open" do cqueues.sleep(0.001) end
+      ok(conn:wait_open(20))
+      assert.equal(conn, cqueues.poll(conn, 20))
+    end, { reconnect = { first = 0.01 } })
+  end)
+
   it_polls("are connections that do not wake for the messages of another task", function()
     connected(function(conn, ch, queue)
       local consumer, got = ok(ch:consume(queue)), 0
