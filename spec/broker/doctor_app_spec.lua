@@ -278,6 +278,15 @@ describe("moonrabbit doctor --app", function()
       assert.is_nil((result.out .. result.err):find("guest:guest", 1, true))
     end
 
+    it("looks at the cluster's nodes also where no endpoint lets it in", function()
+      local result = doctor({ "--cluster", "--timeout", "5", "--management", url },
+        { AMQP_URL = broker.uri { host = "127.0.0.1", port = 1 } })
+      assert.equal(3, result.code, result.out .. result.err)
+      assert.equal(1, #step(result, "cluster"), result.out)
+      assert.is_true(step(result, "cluster")[1].ok, result.out)
+      assert.is_true(#step(result, "node") >= 1)
+    end)
+
     it("finds a policy on the ladder", function()
       assert.equal(0, run({ "bin/moonrabbit", "topology", "apply", bench:path "app.lua" }).code)
       broker.ok(api:set_policy("/", bench.name, { pattern = "^" .. bench.name:gsub("%p", "."), apply_to = "queues",

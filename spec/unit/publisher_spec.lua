@@ -30,6 +30,10 @@ function Session:refusal(status) return self:error("overflow", "refused: " .. st
 function Session:touch() self.dirty = true end
 function Session.try_flush() end
 function Session.block(_, condition, left) condition:wait(left < math.huge and left or nil) end
+function Session.try_block(_, condition, left)
+  Session.block(_, condition, left)
+  return true
+end
 
 local World = {}
 World.__index = World
@@ -495,6 +499,20 @@ describe("a publisher #smoke", function()
     assert.equal("pending", stuck:outcome())
     assert.truthy(#left >= 3 and #left <= 5, #left)
     assert.equal(1 + #left, copies)
+  end)
+
+  it("leaves channels ever more seldom for those, too, while nothing else is under way", function()
+    start { routing_key = "k", retry = { first = 0.02, factor = 1, jitter = 0, attempts = 3 } }
+    local left, sequence = 0, 0
+    leaves_channels(function() left, sequence = left + 1, 0 end)
+    for i = 1, 1200 do -- for two minutes a full queue
+      if i % 2 == 1 then p:send_async "refused" end
+      w.runtime.advance(0.1)
+      local n = #w:published()
+      sequence = sequence + n
+      if n > 0 then w:say(fake.nack(w.channel._core:id(), sequence, true)) end
+    end
+    assert.truthy(left >= 3 and left <= 15, left)
   end)
 
   it("keeps strict order with a window of one", function()

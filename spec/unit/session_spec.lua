@@ -269,6 +269,80 @@ describe("a connection", function()
     assert.is_nil(next(ch._consumers))
   end)
 
+  local function delivery(channel, tag, number, body)
+    return fake.method(channel, 60, 60, short(tag) .. fake.u64(number) .. fake.u8(0) .. short "" .. short "q")
+      .. fake.content(channel, body)
+  end
+
+  local function heard(id)
+    for _, each in ipairs(other.heard) do
+      if each == id then return true end
+    end
+  end
+
+  it("wakes another one when a task is cancelled that a message has woken", function()
+    connect()
+    local ch = assert(conn:channel())
+    local consumer = assert(ch:consume("q", { prefetch = 5, tag = "c" }))
+    moonrabbit.run(function()
+      local message
+      local first = moonrabbit.spawn(function() consumer:receive() end)
+      moonrabbit.spawn(function() message = consumer:receive() end)
+      eventually(function() return consumer._receiving == 2 end)
+      -- The message and the cancel come in the same turn.
+      local delivered = consumer._delivered
+      function consumer._delivered(self)
+        delivered(self)
+        native.cancel(first)
+      end
+      other:say(delivery(ch._core:id(), "c", 1, "x"))
+      eventually(function() return message end)
+      assert.equal(0, consumer._receiving)
+    end)
+  end)
+
+  it("goes on with another task when a handler's is cancelled, and gives its message back", function()
+    connect()
+    local ch = assert(conn:channel())
+    local bodies = {}
+    assert(ch:consume("q", { prefetch = 5, tag = "c", concurrency = 1, error_delay = 0 }, function(message)
+      bodies[#bodies + 1] = message.body
+      if message.body == "1" then
+        native.cancel(native.current())
+        moonrabbit.sleep(0)
+      end
+      message:ack()
+    end))
+    moonrabbit.run(function()
+      local id = ch._core:id()
+      other:say(delivery(id, "c", 1, "1") .. delivery(id, "c", 2, "2") .. delivery(id, "c", 3, "3"))
+      eventually(function() return #bodies == 3 and (heard "60.120" or heard "60.90") end)
+    end)
+    assert.same({ "1", "2", "3" }, bodies)
+  end)
+
+  it("tells those who wait for all of a refusal that a cancelled task has not heard of", function()
+    connect()
+    local ch = assert(conn:channel { confirm = true })
+    local p = assert(conn:publisher { routing_key = "q", retry = { attempts = 0 } })
+    local function refused(publish, channel, wait)
+      local result
+      moonrabbit.run(function()
+        local task = moonrabbit.spawn(publish)
+        eventually(function() return conn._session.awaiting == 1 end)
+        native.cancel(task)
+        eventually(function() return conn._session.awaiting == 0 end)
+        other:say(fake.nack(channel._core:id(), 1))
+        eventually(function() return channel._core:unconfirmed() == 0 end)
+        result = { wait() }
+      end)
+      assert.is_nil(result[1])
+      assert.equal("nacked", result[2].kind)
+    end
+    refused(function() ch:publish("x", { routing_key = "q" }) end, ch, function() return ch:wait_for_confirms(5) end)
+    refused(function() p:send "x" end, p.channel, function() return p:wait(5) end)
+  end)
+
   it("consumes again though the answer to an earlier attempt comes after all", function()
     connect { timeout = 0.2, reconnect = { first = 0.01, max = 0.05 } }
     local ch = assert(conn:channel())

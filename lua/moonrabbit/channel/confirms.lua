@@ -132,7 +132,11 @@ local function wait_in_loop(self, confirmation, deadline, own, flushed)
   repeat
     local left = deadline - now()
     if left <= 0 then break end
-    session:block(waiter.condition, left)
+    local whole, err = session:try_block(waiter.condition, left)
+    if not whole then
+      self._waiters:desert(waiter, own)
+      error(err, 0)
+    end
     acked = core_acked(confirmation)
   until acked ~= false or self._closed
   self._waiters:leave(waiter)

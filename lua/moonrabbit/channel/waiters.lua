@@ -74,6 +74,12 @@ function Waiters:leave(waiter)
   if #spare < SPARE then spare[#spare + 1] = waiter end
 end
 
+--- Waits no longer, and has not heard how it ended: what was `own` is to be told to others.
+function Waiters:desert(waiter, own)
+  if own then waiter.own = false end
+  self:leave(waiter)
+end
+
 --- Wakes everybody: there is nothing to wait for any more.
 function Waiters:release()
   for _, waiter in pairs(self._of) do

@@ -62,6 +62,7 @@ local function examine_app(report, patient, args)
     if one.conn and not patient.parsed then patient.parsed, patient.timeout = one.parsed, one.timeout end
   end
   report:about(nil)
+  if not patient.parsed then patient.parsed, patient.timeout = places[1].parsed, args.timeout or 5 end
   if #shut > 0 and #places > 1 then
     report:fail("endpoints", exit.unreachable, ("%d of %d cannot be used: %s"):format(#shut, #places,
       table.concat(shut, ", ")), "the app, failing over, would not get in there from here", { unusable = shut })

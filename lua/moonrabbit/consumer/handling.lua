@@ -15,15 +15,20 @@ local take = taking._take
 ---@class moonrabbit.Consumer
 local Consumer = {}
 
-local function report(self, message, trace)
-  self.connection:_report("error", "a handler of the consumer on '" .. self.queue .. "' threw: " .. trace, message)
+-- What its handler has not settled goes back, after a while: at once it would come back at once.
+local function give_back(self, message)
   if self.no_ack then return end
   local delay = self._error_delay
-  local function give_back()
+  local function settle()
     if delay > 0 then self._runtime.sleep(delay) end
     if core.settle(message, "nack", true) ~= nil then self._session:touch() end
   end
-  if delay > 0 then self._runtime.spawn(give_back) else give_back() end
+  if delay > 0 then self._runtime.spawn(settle) else settle() end
+end
+
+local function report(self, message, trace)
+  self.connection:_report("error", "a handler of the consumer on '" .. self.queue .. "' threw: " .. trace, message)
+  give_back(self, message)
 end
 
 -- Handles messages until the queue is empty. state.message is the one being handled.
@@ -55,6 +60,14 @@ local function traceback(err)
   return debug.traceback(described(err), 2)
 end
 
+-- A worker whose task is cancelled is over, and another one takes its place.
+local function leave(self)
+  self._workers = self._workers - 1
+  if self:buffered() > 0 then self:_wake_worker() end
+  if self._drained then self._drained:broadcast() end
+  self:_let_go()
+end
+
 local function worker(self, protect)
   local state = { turn = turner(self._runtime) }
   local current = self._runtime.current
@@ -68,9 +81,8 @@ local function worker(self, protect)
       local message = state.message
       state.message = nil
       if trace == cancelled and cancelled ~= nil then
-        self._workers = self._workers - 1
-        if self._drained then self._drained:broadcast() end
-        return
+        if message then give_back(self, message) end
+        return leave(self)
       end
       if message then report(self, message, trace) else self.connection:_report("error", trace) end
     elseif self._ended and self:buffered() == 0 then
@@ -81,10 +93,8 @@ local function worker(self, protect)
       local whole, err = yielding_pcall(self._ready.wait, self._ready)
       self._idle = self._idle - 1
       self._waking = false
-      if not whole then -- cancelled, by its handler perhaps: another one takes its place
-        self._workers = self._workers - 1
-        if self:buffered() > 0 then self:_wake_worker() end
-        if self._drained then self._drained:broadcast() end
+      if not whole then -- by its handler perhaps
+        leave(self)
         error(err, 0)
       end
     end

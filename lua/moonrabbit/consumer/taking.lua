@@ -2,6 +2,7 @@
 -- @module moonrabbit.consumer
 
 local options = require "moonrabbit.options"
+local protect = require "moonrabbit.protect"
 local turner = require "moonrabbit.consumer.turner"
 
 local huge = math.huge
@@ -88,7 +89,12 @@ local function receive(self, timeout)
       left = deadline - now()
       if left <= 0 and timeout > 0 then break end
     end
-    ready:wait(left and math.max(0, left))
+    local whole, err = protect(ready.wait, ready, left and math.max(0, left))
+    if not whole then -- cancelled: another one has what it may have been woken for
+      self._receiving = self._receiving - 1
+      if self._receiving > 0 and self:buffered() > 0 then ready:signal() end
+      error(err, 0)
+    end
     message = take(self)
     if message or timeout == 0 then break end
   until self._ended

@@ -8,22 +8,34 @@ local max, huge = math.max, math.huge
 ---@class moonrabbit.Session
 local Session = {}
 
---- Waits on a condition for something that only reading can bring. Throws when the task is cancelled, or may not wait
---- here; then another one of those who wait has what it may have been woken for.
----@param left number seconds
-function Session:block(condition, left)
-  local until_then = self.runtime.now() + left
-  if self:read_alone(until_then) then return end
+local function wait_here(self, condition, timeout)
   local check_owner = self.transport.check_owner
   if check_owner then check_owner(self.transport) end
+  condition:wait(timeout)
+end
+
+--- Waits on a condition for something that only reading can bring. false, err: the task was cancelled, or may not wait
+--- here, and err is to be thrown; another one of those who wait has what it may have been woken for.
+---@param left number seconds
+---@return boolean waited, any err
+function Session:try_block(condition, left)
+  local until_then = self.runtime.now() + left
+  if self:read_alone(until_then) then return true end
   self.awaiting = self.awaiting + 1
   if until_then > self.awaiting_until then self.awaiting_until = until_then end
   if self.paused and self:may_admit() then self.drained:signal() end
-  local whole, err = protect(condition.wait, condition, left < huge and left or nil)
+  local whole, err = protect(wait_here, self, condition, left < huge and left or nil)
   self.awaiting = self.awaiting - 1
-  if whole then return end
+  if whole then return true end
   condition:signal()
-  error(err, 0)
+  return false, err
+end
+
+--- The same, and throws what is to be thrown.
+---@param left number seconds
+function Session:block(condition, left)
+  local whole, err = self:try_block(condition, left)
+  if not whole then error(err, 0) end
 end
 
 --- Queues a call whose method was just handed to the engine. `late(result)` is called when the

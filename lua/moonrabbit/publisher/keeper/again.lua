@@ -108,7 +108,8 @@ local function renew(self, now)
   local idle = self.channel._core:unconfirmed() == 0
   if not idle and now < renewal.by then return self:_wake_at(renewal.by) end
   local _, insists = badly_served(self, now, huge)
-  if insists and not idle then renewal:copied(now) end
+  -- Where it is idle, nothing goes out twice; but who insists does not wait until channels may be left again.
+  if insists and (not idle or now < renewal.at) then renewal:copied(now) end
   local why = renewal:over(now)
   if idle or insists then leave(self, why) end
 end

@@ -47,7 +47,11 @@ local function wait_until(self, confirmation, deadline, own)
   repeat
     local left = deadline - now()
     if left <= 0 then break end
-    self.channel._session:block(waiter.condition, left)
+    local whole, err = self.channel._session:try_block(waiter.condition, left)
+    if not whole then
+      self.waiters:desert(waiter, own)
+      error(err, 0)
+    end
     ok = acked(confirmation)
   until ok ~= false
   self.waiters:leave(waiter)
