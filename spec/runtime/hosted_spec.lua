@@ -324,6 +324,35 @@ describe("luv", function()
     assert.is_falsy(uv.loop_alive())
   end)
 
+  it_luv("a wait that could not begin leaves nothing behind", function()
+    local uv, runtime, began, resumed = require "luv", require "moonrabbit.runtime.luv", nil, false
+    local co = coroutine.create(function()
+      local condition = runtime.condition()
+      began = uv.hrtime()
+      thrown(string.gsub, "x", "x", function() condition:wait(60) end)
+      thrown(string.gsub, "x", "x", function() on().sleep(-1) end)
+      coroutine.yield() -- its user's matter
+      resumed = true
+    end)
+    assert(coroutine.resume(co))
+    uv.run()
+    assert.is_false(resumed)
+    assert.truthy((uv.hrtime() - began) / 1e9 < 30)
+    assert.is_falsy(uv.loop_alive())
+  end)
+
+  it_luv("runs what is spawned after its user has closed every handle, and what was before", function()
+    local uv, ran = require "luv", 0
+    local timer = uv.new_timer()
+    timer:start(1, 0, function()
+      on().spawn(function() ran = ran + 1 end)
+      uv.walk(function(handle) if not handle:is_closing() then handle:close() end end)
+      on().spawn(function() ran = ran + 1 end)
+    end)
+    uv.run()
+    assert.equal(2, ran)
+  end)
+
   it_luv("runs turn by turn", function()
     local uv, turns, slept = require "luv", 0, false
     on().spawn(function()

@@ -70,7 +70,7 @@ end
 local function enqueue(task, co)
   if task.woken then return end
   task.woken = co
-  if queued == 0 then activate() end
+  if queued == 0 or idle:is_closing() then activate() end
   queued = queued + 1
   queue[queued] = task
 end
@@ -83,16 +83,27 @@ local function expired(task)
   if task.co and task.parked then enqueue(task, task.co) end
 end
 
+local function stop_timer(task)
+  local timer = task.timer
+  if not timer then return end
+  task.timer = nil
+  give_back(timer)
+end
+
 function host.pause(task, seconds)
-  local timer
   if seconds == 0 then
     enqueue(task, task.co)
   elseif seconds then
-    timer = start_timer(task, seconds, expired)
+    task.timer = start_timer(task, seconds, expired)
   end
   yield()
-  if timer then give_back(timer) end
+  stop_timer(task)
   return false
+end
+
+function host.withdraw(task)
+  task.woken = nil
+  stop_timer(task)
 end
 
 function host.wake(task) enqueue(task, task.co) end

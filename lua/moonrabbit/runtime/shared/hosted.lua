@@ -8,6 +8,7 @@
 -- * `pause(task, seconds, watch, events)`: the running coroutine waits for `wake(task)`, for so long,
 --   or (where the adapter brings no `set`) for the descriptor watch.fd: true when that is ready
 -- * `wake(task)`: ends that pause at the loop's next turn
+-- * `withdraw(task)`: that pause could not begin, for the coroutine may not yield (optional)
 -- * `set(fd, events)`: the loop calls back when descriptors are ready (shared/descriptors.lua)
 -- * `forget(fd)`: a descriptor is going to be closed (optional)
 -- * `refuse(fd)`: why the loop cannot wait for it, for people (optional; where the adapter brings no `set`)
@@ -60,16 +61,19 @@ local function detach(task)
 end
 
 -- The task's yield threw: nobody may resume it for what it waited for.
-local function withdraw(task)
-  detach(task)
-  task.co = nil
+local function withdrawer(host)
+  return function(task)
+    detach(task)
+    task.co = nil
+    if host.withdraw then host.withdraw(task) end
+  end
 end
 
 --- enter, park and ready, as native/loop.lua has them.
 local function waiting(host)
   local tasks = setmetatable({}, { __mode = "k" }) -- coroutine -> task, which must not lead back to it
   local loop = { home = host.home, waiting = 0, tasks = tasks, cancelled = cancelled }
-  local pause, wake, home_of = yielding.explaining(host.pause, withdraw), host.wake, host.home
+  local pause, wake, home_of = yielding.explaining(host.pause, withdrawer(host)), host.wake, host.home
 
   local function task_of(co)
     local task = tasks[co]
