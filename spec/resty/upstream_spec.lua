@@ -38,7 +38,7 @@ describe("the upstream of the examples #resty", function()
     if said == "nonsense" then return "SSH-2.0-OpenSSH\r\n" end
     local status, retry_after = said:match "^(%d+) ?(%d*)$"
     return http_server.response(tonumber(status), "it says " .. status,
-      retry_after ~= "" and "retry-after: " .. retry_after .. "\r\n" or "")
+      retry_after ~= "" and "x-empty:\r\nretry-after: " .. retry_after .. "\r\n" or "")
   end
 
   before_each(function()

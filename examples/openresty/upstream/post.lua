@@ -47,7 +47,7 @@ local function understand(text)
   local status = head and head:match "^HTTP/1%.%d (%d%d%d)"
   if not status then return nil, "the upstream's answer is no HTTP" end
   local headers = {}
-  for name, value in head:gmatch "\r\n([^:\r\n]+):%s*([^\r\n]*)" do headers[name:lower()] = value end
+  for name, value in head:gmatch "\r\n([^:\r\n]+):[ \t]*([^\r\n]*)" do headers[name:lower()] = value end
   return { status = tonumber(status), headers = headers, body = body }
 end
 
