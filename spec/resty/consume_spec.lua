@@ -190,6 +190,23 @@ describe("consuming in nginx #resty", function()
     assert.truthy(native.now() - began >= 0.9)
   end)
 
+  it("begins anew with a new connection when something is thrown beside the function", function()
+    start_own [[
+      if n == 1 then
+        conn.consume = function()
+          return { channel = { on = function() end }, reason = function() error "thrown by reason" end }
+        end
+        return "none"
+      end
+      if n == 2 then error(setmetatable({}, { __tostring = function() error "no text" end })) end
+    ]]
+    server:logged "consuming: the consumer on '%(its own%)': [^\n]*thrown by reason"
+    server:logged "the consumer on '%(its own%)' has ended: [^\n]*an error object"
+    consumes()
+    assert.equal(3, seen().asked)
+    assert.equal(2, (select(2, server:log():gsub("consuming: connected to", ""))))
+  end)
+
   it("handles sixteen at once where nothing else is said", function()
     start_own ""
     local own = broker.eventually(function() return seen().own end)

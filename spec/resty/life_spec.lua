@@ -2,6 +2,7 @@
 local moonrabbit = require "moonrabbit"
 local broker = require "support.broker"
 local cjson = require "cjson.safe"
+local fake = require "support.fake_broker"
 local nginx = require "support.nginx"
 local proxy = require "support.proxy"
 local ok = broker.ok
@@ -301,6 +302,93 @@ describe("a worker of nginx #resty", function()
     local all, now = (server:request "/timers"):match "^(%d+) (%d+)"
     assert.truthy(tonumber(all) >= sessions, all)
     assert.equal("1", now) -- those of lost connections have ended, and nginx has freed what they used
+    assert.is_nil(server:log():find("has not run the timer", 1, true))
+  end)
+
+  local function connected() return select(2, server:log():gsub("publishing: connected to", "")) end
+
+  it("comes back once after a stall in which the next attempt was due, and the wait for it over", function()
+    line = open_line()
+    reconnecting("reconnect = { first = 1, max = 1, jitter = 0 }", line.port)
+    server:ready "/ping"
+    assert.equal("ok\n", (publish "before"))
+    assert.equal(1, connected())
+    local pid = server:workers()[1]
+    line:cut()
+    server:logged "trying again in 1.0 s"
+    os.execute("kill -STOP " .. pid)
+    moonrabbit.sleep(2.5)
+    os.execute("kill -CONT " .. pid)
+    assert.equal("ok\n", (publish "after"))
+    assert.is_nil(server:log():find("has not run the timer", 1, true), server:log())
+    assert.equal(2, connected())
+  end)
+
+  it("waits a day and no longer, which is less than nginx can count", function()
+    reconnecting("user = 'guest', password = 'wrong', reconnect = { first = 10, max = math.huge, jitter = 0 }",
+      broker.parsed().port)
+    server:logged "trying again in 86400.0 s"
+    server:ready "/ping"
+    assert.equal(1, #waits(1))
+  end)
+
+  -- One whose timers are taken when moonrabbit starts.
+  local function start_busy(options)
+    server = nginx.start {
+      http = ([[
+        lua_max_running_timers 3;
+        init_worker_by_lua_block {
+          for _ = 1, 3 do
+            ngx.timer.at(0, function()
+              while not Freed and not ngx.worker.exiting() do ngx.sleep(0.01) end
+            end)
+          end
+          require "moonrabbit.resty".start { %s }
+        }
+      ]]):format(options),
+      server = locations,
+    }
+    server:ready "/ping"
+    server:logged "3 lua_max_running_timers are not enough"
+  end
+
+  it("begins by itself though nginx has forgotten its first timer", function()
+    start_busy "uri = os.getenv 'AMQP_URL'"
+    assert.equal("connecting", stats().state)
+    server:request "/free"
+    broker.eventually(function() return stats().state == "open" end, 15, "it is open")
+  end)
+
+  it("begins when it is needed though nginx has forgotten its first timers", function()
+    start_busy "uri = os.getenv 'AMQP_URL'"
+    broker.eventually(function()
+      publish("x", 0.05)
+      return server:log():find("publishing: nginx has not run the first timer (lua_max_running_timers", 1, true)
+    end, 5, "it is started again")
+    server:request "/free"
+    broker.eventually(function() return publish("y", 0.3) == "ok\n" end, 5, "it is published")
+    assert.equal(1, connected())
+  end)
+
+  it("comes back from a connection that was lost while it was full, and blocked", function()
+    line = open_line()
+    start(line.port, "bytes = 64 * 1024 * 1024")
+    assert.equal("ok\n", (publish "before"))
+    line.stuck = true
+    -- More than the buffers of all sockets on the way take.
+    assert.equal("5000 ok\n", (server:request(("/async?n=5000&queue=%s&body=%s"):format(queue, ("x"):rep(4000)))))
+    local sent = 0
+    broker.eventually(function()
+      local before = sent
+      sent = stats().in_flight
+      return sent > 0 and sent == before
+    end, 10, "nothing moves any more")
+    line.lines[1]:write(fake.method(0, 10, 60, fake.short "low on memory"))
+    broker.eventually(function() return publish("x", 0.02):find "^blocked" end)
+    line.stuck = false
+    line:cut()
+    broker.eventually(function() return stats().sessions == 2 end)
+    broker.eventually(function() return stats().queued == 0 and stats().in_flight == 0 end, 20, "all is settled")
   end)
 
   it("holds messages while the broker is short of memory, and does nothing meanwhile", function()
@@ -618,6 +706,40 @@ describe("a worker of nginx #resty", function()
     local pids = server:workers()
     server:signal "QUIT"
     nginx.gone(pids, 8)
+  end)
+
+  it("does not stay behind for what a lost connection still writes", function()
+    line = open_line()
+    start(line.port, "exit_timeout = 0.5, heartbeat = 1, connect_timeout = 0.5, bytes = 64 * 1024 * 1024")
+    assert.equal("ok\n", (publish "before"))
+    line.stuck = true
+    server:request(("/async?n=5000&queue=%s&body=%s"):format(queue, ("x"):rep(4000)))
+    waits(8) -- half a second and more each: by then the lost one is closed, after its last try to write
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 8)
+  end)
+
+  it("tells of what it had to leave when what is set up first fails too late", function()
+    reconnecting([[exit_timeout = 0.2, setup = function()
+      while not ngx.worker.exiting() do ngx.sleep(0.01) end
+      ngx.sleep(0.5)
+      return nil, require "moonrabbit.errors".new { kind = "closed", message = "not set up" }
+    end]], broker.parsed().port)
+    server:ready "/ping"
+    server:request(("/async?n=3&body=a&queue=%s"):format(queue))
+    moonrabbit.run(function()
+      local answer
+      moonrabbit.spawn(function() answer = server:request "/run?timeout=20" end)
+      broker.eventually(function() return stats().calls == 1 end)
+      server:logged "publishing: connected to"
+      local pids = server:workers()
+      server:signal "QUIT"
+      broker.eventually(function() return answer end)
+      assert.matches("^shutdown the worker has left", answer)
+      nginx.gone(pids, 5)
+    end)
+    server:logged "3 messages were not confirmed when the worker had to leave"
   end)
 
   it("does not begin an attempt that nobody needs when it leaves", function()

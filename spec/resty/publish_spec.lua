@@ -143,7 +143,7 @@ describe("publishing in nginx #resty", function()
               { uri = "amqps://x/", tls = { ca = "/x" } }, { uri = "amqps://x/?cacertfile=/x" },
               { tls = { min_version = "1.3" } }, { tls = { cert = "/x" } },
               { tls = { cert = "/nowhere.pem", key = "/x" } }, { entries = 0 }, { reconnect = { frist = 1 } },
-              { runtime = "native" }, { sites = { primary = {} } },
+              { reconnect = { jitter = 2 } }, { runtime = "native" }, { sites = { primary = {} } },
               { sites = { primary = {}, standby = { uri = "amqps://x/", tls = { ca = "/y" } } } } } do
             options.default = false
             ngx.log(ngx.NOTICE, "start: ", select(2, pcall(rabbit.start, options)), " end")
@@ -368,6 +368,7 @@ describe("publishing in nginx #resty", function()
     for _, text in ipairs { "twice: [^\n]*start was called before", "unknown option 'url' %(did you mean 'uri'%?%)",
       "invalid AMQP URI: ", "lua_ssl_trusted_certificate", "lua_ssl_protocols", "'tls.cert' and 'tls.key' go together",
       "tls.cert: /nowhere.pem: No such file", "'entries' must be", "reconnect: unknown option 'frist'",
+      "reconnect: option 'jitter' must be a number from 0 to 1",
       "unknown option 'runtime'", "sites.standby is missing", "consume: [^\n]*option 'handler' is missing",
       "consume: [^\n]*unknown option 'queue'" } do
       assert.matches(text, server:log())

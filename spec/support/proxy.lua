@@ -15,12 +15,13 @@ local function copy(self, from, to, back)
     local swallowed = self.silent or back and self.swallows and self.swallows(bytes)
     if not swallowed and not to:write(bytes) then break end
   end
+  while self.stuck do native.sleep(0.02) end
   from:close()
   to:close()
 end
 
 --- Starts one; proxy.port is where it listens: `at`, or a free port. `silent = true` swallows everything,
---- `stuck = true` reads nothing, so that the sockets before it become full, `swallows(bytes)` is asked of what the
+--- `stuck = true` reads and closes nothing, so that the sockets before it become full, `swallows(bytes)` is asked of what the
 --- broker says.
 function proxy.start(host, port, at)
   local server = assert(native.listen("127.0.0.1", at or 0))

@@ -5,7 +5,9 @@
 -- within the deadline, and the rest goes back to its queue.
 -- @module moonrabbit.resty.inbound
 
+local Backoff = require "moonrabbit.connection.backoff"
 local Keeper = require "moonrabbit.resty.keeper"
+local described = require "moonrabbit.described"
 local life = require "moonrabbit.resty.life"
 local runtime = require "moonrabbit.runtime.resty"
 
@@ -25,7 +27,7 @@ function Inbound.new(config)
   return setmetatable({ config = config, subscriptions = {}, changed = nil, starts = 0 }, Inbound)
 end
 
---- Adds a consumer. `subscribe(conn)` -> what `stop(it, timeout)` ends and `on_end(it, fn)` watches, or nil, err.
+--- Adds a consumer. `start(conn)` -> what `stop(it, timeout)` ends, and `watch(it, fn)` calls fn at the end of; or nil, err.
 ---@param subscription table { name, start, stop, watch }
 function Inbound:add(subscription)
   self.subscriptions[#self.subscriptions + 1] = subscription
@@ -46,9 +48,16 @@ local function wait(self, conn, seconds)
   if conn:is_open() and not life.exiting then self.changed:wait(seconds) end
 end
 
+-- Consumers begin anew with the waits of connections.
+local function backoff_of(self)
+  local all = { stable = SHORT }
+  for key, value in pairs(self.config.backoff) do all[key] = value end
+  return Backoff.new(all)
+end
+
 -- Keeps one consumer going for as long as the connection lasts.
 local function keep_going(self, conn, subscription)
-  local attempt = 0
+  local backoff = backoff_of(self)
   while conn:is_open() and not life.exiting do
     local whole, consumer, err = pcall(subscription.start, conn)
     if not whole then consumer, err = nil, consumer end
@@ -63,11 +72,10 @@ local function keep_going(self, conn, subscription)
       err = consumer:reason()
     end
     if not conn:is_open() then break end
-    attempt = now() - began < SHORT and attempt + 1 or 1
-    local backoff = self.config.backoff
-    local delay = math.min(backoff.max, backoff.first * backoff.factor ^ (attempt - 1))
+    backoff:lasted(now() - began)
+    local delay = backoff:next()
     runtime.log("warn", ("%s: the consumer on '%s' has ended: %s; starting again in %.1f s"):format(self.config.name,
-      subscription.name, tostring(err), delay))
+      subscription.name, described(err), delay))
     local until_then = now() + delay
     while conn:is_open() and not life.exiting and now() < until_then do wait(self, conn, until_then - now()) end
   end
@@ -92,6 +100,15 @@ local function stop_all(self, keeper)
   while left > 0 and now() < keeper.leave_by do stopped:wait(math.max(0.001, keeper.leave_by - now())) end
 end
 
+-- The task of one consumer. What is thrown in it ends the session, so that the consumer begins anew with the next.
+local function live(self, conn, subscription, session)
+  local whole, err = xpcall(keep_going, debug.traceback, self, conn, subscription)
+  if whole then return end
+  subscription.running = nil
+  session.failure = session.failure or ("the consumer on '%s': %s"):format(subscription.name, described(err))
+  self.changed:broadcast()
+end
+
 --- Runs in a timer of its own, for as long as the connection lasts. Returns why it ended.
 function Inbound:serve(conn, keeper)
   self.changed = runtime.condition()
@@ -101,11 +118,13 @@ function Inbound:serve(conn, keeper)
     if not ok and err then return err end
   end
   conn:on("closed", function() self.changed:broadcast() end)
+  local session = { failure = nil } -- what was thrown in it
   for _, subscription in ipairs(self.subscriptions) do
-    runtime.spawn(keep_going, self, conn, subscription)
+    runtime.spawn(live, self, conn, subscription, session)
   end
-  while conn:is_open() and not life.exiting do wait(self, conn) end
-  if conn:is_open() then stop_all(self, keeper) end
+  while conn:is_open() and not life.exiting and not session.failure do wait(self, conn) end
+  if conn:is_open() and life.exiting then stop_all(self, keeper) end
+  if session.failure then error(session.failure, 0) end
 end
 
 return Inbound

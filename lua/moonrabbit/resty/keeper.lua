@@ -4,8 +4,8 @@
 -- only when it ends, so one that reconnected for ever would grow for ever.
 -- @module moonrabbit.resty.keeper
 
+local Backoff = require "moonrabbit.connection.backoff"
 local life = require "moonrabbit.resty.life"
-local random = require "moonrabbit.random"
 local runtime = require "moonrabbit.runtime.resty"
 local semaphore = require "ngx.semaphore"
 
@@ -19,40 +19,39 @@ local SHORT = 2
 local SELDOM = 20
 -- A timer that has not begun so long after it was due never will.
 local LATE = 1
+-- Seconds after which the first timer, which nginx may have forgotten, is followed by others.
+local MORE_CHANCES = { LATE, 10 * LATE }
+-- Longer than that no wait is: nginx counts milliseconds in a C int.
+local LONGEST = 86400
 
 ---@class moonrabbit.resty.Keeper
----@field state "idle"|"connecting"|"open"|"waiting"
+---@field state "idle"|"starting"|"connecting"|"open"|"waiting"
 ---@field failure moonrabbit.Error?  why the last attempt failed, or the last session ended
 ---@field sessions integer           how many there have been
 ---@field attempt integer            how many have failed since one was well
 ---@field leave_by number?           when the worker must have left
+---@field begun table?               what the timer that is to begin next will post to; none while there is no such timer
+---@field started number             when the first timer was started last
+---@field backoff table              moonrabbit.connection.backoff
 local Keeper = {}
 Keeper.__index = Keeper
-
---- Keeps a connection. config: `name` for the log, `connect` (limit) -> Connection or nil, err, within `limit` seconds
---- if given, `serve` (conn, keeper) runs while it lasts and returns why it ended, `wanted` () -> whether one is needed
---- still (asked while the worker leaves), `failed` (err) hears of attempts that failed, `backoff` { first, factor, max,
---- jitter }, `exit_timeout` in seconds, `watch` may hear of it: opened(self, conn), lost(self, err).
----@param config table
----@return moonrabbit.resty.Keeper
-function Keeper.new(config)
-  local self = setmetatable({ config = config, state = "idle", sessions = 0, attempt = 0 }, Keeper)
-  life.on_exit(function() self.leave_by = now() + config.exit_timeout end)
-  self:start()
-  return self
-end
 
 --- Whether the worker has stayed for this connection as long as it may.
 function Keeper:overdue() return life.exiting and now() >= (self.leave_by or 0) end
 
-function Keeper:backoff()
-  local backoff = self.config.backoff
-  local delay = math.min(backoff.max, backoff.first * backoff.factor ^ math.max(0, self.attempt - 1))
-  return delay * (1 + backoff.jitter * (2 * random.number() - 1))
+--- The seconds before the next attempt.
+function Keeper:delay()
+  self.backoff.attempt = math.max(0, self.attempt - 1)
+  return math.min(LONGEST, (self.backoff:next()))
 end
 
 --- What trying again does not help against is tried as seldom as can be.
 function Keeper:seldom() self.attempt = math.max(self.attempt, SELDOM) end
+
+-- What still waits when the worker must leave is given up.
+local function abandon(self)
+  if self:overdue() and self.config.wanted() then self.config.abandon() end
+end
 
 local function serve(self, conn)
   self.state, self.failure = "open", nil
@@ -66,6 +65,7 @@ local function serve(self, conn)
   if watch then watch:lost(not life.exiting and self.failure or nil) end
   -- One that ends as soon as it has begun must not begin again as soon.
   self.attempt = now() - began < SHORT and self.attempt + 1 or 0
+  abandon(self)
   if conn:is_open() then conn:close(life.exiting and GOODBYE or nil) end
   if not whole then error(ended, 0) end
 end
@@ -88,17 +88,21 @@ end
 local function is_over(self)
   life.look()
   if not life.exiting or self.config.wanted() and not self:overdue() then return false end
+  abandon(self)
   self.state, self.begun = "idle", nil
   return true
 end
 
--- The body of a timer. `begun`: what the timer before it waits on, which may have given this one up.
-local function on_timer(_, self, begun)
-  if begun ~= self.begun then return end
-  if begun then
-    begun:post(1)
-    if is_over(self) then return end
-  end
+-- Whether a timer that begins is the next one. `begun` is what it was planned with, and whoever planned it waits on; it may
+-- have been given up, or another that was planned with the same has come before it.
+local function is_next(self, begun)
+  if begun ~= self.begun then return false end
+  self.begun = nil
+  begun:post(1)
+  return true
+end
+
+local function go_on(self)
   repeat
     local ok, problem = xpcall(runtime.pooled, debug.traceback, attempt, self)
     if not ok then
@@ -108,13 +112,15 @@ local function on_timer(_, self, begun)
   until self:again()
 end
 
+local function on_timer(_, self, begun)
+  if is_next(self, begun) and not is_over(self) then go_on(self) end
+end
+
 -- A delay that a worker which leaves can still wait for.
 local function wait_then_try(_, self, begun, delay)
-  if begun ~= self.begun then return end
-  begun:post(1)
+  if not is_next(self, begun) then return end
   ngx.sleep(delay)
-  self.begun = nil
-  on_timer(nil, self)
+  go_on(self)
 end
 
 -- Plans a timer. Returns what is posted to once it has begun, and the seconds until then.
@@ -136,31 +142,72 @@ end
 ---@return boolean done  false: the next attempt is the calling timer's
 function Keeper:again()
   if is_over(self) then return true end
-  local delay = self:backoff()
+  local delay = self:delay()
   self.state = "waiting"
   if self.failure then
     runtime.log("warn", ("%s: %s; trying again in %.1f s"):format(self.config.name, tostring(self.failure), delay))
   end
   local begun, due = plan(self, delay)
-  if begun:wait(math.max(0, due) + LATE) then return true end
+  -- After a stall the timer may have begun in the very turn in which the wait for it timed out.
+  if begun:wait(math.max(0, due) + LATE) or begun:wait(0) then return true end
   runtime.log("warn", self.config.name .. ": nginx has not run the timer of the next attempt (lua_max_running_timers,"
     .. " worker_connections): the one before it goes on")
   self.begun = nil
   return false
 end
 
---- Begins, or begins again in a worker that is leaving. False: there can be no timer.
+-- nginx has not run the first timer, though it was due long ago.
+local function is_late(self) return self.state == "starting" and now() - self.started >= LATE end
+
+--- Begins, or begins again: in a worker that is leaving, or where nginx has not run the timer. False: there can be no timer.
 ---@return boolean
 function Keeper:start()
-  if self.state ~= "idle" then return true end
-  self.state, self.begun = "connecting", nil
-  if life.exiting then self.leave_by = now() + self.config.exit_timeout end
-  local ok, err = timer_at(0, on_timer, self)
+  if is_late(self) then
+    runtime.log("warn", self.config.name .. ": nginx has not run the first timer (lua_max_running_timers,"
+      .. " worker_connections): it is started again")
+  elseif self.state ~= "idle" then
+    return true
+  else
+    self.begun = semaphore.new()
+    if life.exiting then self.leave_by = now() + self.config.exit_timeout end
+  end
+  self.state, self.started = "starting", now()
+  local ok, err = timer_at(0, on_timer, self, self.begun)
   if not ok then
     self.state = "idle"
     runtime.log("error", self.config.name .. ": cannot start a timer: " .. tostring(err))
   end
   return ok and true or false
+end
+
+-- Further timers for a first one that nginx may forget, for maybe nobody asks for this connection. They do nothing once one
+-- has begun.
+local function give_chances(self)
+  if life.exiting then return end
+  for _, delay in ipairs(MORE_CHANCES) do timer_at(delay, on_timer, self, self.begun) end
+end
+
+--- Starts it if it is not at work: whoever has something for it to do calls this. False: there can be no timer.
+---@return boolean
+function Keeper:need()
+  local state = self.state
+  return state ~= "idle" and state ~= "starting" or self:start()
+end
+
+--- Keeps a connection. config: `name` for the log, `connect` (limit) -> Connection or nil, err, within `limit` seconds
+--- if given, `serve` (conn, keeper) runs while it lasts and returns why it ended, `wanted` () -> whether one is needed
+--- still (asked while the worker leaves), `failed` (err) hears of attempts that failed, `abandon` () is called when the
+--- worker leaves although it is wanted, `backoff` { first, factor, max, jitter }, `exit_timeout` in seconds, `watch` may
+--- hear of it: opened(self, conn), lost(self, err).
+---@param config table
+---@return moonrabbit.resty.Keeper
+function Keeper.new(config)
+  local self = setmetatable({
+    config = config, state = "idle", sessions = 0, attempt = 0, started = 0, backoff = Backoff.new(config.backoff),
+  }, Keeper)
+  life.on_exit(function() self.leave_by = now() + config.exit_timeout end)
+  if self:start() then give_chances(self) end
+  return self
 end
 
 return Keeper

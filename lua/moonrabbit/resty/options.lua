@@ -1,6 +1,7 @@
 --- What `moonrabbit.resty.start` can be told, and what is made of it.
 -- @module moonrabbit.resty.options
 
+local Backoff = require "moonrabbit.connection.backoff"
 local Connection = require "moonrabbit.connection"
 local cluster = require "moonrabbit.cluster"
 local options = require "moonrabbit.options"
@@ -28,10 +29,10 @@ local resty_options = {}
 ---@field first number?   seconds before the first attempt; 0.1 by default
 ---@field factor number?  by which each wait is longer than the one before; 2 by default
 ---@field max number?     seconds, the longest wait; 10 by default
----@field jitter number?  part of each wait that is left to chance; 0.2 by default
+---@field jitter number?  0 to 1, the part of each wait that is left to chance; 0.2 by default
 
 local reconnect_options = {
-  first = seconds, factor = options.number(1), max = seconds, jitter = options.number(0),
+  first = seconds, factor = options.number(1), max = seconds, jitter = Backoff.options.jitter,
 }
 
 local own_options = {
@@ -87,7 +88,7 @@ function resty_options.connect(given, role)
     if not own_options[key] then all[key] = value end
   end
   all.name = ("%s (%s)"):format(given.name or ("nginx worker " .. tostring(ngx.worker.id() or 0)), role)
-  all.reconnect = false -- life.lua does that, in fresh timers
+  all.reconnect = false -- keeper.lua does that, in fresh timers
   return all
 end
 

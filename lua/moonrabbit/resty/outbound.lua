@@ -5,6 +5,7 @@
 local Keeper = require "moonrabbit.resty.keeper"
 local errors = require "moonrabbit.errors"
 local jobs = require "moonrabbit.resty.outbound.jobs"
+local leaving = require "moonrabbit.resty.outbound.leaving"
 local life = require "moonrabbit.resty.life"
 local publish = require "moonrabbit.resty.outbound.publish"
 local queue = require "moonrabbit.resty.outbound.queue"
@@ -41,6 +42,7 @@ function Outbound.new(config)
     serve = function(conn, keeper) return session.serve(self, conn, keeper) end,
     wanted = function() return self:busy() end,
     failed = function(err) session.connecting_failed(self, err) end,
+    abandon = function() leaving.abandon(self) end,
   }
   life.on_exit(function() self:rouse() end)
   return self

@@ -48,7 +48,13 @@ function M.sleep(seconds)
   end
   if seconds < LEAST then seconds = LEAST end
   local task = current()
-  if not task then return ngx_sleep(seconds) end
+  if not task then
+    while seconds > LONG do
+      ngx_sleep(LONG)
+      seconds = seconds - LONG
+    end
+    return ngx_sleep(seconds)
+  end
   check(task)
   local until_then = now() + seconds
   task.sleeping = semaphore.new()

@@ -52,7 +52,7 @@ function jobs.run(self, fn, timeout)
   self.running = self.running + 1
   self.jobs[#self.jobs + 1] = job
   self:rouse()
-  if self.keeper.state == "idle" then self.keeper:start() end
+  self.keeper:need()
   wait_for(job.done, timeout)
   local results = job.results
   if not results then

@@ -43,7 +43,7 @@ function queue.push(self, body, route, waiter)
     return nil, self:error("overflow", ("the queue of this worker is full (%d messages, %d bytes of bodies)"):format(
       tail - self.head, self.bytes), size <= self.config.bytes)
   end
-  if self.keeper.state == "idle" and not self.keeper:start() and life.exiting then
+  if not self.keeper:need() and life.exiting then
     return nil, self:error("shutdown", "the worker is almost gone: it sends nothing any more", true)
   end
   local slot = tail % self.entries + 1

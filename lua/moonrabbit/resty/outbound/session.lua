@@ -88,8 +88,11 @@ local function use(self, conn, channel, keeper)
     jobs.start(self, conn)
     local went = send_all(self, channel)
     if went == false then runtime.sleep(0) end -- its end is about to be told
-    -- A message that there was no room for has waited; one that is blocked or held has not.
-    if went == nil and (channel._session.blocked or obstacles.held(self)) then sleep(self, patience(self, keeper)) end
+    -- A message that there was no room for has waited; one that is blocked or held has not. Who has waited may have missed
+    -- the channel's end.
+    if went == nil and channel:is_open() and (channel._session.blocked or obstacles.held(self)) then
+      sleep(self, patience(self, keeper))
+    end
     if went then rest(self, channel, patience(self, keeper)) end
   end
   off()
@@ -115,13 +118,11 @@ function session.serve(self, conn, keeper)
     take_back(self, reason)
     if reason then runtime.log("warn", self.config.name .. ": " .. tostring(reason)) end
   until not reason or not conn:is_open()
-  if life.exiting and keeper:overdue() then leaving.abandon(self) end
   return reason
 end
 
 --- An attempt to connect has failed.
 function session.connecting_failed(self, err)
-  if life.exiting and self.keeper:overdue() then return leaving.abandon(self) end
   if err.temporary ~= false then return end
   -- Who waits learns at once what waiting does not help against.
   local unknown = self:error("timeout", "the connection was lost before the broker confirmed the message, whose outcome"

@@ -21,6 +21,8 @@ local LONG = tasks.LONG
 local READ_TIMEOUT = LONG * 1000
 local SEND_TIMEOUT = 60000
 local CHUNK = 65536
+-- So often a closed one that still writes looks whether its worker is to leave.
+local LOOK = 1
 -- So many bytes are read before anybody asks for them.
 local AHEAD = 4 * CHUNK
 
@@ -49,12 +51,13 @@ end
 
 local M = {}
 
---- What the light thread that has connected does from then on: it owns the one that reads, until the end. What is being written is written first: a writer would never learn of
--- its socket's end. In a worker that leaves nobody minds, and a peer that takes nothing must not hold it up.
+--- What the light thread that has connected does from then on: it owns the one that reads, until the end. What is being
+--- written is written first: a writer would never learn of its socket's end. In a worker that leaves nobody minds, and a
+--- peer that takes nothing must not hold it up: so it looks now and then whether that is so.
 ---@param self moonrabbit.resty.Transport
 function M.own(self)
   local reader = thread_spawn(read_ahead, self)
-  while not self.closed or self.writing and not exiting() do self.over:wait(LONG) end
+  while not self.closed or self.writing and not exiting() do self.over:wait(self.closed and LOOK or LONG) end
   thread_kill(reader)
   self.socket:close()
 end
