@@ -1,16 +1,7 @@
 -- Finalizers that publish while output is drained: what comes out must be each message once, whole. Prints how many, and
 -- throws where one is missing, cut or twice, or where no finalizer has met a drain.
 local fake = require "support.fake_broker"
-
--- An object whose collection calls fn.
-local function guard(fn)
-  if _VERSION == "Lua 5.1" then
-    local proxy = newproxy(true) -- luacheck: ignore
-    getmetatable(proxy).__gc = fn
-    return proxy
-  end
-  return setmetatable({}, { __gc = fn })
-end
+local guard = require "support.guard"
 
 local b = fake.new():open()
 local channel = b:channel()

@@ -1,5 +1,6 @@
 local core = require "moonrabbit.core"
 local fake = require "support.fake_broker"
+local guard = require "support.guard"
 local process = require "support.process"
 
 local short, u8, u16, u32, u64 = fake.short, fake.u8, fake.u16, fake.u32, fake.u64
@@ -8,16 +9,6 @@ local function fails(text, fn, ...)
   local ok, err = pcall(fn, ...)
   assert.is_false(ok)
   assert.truthy(tostring(err):find(text, 1, true), "'" .. tostring(err) .. "' does not contain '" .. text .. "'")
-end
-
--- An object whose collection calls fn.
-local function guard(fn)
-  if _VERSION == "Lua 5.1" then
-    local proxy = newproxy(true) -- luacheck: ignore
-    getmetatable(proxy).__gc = fn
-    return proxy
-  end
-  return setmetatable({}, { __gc = fn })
 end
 
 describe("the handshake #smoke", function()

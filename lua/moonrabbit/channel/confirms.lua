@@ -132,11 +132,7 @@ local function wait_in_loop(self, confirmation, deadline, own, flushed)
   repeat
     local left = deadline - now()
     if left <= 0 then break end
-    local whole, err = session:try_block(waiter.condition, left)
-    if not whole then
-      self._waiters:desert(waiter, own)
-      error(err, 0)
-    end
+    self._waiters:block(session, waiter, left, own)
     acked = core_acked(confirmation)
   until acked ~= false or self._closed
   self._waiters:leave(waiter)

@@ -74,10 +74,13 @@ function Waiters:leave(waiter)
   if #spare < SPARE then spare[#spare + 1] = waiter end
 end
 
---- Waits no longer, and has not heard how it ended: what was `own` is to be told to others.
-function Waiters:desert(waiter, own)
+--- Waits for so many seconds. Throws as Session:block, and has left then: what was `own` is to be told to others.
+function Waiters:block(session, waiter, left, own)
+  local whole, err = session:try_block(waiter.condition, left)
+  if whole then return end
   if own then waiter.own = false end
   self:leave(waiter)
+  error(err, 0)
 end
 
 --- Wakes everybody: there is nothing to wait for any more.

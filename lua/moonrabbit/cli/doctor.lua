@@ -52,17 +52,17 @@ end
 
 -- What the app needs is looked at once in each cluster, where one gets in first.
 local function examine_app(report, patient, args)
-  local places, looked, shut = patient.places, {}, {}
+  local places, looked, shut, met = patient.places, {}, {}, nil
   for i, place in ipairs(places) do
     local name, site = name_of(place), place.site or "the only one"
     if #places > 1 then report:about(name, ("%d of %d: %s"):format(i, #places, name)) end
     local one = examine_place(report, patient, place, not looked[site], args)
     looked[site] = looked[site] or one.conn ~= nil
     if not one.conn then shut[#shut + 1] = name end
-    if one.conn and not patient.parsed then patient.parsed, patient.timeout = one.parsed, one.timeout end
+    if not met or one.conn and not met.conn then met = one end
   end
   report:about(nil)
-  if not patient.parsed then patient.parsed, patient.timeout = places[1].parsed, args.timeout or 5 end
+  patient.parsed, patient.timeout = met.parsed, met.timeout
   if #shut > 0 and #places > 1 then
     report:fail("endpoints", exit.unreachable, ("%d of %d cannot be used: %s"):format(#shut, #places,
       table.concat(shut, ", ")), "the app, failing over, would not get in there from here", { unusable = shut })

@@ -9,7 +9,8 @@ local life = require "moonrabbit.resty.life"
 local runtime = require "moonrabbit.runtime.resty"
 local semaphore = require "ngx.semaphore"
 
-local now, timer_at = runtime.now, life.timer_at
+local now, timer_at, LATE = runtime.now, life.timer_at, life.LATE
+local LONG = require("moonrabbit.runtime.resty.limits").LONG
 
 -- A worker that leaves tells the broker goodbye for so long.
 local GOODBYE = 1
@@ -17,12 +18,8 @@ local GOODBYE = 1
 local SHORT = 2
 -- A number of attempts after which they are as far apart as they come.
 local SELDOM = 20
--- A timer that has not begun so long after it was due never will.
-local LATE = 1
 -- Seconds after which the first timer, which nginx may have forgotten, is followed by others.
 local MORE_CHANCES = { LATE, 10 * LATE }
--- Longer than that no wait is: nginx counts milliseconds in a C int.
-local LONGEST = 86400
 
 ---@class moonrabbit.resty.Keeper
 ---@field state "idle"|"starting"|"connecting"|"open"|"waiting"
@@ -42,7 +39,7 @@ function Keeper:overdue() return life.exiting and now() >= (self.leave_by or 0) 
 --- The seconds before the next attempt.
 function Keeper:delay()
   self.backoff.attempt = math.max(0, self.attempt - 1)
-  return math.min(LONGEST, (self.backoff:next()))
+  return math.min(LONG, (self.backoff:next()))
 end
 
 --- What trying again does not help against is tried as seldom as can be.

@@ -20,6 +20,9 @@ local function timer_at(...)
 end
 life.timer_at = timer_at
 
+--- Seconds: a timer that has not begun so long after it was due never will, for nginx has too many.
+life.LATE = 1
+
 -- A timer that is aborted when the worker leaves tells of it.
 local SENTINEL = 3600
 

@@ -28,8 +28,6 @@ local cached_now = ngx.now -- of nginx's turn: cheap enough to be asked for each
 local EVERY = 1
 -- The same in a worker that leaves.
 local SOON = 0.1
--- A timer that has not begun so long after it was due never will: nginx has too many.
-local LATE = 1
 
 local TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -80,7 +78,7 @@ function Shared:touch()
   if at < self.due then return end
   -- A worker that leaves takes timers without a delay only.
   local ok = life.timer_at(life.exiting and 0 or EVERY, on_timer, self)
-  self.due = ok and at + EVERY + LATE or 0
+  self.due = ok and at + EVERY + life.LATE or 0
 end
 
 -- ---- The pages of all -------------------------------------------------------------------------------

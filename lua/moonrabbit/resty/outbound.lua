@@ -23,7 +23,6 @@ Outbound.__index = Outbound
 function Outbound.new(config)
   local self = setmetatable({
     config = config, entries = config.entries,
-    kept = nil, routes = nil, confirmations = nil, head = 1, next = 1, tail = 1, bytes = 0, in_flight = 0, -- the queue
     sent_to = 1,           -- those below it were sent at least once
     sending = 0,           -- the one that waits for room in the output
     suspects = 1,          -- those below it go one at a time

@@ -7,8 +7,10 @@
 local ffi = require "ffi"
 local semaphore = require "ngx.semaphore"
 local condition = require "moonrabbit.runtime.resty.condition"
+local limits = require "moonrabbit.runtime.resty.limits"
 local open = require "moonrabbit.runtime.resty.open"
 local tasks = require "moonrabbit.runtime.resty.tasks"
+local check_seconds = require "moonrabbit.runtime.shared.check_seconds"
 local report = require "moonrabbit.runtime.shared.report"
 
 local C = ffi.C
@@ -16,7 +18,7 @@ pcall(ffi.cdef, "typedef struct { long tv_sec; long tv_nsec; } moonrabbit_timesp
 -- Under a name of our own: who else in the process declares the system's has another type of time (Kong does).
 pcall(ffi.cdef, 'int moonrabbit_clock_gettime(int clock, moonrabbit_timespec *time) __asm__("clock_gettime");')
 
-local ngx_sleep, current, check, LEAST, LONG = ngx.sleep, tasks.current, tasks.check, tasks.LEAST, tasks.LONG
+local ngx_sleep, current, check, LEAST, LONG = ngx.sleep, tasks.current, tasks.check, limits.LEAST, limits.LONG
 
 local M = {
   name = "resty", pcall = pcall, cancelled = tasks.cancelled,
@@ -43,9 +45,7 @@ function M.on_error(text) M.log("error", "error in a task: " .. text) end
 M.spawn, M.pooled = tasks.of(function(text, task) report(M, text, task) end)
 
 function M.sleep(seconds)
-  if type(seconds) ~= "number" or seconds ~= seconds then
-    error("sleep: seconds must be a number, not " .. (seconds ~= seconds and "NaN" or "a " .. type(seconds)), 2)
-  end
+  check_seconds("sleep", seconds, 2)
   if seconds < LEAST then seconds = LEAST end
   local task = current()
   if not task then

@@ -47,11 +47,7 @@ local function wait_until(self, confirmation, deadline, own)
   repeat
     local left = deadline - now()
     if left <= 0 then break end
-    local whole, err = self.channel._session:try_block(waiter.condition, left)
-    if not whole then
-      self.waiters:desert(waiter, own)
-      error(err, 0)
-    end
+    self.waiters:block(self.channel._session, waiter, left, own)
     ok = acked(confirmation)
   until ok ~= false
   self.waiters:leave(waiter)

@@ -19,13 +19,12 @@ local settling = require "moonrabbit.resty.outbound.settle"
 local huge = math.huge
 local crowded, finish = queue.crowded, queue.finish
 local settle, noticed = settling.settle, settling.noticed
+local LONG = require("moonrabbit.runtime.resty.limits").LONG
 
 local session = {}
 
 -- So often all are looked at, when confirms come out of order.
 local SWEEP = 0.005
--- As long as nginx's timers allow with some room.
-local LONG = 86400
 
 -- Waits to be woken, by any message.
 local function sleep(self, limit)

@@ -1,8 +1,7 @@
 --- Waiting for a semaphore as long as a caller likes.
 -- @module moonrabbit.resty.outbound.wait
 
--- As long as nginx's timers allow with some room.
-local LONG = 86400
+local LONG = require("moonrabbit.runtime.resty.limits").LONG
 
 --- Waits for a semaphore for so many seconds, or for ever (math.huge).
 return function(sema, seconds)

@@ -10,6 +10,7 @@
 
 local net = require "moonrabbit.net"
 local described = require "moonrabbit.described"
+local check_seconds = require "moonrabbit.runtime.shared.check_seconds"
 local report = require "moonrabbit.runtime.shared.report"
 local timers = require "moonrabbit.runtime.native.timers"
 local yielding = require "moonrabbit.runtime.pcall"
@@ -147,9 +148,7 @@ function M.cancel(task)
 end
 
 function M.sleep(seconds)
-  if type(seconds) ~= "number" or seconds ~= seconds then
-    error("sleep: seconds must be a number, not " .. (seconds ~= seconds and "NaN" or "a " .. type(seconds)), 2)
-  end
+  check_seconds("sleep", seconds, 2)
   local task = M.enter()
   if seconds > 0 then
     M.park(task, now() + seconds)

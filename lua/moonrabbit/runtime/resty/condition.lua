@@ -2,9 +2,10 @@
 --- posted and not taken yet, and no more is posted than waits.
 
 local semaphore = require "ngx.semaphore"
+local limits = require "moonrabbit.runtime.resty.limits"
 local tasks = require "moonrabbit.runtime.resty.tasks"
 
-local current, check, LEAST, LONG = tasks.current, tasks.check, tasks.LEAST, tasks.LONG
+local current, check, LEAST, LONG = tasks.current, tasks.check, limits.LEAST, limits.LONG
 
 local max = math.max
 

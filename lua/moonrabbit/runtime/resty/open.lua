@@ -2,6 +2,7 @@
 --- takes one of them by chance. Nothing of that can be interrupted; so a light thread does it, which can be killed.
 
 local describe = require "moonrabbit.runtime.shared.describe"
+local ms = require("moonrabbit.runtime.resty.limits").ms
 local tls_of = require "moonrabbit.runtime.resty.tls"
 local transport = require "moonrabbit.runtime.resty.transport"
 
@@ -9,9 +10,6 @@ local transport = require "moonrabbit.runtime.resty.transport"
 local ATTEMPTS = 4
 
 local thread_spawn, thread_kill = ngx.thread.spawn, ngx.thread.kill
-local max, min, floor = math.max, math.min, math.floor
-
-local function ms(seconds) return max(1, min(2147483647, floor(seconds * 1000))) end
 
 local function kind_of(err)
   if err == "timeout" then return "timeout", true, "no answer in time" end

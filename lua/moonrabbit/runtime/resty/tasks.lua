@@ -4,18 +4,15 @@
 
 local semaphore = require "ngx.semaphore"
 local described = require "moonrabbit.described"
+local limits = require "moonrabbit.runtime.resty.limits"
 local cancelled = require "moonrabbit.runtime.shared.cancelled"
 
 local ngx_sleep, thread_spawn, running = ngx.sleep, ngx.thread.spawn, coroutine.running
-
--- nginx without OpenResty's patches has no zero delay and complains about it.
-local LEAST = 0.001
--- As long as nginx's timers allow with some room; waits without a timeout are made of these.
-local LONG = 86400
+local LEAST, LONG = limits.LEAST, limits.LONG
 
 local tasks = setmetatable({}, { __mode = "k" }) -- coroutine -> task
 
-local M = { cancelled = cancelled, LEAST = LEAST, LONG = LONG }
+local M = { cancelled = cancelled }
 
 ---@return table? task the one that runs now
 function M.current() return tasks[running()] end

@@ -8,7 +8,7 @@
 
 local get_request = require("resty.core.base").get_request
 local semaphore = require "ngx.semaphore"
-local tasks = require "moonrabbit.runtime.resty.tasks"
+local limits = require "moonrabbit.runtime.resty.limits"
 
 local thread_spawn, thread_kill, exiting = ngx.thread.spawn, ngx.thread.kill, ngx.worker.exiting
 
@@ -17,7 +17,7 @@ local Transport = { blind = true }
 Transport.__index = Transport
 
 -- A read is ended by other means.
-local LONG = tasks.LONG
+local LONG, ms = limits.LONG, limits.ms
 local READ_TIMEOUT = LONG * 1000
 local SEND_TIMEOUT = 60000
 local CHUNK = 65536
@@ -25,10 +25,6 @@ local CHUNK = 65536
 local LOOK = 1
 -- So many bytes are read before anybody asks for them.
 local AHEAD = 4 * CHUNK
-
-local max, min, floor = math.max, math.min, math.floor
-
-local function ms(seconds) return max(1, min(2147483647, floor(seconds * 1000))) end
 
 -- The light thread that reads; killed when the transport is closed.
 local function read_ahead(self)

@@ -60,13 +60,11 @@ function M.of(loop, set)
 
   local D = {}
 
-  local unwatch
-
   --- Starts watching a descriptor: nothing is registered before the first wait.
   ---@return moonrabbit.runtime.Watch
   function D.watch(fd)
     local forgotten = watches[fd] -- of an owner that was collected, which closed it
-    if forgotten then unwatch(forgotten) end
+    if forgotten then D.unwatch(forgotten) end
     local watch = setmetatable({ fd = fd, r = false, w = false, reader = nil, writer = nil }, Watch)
     watches[fd] = watch
     return watch
@@ -109,7 +107,6 @@ function M.of(loop, set)
     wake(watch, "reader", nil)
     wake(watch, "writer", nil)
   end
-  unwatch = D.unwatch
 
   --- The same, and closes what the descriptor belongs to.
   function D.release(watch, owner)

@@ -19,6 +19,7 @@
 local net = require "moonrabbit.net"
 local yielding = require "moonrabbit.runtime.pcall"
 local cancelled = require "moonrabbit.runtime.shared.cancelled"
+local check_seconds = require "moonrabbit.runtime.shared.check_seconds"
 local condition = require "moonrabbit.runtime.shared.condition"
 local descriptors = require "moonrabbit.runtime.shared.descriptors"
 local open = require "moonrabbit.runtime.shared.open"
@@ -234,9 +235,7 @@ function M.runtime(host)
   end
 
   function runtime.sleep(seconds)
-    if type(seconds) ~= "number" or seconds ~= seconds then
-      error("sleep: seconds must be a number, not " .. (seconds ~= seconds and "NaN" or "a " .. type(seconds)), 2)
-    end
+    check_seconds("sleep", seconds, 2)
     park(enter(), now() + seconds)
   end
 
