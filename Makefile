@@ -68,7 +68,8 @@ core_obj := $(core_src:csrc/%.c=$(BUILD)/obj/%.o)
 net_obj  := $(net_src:csrc/%.c=$(BUILD)/obj/%.o)
 modules  := $(foreach v,$(VERSIONS),$(if $(bind_core),$(BUILD)/$v/moonrabbit/core.so) \
                                     $(if $(bind_net),$(BUILD)/$v/moonrabbit/net.so))
-tests    := $(test_src:spec/core/%.c=$(BUILD)/test/%) $(test_net:spec/net/%.c=$(BUILD)/test/net-%)
+tests    := $(test_src:spec/core/%.c=$(BUILD)/test/%) $(test_net:spec/net/%.c=$(BUILD)/test/net-%) \
+            $(if $(SAN),$(BUILD)/test/keep_loaded.so)
 fuzzers  := $(fuzz_src:spec/fuzz/%.c=$(BUILD)/fuzz/%)
 
 # One short line for each file; the whole commands with V=1.
@@ -135,6 +136,11 @@ $(BUILD)/test/net-%: spec/net/%.c $(test_common) $(net_obj) Makefile
 	$(say) '  cc    $@'
 	$(Q)$(CC) $(flags) $(depflags) -Ispec/core -Ispec/net $(openssl_inc) $(CFLAGS) $(LDFLAGS) -o $@ \
 	  $< $(test_common) $(net_obj) $(openssl_lib) -ldl
+
+$(BUILD)/test/keep_loaded.so: spec/support/keep_loaded.c Makefile
+	@mkdir -p $(@D)
+	$(say) '  cc    $@'
+	$(Q)$(CC) $(LIBFLAG) -std=c11 -fPIC $(warnings) -o $@ $<
 
 # ---- Fuzzers: libFuzzer with the core built for it ----------------------------------------------
 # spec/fuzz/lua_*.c may also embed Lua 5.4 and the binding.

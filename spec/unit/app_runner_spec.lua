@@ -90,7 +90,12 @@ describe("a runner", function()
 
     it("fails of a recursion without end", function()
       local function deeper(n) return 1 + deeper(n + 1) end
-      local r = handler(function() deeper(1) end, { retry = function() return 1 end })
+      local r = handler(function()
+        -- Lua 5.4 may collect at the stack's end, where finalizers have no room and fail: objects of other specs would leak.
+        collectgarbage "stop"
+        deeper(1)
+      end, { retry = function() return 1 end })
+      finally(function() collectgarbage "restart" end)
       assert.equal("ack", r:handle().done)
       assert.equal("error", r.copies[1][4].kind)
       assert.equal(0, r.runner.running)
