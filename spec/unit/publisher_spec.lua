@@ -111,10 +111,11 @@ function World:cut(err)
   self.runtime.settle()
 end
 
-function World:restore()
+function World:restore(before)
   self:connect()
   self.channel._session = self.session
   self.channel._core = core_channel(self.broker, self.channel, self.window)
+  if before then before(self.channel) end
   self.channel.hooks.recovered()
   self.runtime.settle()
 end
@@ -513,6 +514,48 @@ describe("a publisher #smoke", function()
       if n > 0 then w:say(fake.nack(w.channel._core:id(), sequence, true)) end
     end
     assert.truthy(left >= 3 and left <= 15, left)
+  end)
+
+  describe("goes on after an error that was thrown amid its work (no memory):", function()
+    -- Whoever uses the channel next meets it.
+    local function throw_once(channel)
+      local whole, thrown = channel._core, false
+      channel._core = setmetatable({}, { __index = function(_, name)
+        if not thrown then
+          thrown = true
+          error("not enough memory", 0)
+        end
+        return function(_, ...) return whole[name](whole, ...) end
+      end })
+    end
+
+    it("sending what waited for a channel", function()
+      start { routing_key = "k" }
+      local c = { p:send_async "1" }
+      w:cut()
+      for i = 2, 3 do c[i] = p:send_async(tostring(i)) end
+      fails("not enough memory", w.restore, w, throw_once)
+      c[4] = p:send_async "4"
+      assert.same({}, w:published())
+      w.runtime.advance(1)
+      assert.same({ "!1", "2", "3", "4" }, w:published())
+      w:say(fake.ack(1, 4, true))
+      assert.same({ "acked", "acked", "acked", "acked" }, outcomes(c))
+    end)
+
+    it("sending again at its time", function()
+      start { routing_key = "k", retry = { first = 1, jitter = 0 } }
+      local c = p:send_async "1"
+      w:say(fake.nack(1, 1))
+      w:published()
+      throw_once(w.channel)
+      fails("not enough memory", w.runtime.advance, 1)
+      assert.same({}, w:published())
+      w.runtime.advance(1)
+      assert.same({ "!1" }, w:published())
+      w:say(fake.ack(1, 2))
+      assert.equal("acked", c:outcome())
+    end)
   end)
 
   it("keeps strict order with a window of one", function()

@@ -19,7 +19,7 @@ local SHORT = 2
 -- A number of attempts after which they are as far apart as they come.
 local SELDOM = 20
 -- Seconds after which the first timer, which nginx may have forgotten, is followed by others.
-local MORE_CHANCES = { LATE, 10 * LATE }
+local MORE_CHANCES = { LATE, 10 * LATE, 60 * LATE, 600 * LATE, 3600 * LATE }
 
 ---@class moonrabbit.resty.Keeper
 ---@field state "idle"|"starting"|"connecting"|"open"|"waiting"

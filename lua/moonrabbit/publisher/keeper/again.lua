@@ -5,6 +5,7 @@
 -- @module moonrabbit.publisher.keeper
 
 local core = require "moonrabbit.core"
+local protect = require "moonrabbit.protect"
 
 local acked = core.acked
 local min, huge = math.min, math.huge
@@ -145,6 +146,13 @@ local function tend(self)
   return next_time
 end
 
+-- What was thrown (memory) is told by this task's end; another one keeps the time.
+local function hand_over(self, err)
+  self._timing = false
+  self:_wake_at(self.runtime.now() + LOOK_AGAIN)
+  error(err, 0)
+end
+
 local function keep_time(self)
   local now = self.runtime.now
   while not self._closed and self._wake < huge do
@@ -153,7 +161,8 @@ local function keep_time(self)
       self._alarm:wait(left)
     else
       self._wake = huge
-      local next_time = tend(self)
+      local whole, next_time = protect(tend, self)
+      if not whole then return hand_over(self, next_time) end
       self._wake = min(self._wake, next_time)
     end
   end

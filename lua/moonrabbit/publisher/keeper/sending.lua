@@ -2,6 +2,7 @@
 -- @module moonrabbit.publisher.keeper
 
 local core = require "moonrabbit.core"
+local protect = require "moonrabbit.protect"
 
 local acked = core.acked
 local min = math.min
@@ -109,15 +110,17 @@ local function feed(self)
   end
 end
 
+-- What is thrown on the way (memory) goes on to the caller, and the rest is fed a moment later.
 local function feed_once(self)
   self._feeding = true
-  local status = feed(self)
+  local whole, status = pcall(feed, self)
   self._feeding = false
-  return status
+  if whole then return status end
+  self:_wake_at(self.runtime.now() + LOOK_AGAIN)
+  error(status, 0)
 end
 
--- Goes on where room comes without a confirm of ours.
-local function pour_on(self)
+local function pour_while_crowded(self)
   local status
   repeat
     local session = self.channel._session
@@ -127,7 +130,13 @@ local function pour_on(self)
     status = feed_once(self)
     session.room:signal() -- there may be room for others too
   until not without_signal[status]
+end
+
+-- Goes on where room comes without a confirm of ours.
+local function pour_on(self)
+  local whole, err = protect(pour_while_crowded, self)
   self._pouring = false
+  if not whole then error(err, 0) end
   refresh(self)
 end
 
