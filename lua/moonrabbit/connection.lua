@@ -19,6 +19,7 @@ local Record = require "moonrabbit.connection.record"
 local Repairs = require "moonrabbit.connection.repairs"
 local cluster = require "moonrabbit.cluster"
 local pollable = require "moonrabbit.pollable"
+local protect = require "moonrabbit.protect"
 
 require "moonrabbit.message"
 require "moonrabbit.confirmation"
@@ -94,7 +95,11 @@ function Connection.connect(given, level, deadline, heritage)
   }, Connection)
   self._repairs = Repairs.new(self)
   source:attach(hooks_of(self))
-  local connected, err = self:_start(deadline)
+  local whole, connected, err = protect(self._start, self, deadline)
+  if not whole then -- the task was cancelled
+    source:close()
+    error(connected, 0)
+  end
   if not connected then return nil, err end
   return self
 end

@@ -342,6 +342,22 @@ describe("an app in nginx #resty", function()
     nginx.gone(pids, 6)
   end)
 
+  it("does not stay behind when the broker falls silent before the connection that publishes is there", function()
+    start { workers = 1, exit = 0.5, runs = false, more = [[connect_timeout = 60, timeout = 60, setup = function()
+      while not ngx.shared.seen:get "let go" do ngx.sleep(0.01) end
+      return true
+    end]] }
+    server:logged(name:gsub("%p", "%%%0") .. ", consuming: connected to")
+    server:logged "publishing: connected to"
+    local lines = #line.lines
+    line.silent = true
+    server:request "/let_go"
+    broker.eventually(function() return #line.lines > lines end, 10, "the next connection begins")
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 6)
+  end)
+
   it("says what is wrong with a script, with its line, and goes on without it", function()
     local scripts = {
       write_app(),

@@ -753,6 +753,104 @@ describe("a worker of nginx #resty", function()
     nginx.gone(pids, 5)
   end)
 
+  -- Brokers that accept connections and say nothing, at these ports.
+  local silent = {}
+
+  local function open_silent(ports)
+    for i, port in ipairs(ports) do
+      silent[i] = open_line(port)
+      silent[i].silent = true
+    end
+  end
+
+  after_each(function()
+    for _, each in ipairs(silent) do each:stop() end
+    silent = {}
+  end)
+
+  local function free_ports(n)
+    local list, uris = {}, {}
+    for i = 1, n do
+      list[i] = nginx.free_port()
+      uris[i] = ("%q"):format(broker.uri { host = "127.0.0.1", port = list[i] })
+    end
+    return list, "endpoints = { " .. table.concat(uris, ", ") .. " }, "
+  end
+
+  for mode, options in pairs { direct = "", smart = [[mode = "smart", management = "http://127.0.0.1:1/", ]] } do
+    it("gives an attempt up that nobody needs when it leaves, in mode " .. mode, function()
+      local ports, endpoints = free_ports(2)
+      open_silent(ports)
+      server = nginx.start {
+        http = ([[init_worker_by_lua_block {
+          local rabbit = require "moonrabbit.resty"
+          rabbit.start { connect_timeout = 30, %s %s }
+          rabbit.consume { queue = "q", handler = function() end }
+        }]]):format(endpoints, options),
+        server = locations,
+      }
+      server:ready "/ping"
+      broker.eventually(function() return #silent[1].lines + #silent[2].lines == 4 end, 10, "two connections begin")
+      local pids = server:workers()
+      server:signal "QUIT"
+      nginx.gone(pids, 5)
+    end)
+  end
+
+  it("stays no longer than it may for an attempt that is needed, however many brokers are silent", function()
+    local ports, endpoints = free_ports(8)
+    open_silent(ports)
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block {
+        require "moonrabbit.resty".start { %s connect_timeout = 5, exit_timeout = 1 }
+      }]]):format(endpoints),
+      server = locations,
+    }
+    server:ready "/ping"
+    broker.eventually(function() return #silent[1].lines == 2 end, 10, "a connection begins")
+    server:request(("/async?n=3&body=a&queue=%s"):format(queue))
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 4)
+    server:logged "3 messages were not confirmed when the worker had to leave"
+  end)
+
+  it("stays no longer than it may for an attempt that begins while it leaves", function()
+    local ports, endpoints = free_ports(8)
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block {
+        require "moonrabbit.resty".start { %s exit_timeout = 2.5, reconnect = { first = 1, max = 1, jitter = 0 } }
+      }]]):format(endpoints),
+      server = locations,
+    }
+    server:ready "/ping"
+    waits(1)
+    open_silent(ports)
+    server:request(("/async?n=3&body=a&queue=%s"):format(queue))
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 6)
+    server:logged "3 messages were not confirmed when the worker had to leave"
+  end)
+
+  it("stays no longer than it may for what is set up while the broker is silent", function()
+    line = open_line()
+    reconnecting([[exit_timeout = 0.5, timeout = 60, setup = function(conn)
+      while not Freed do ngx.sleep(0.01) end
+      local opened, err = conn:channel()
+      return opened and true, err
+    end]], line.port)
+    server:ready "/ping"
+    server:logged "publishing: connected to"
+    server:request(("/async?n=3&body=a&queue=%s"):format(queue))
+    line.silent = true
+    server:request "/free"
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 6)
+    server:logged "3 messages were not confirmed when the worker had to leave"
+  end)
+
   it("tells functions that wait for a connection when there will be none, for the password is wrong", function()
     local port = nginx.free_port()
     server = nginx.start {

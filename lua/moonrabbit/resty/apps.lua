@@ -136,13 +136,13 @@ local function run(self, keeper)
   return reason
 end
 
-local function set_up(self, conn)
+local function set_up(self, conn, keeper)
   local config = self.config
   if config.setup then
     local ok, err = config.setup(conn)
     if not ok and err then return nil, err end
   end
-  local publishing, err = config.connect_publishing()
+  local publishing, err = keeper:connect(config.connect_publishing)
   local watch_it = config.watch_publishing
   if not publishing then
     if watch_it then watch_it:lost(err) end
@@ -154,46 +154,35 @@ local function set_up(self, conn)
 end
 
 local function work(self, conn, keeper)
-  local ok, err = set_up(self, conn)
+  local ok, err = set_up(self, conn, keeper)
   if ok then return run(self, keeper) end
   if err.temporary == false then keeper:seldom() end
   return err
 end
 
--- Closes the connection that publishes, unless it was what has ended.
-function Kept:leave(publishing)
+-- Closes the connection that publishes, if there is one, unless it was what has ended.
+local function leave(self)
+  local publishing = self.connections[2]
+  if not publishing then return end
   local state, reason = publishing:state()
   if state == "open" then publishing:close(GOODBYE) end
   local watch_it = self.config.watch_publishing
   if watch_it then watch_it:lost(state ~= "open" and not life.exiting and reason or nil) end
 end
 
---- Runs in a timer of its own, for as long as its connections last. Returns why it ended. In a worker that leaves it
---- ends in time, whatever the broker does: what waits for it then learns that its connection is closed.
+--- Runs in a timer of its own, for as long as its connections last. Returns why it ended.
 ---@param conn moonrabbit.Connection
 ---@param keeper moonrabbit.resty.Keeper
 function Kept:serve(conn, keeper)
-  self.connections = { conn }
-  local changed = runtime.condition()
-  self.changed = changed
-  local over, whole, err = false, true, nil
-  runtime.spawn(function()
-    whole, err = xpcall(work, debug.traceback, self, conn, keeper)
-    over = true
-    changed:broadcast()
-  end)
-  repeat
-    local left = life.exiting and keeper.leave_by + GOODBYE - now() or nil
-    if not over and not (left and left <= 0) then changed:wait(left) end
-  until over or left and left <= 0
-  local publishing = self.connections[2]
-  if publishing then self:leave(publishing) end
+  self.connections, self.changed = { conn }, runtime.condition()
+  local whole, err = xpcall(work, debug.traceback, self, conn, keeper)
+  leave(self)
   if not whole then error(err, 0) end
   return err
 end
 
 --- Runs an app in this worker for as long as it lives.
---- config: `name` for the log, `connect` and `connect_publishing` (limit) -> Connection or nil, err, `setup`,
+--- config: `name` for the log, `connect` and `connect_publishing` () -> Connection or nil, err, `setup`,
 --- `backoff`, `exit_timeout`; `watch` and `watch_publishing` hear of the two connections.
 ---@param app moonrabbit.App
 ---@param config table
@@ -207,6 +196,7 @@ function apps.keep(app, config)
     serve = function(conn, keeper) return self:serve(conn, keeper) end,
     wanted = function() return false end,
     failed = function() end,
+    forsaken = function() leave(self) end,
   }
   life.on_exit(function() if self.changed then self.changed:broadcast() end end)
   return self

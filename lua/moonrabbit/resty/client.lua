@@ -33,11 +33,8 @@ end
 local function connector_of(given)
   return function(role)
     local all = start_options.connect(given, role)
-    local limit, heritage = all.connect_timeout, {}
-    return function(most)
-      all.connect_timeout = math.min(limit, most or limit)
-      return Connection.connect(all, 1, nil, heritage)
-    end
+    local heritage = {}
+    return function() return Connection.connect(all, 1, nil, heritage) end
   end
 end
 

@@ -5,9 +5,11 @@
 -- @module moonrabbit.resty.keeper
 
 local Backoff = require "moonrabbit.connection.backoff"
+local errors = require "moonrabbit.errors"
 local life = require "moonrabbit.resty.life"
 local runtime = require "moonrabbit.runtime.resty"
 local semaphore = require "ngx.semaphore"
+local staying = require "moonrabbit.resty.staying"
 
 local now, timer_at, LATE = runtime.now, life.timer_at, life.LATE
 local LONG = require("moonrabbit.runtime.resty.limits").LONG
@@ -27,6 +29,7 @@ local MORE_CHANCES = { LATE, 10 * LATE, 60 * LATE, 600 * LATE, 3600 * LATE }
 ---@field sessions integer           how many there have been
 ---@field attempt integer            how many have failed since one was well
 ---@field leave_by number?           when the worker must have left
+---@field turned table               a condition: the worker is to leave, or what was waited for is over
 ---@field begun table?               what the timer that is to begin next will post to; none while there is no such timer
 ---@field started number             when the first timer was started last
 ---@field backoff table              moonrabbit.connection.backoff
@@ -50,26 +53,60 @@ local function abandon(self)
   if self:overdue() and self.config.wanted() then self.config.abandon() end
 end
 
+-- The seconds that are left for connecting; nil while the worker stays.
+local function left_to_connect(self)
+  if not life.exiting then return nil end
+  return self.config.wanted() and self.leave_by - now() or 0
+end
+
+--- Connects, and gives that up when the worker is to leave and has no need of this connection, or no time for it.
+---@param connect fun(): moonrabbit.Connection|nil, moonrabbit.Error?
+---@return moonrabbit.Connection|nil, moonrabbit.Error?
+function Keeper:connect(connect)
+  local job = staying.run(self.turned, function() return left_to_connect(self) end, connect)
+  if not job.over then
+    runtime.cancel(job.task)
+    while not job.over do self.turned:wait() end
+  end
+  if job.whole then return job.result, job.extra end
+  if job.result ~= runtime.cancelled then error(job.result, 0) end
+  return nil, errors.new { kind = "shutdown", message = "the worker leaves", temporary = true }
+end
+
+-- Serves. If that does not end in time, the connection is closed, by which whatever waits on it ends.
+local function serve_in_time(self, conn)
+  local job = staying.run(self.turned, function()
+    return life.exiting and self.leave_by + GOODBYE - now() or nil
+  end, self.config.serve, conn, self)
+  local _, reason = conn:state()
+  self.failure = job.whole and job.result or reason
+  if not job.over then
+    conn:close(GOODBYE)
+    if self.config.forsaken then self.config.forsaken() end
+    local until_then = now() + GOODBYE
+    while not job.over and now() < until_then do self.turned:wait(until_then - now()) end
+  end
+  return job
+end
+
 local function serve(self, conn)
   self.state, self.failure = "open", nil
   local began = now()
   self.sessions = self.sessions + 1
   local watch = self.config.watch
   if watch then watch:opened(conn) end
-  local whole, ended = xpcall(self.config.serve, debug.traceback, conn, self)
-  local _, reason = conn:state()
-  self.failure = whole and ended or reason
+  local job = serve_in_time(self, conn)
   if watch then watch:lost(not life.exiting and self.failure or nil) end
   -- One that ends as soon as it has begun must not begin again as soon.
   self.attempt = now() - began < SHORT and self.attempt + 1 or 0
   abandon(self)
   if conn:is_open() then conn:close(life.exiting and GOODBYE or nil) end
-  if not whole then error(ended, 0) end
+  if job.whole == false then error(job.result, 0) end
 end
 
 local function attempt(self)
   self.state = "connecting"
-  local conn, err = self.config.connect(life.exiting and math.max(0.1, self.leave_by - now()) or nil)
+  local conn, err = self:connect(self.config.connect)
   if conn then
     runtime.log("info", self.config.name .. ": connected to " .. conn.endpoint)
     return serve(self, conn)
@@ -191,18 +228,22 @@ function Keeper:need()
   return state ~= "idle" and state ~= "starting" or self:start()
 end
 
---- Keeps a connection. config: `name` for the log, `connect` (limit) -> Connection or nil, err, within `limit` seconds
---- if given, `serve` (conn, keeper) runs while it lasts and returns why it ended, `wanted` () -> whether one is needed
---- still (asked while the worker leaves), `failed` (err) hears of attempts that failed, `abandon` () is called when the
---- worker leaves although it is wanted, `backoff` { first, factor, max, jitter }, `exit_timeout` in seconds, `watch` may
---- hear of it: opened(self, conn), lost(self, err).
+--- Keeps a connection. config: `name` for the log, `connect` () -> Connection or nil, err, `serve` (conn, keeper) runs
+--- while it lasts and returns why it ended, `wanted` () -> whether one is needed still (asked while the worker leaves),
+--- `failed` (err) hears of attempts that failed, `abandon` () is called when the worker leaves although it is wanted,
+--- `backoff` { first, factor, max, jitter }, `exit_timeout` in seconds, `watch` may hear of it: opened(self, conn),
+--- lost(self, err); and `forsaken` (), if given, is called when `serve` has not ended in time: conn is closed.
 ---@param config table
 ---@return moonrabbit.resty.Keeper
 function Keeper.new(config)
   local self = setmetatable({
     config = config, state = "idle", sessions = 0, attempt = 0, started = 0, backoff = Backoff.new(config.backoff),
+    turned = runtime.condition(),
   }, Keeper)
-  life.on_exit(function() self.leave_by = now() + config.exit_timeout end)
+  life.on_exit(function()
+    self.leave_by = now() + config.exit_timeout
+    self.turned:broadcast()
+  end)
   if self:start() then give_chances(self) end
   return self
 end
