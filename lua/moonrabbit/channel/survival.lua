@@ -171,12 +171,14 @@ function Channel:_attach(session, late)
   return calls
 end
 
---- What `_attach` began was refused.
+--- What `_attach` began was refused, or is not wanted any more.
 ---@package
 function Channel:_unattach()
-  self._session.channels[self] = nil
+  local session = self._session
+  session.channels[self] = nil
   self._calls:fail(self._closed)
   self._core:close(200, "Goodbye")
+  session:touch()
 end
 
 --- It can be used again.

@@ -70,7 +70,7 @@ local function renamed(self, old, new)
   self:_event("queue_renamed", old, new)
 end
 
-local function declaration(self, entity)
+local function declaration(self, session, entity)
   local step = {}
   step.method, step.fields = Record.declaration(entity)
   function step.done(reply)
@@ -82,13 +82,14 @@ local function declaration(self, entity)
     entity.out = true
     report(self, entity, err)
   end
-  if entity.server_named and not entity.exclusive then
-    -- It may have outlived the connection, under its name; only then the broker gives another one.
+  -- Under its name it may still be there: on the same connection, and one that is not exclusive also on the next.
+  -- Only where it is not, the broker gives another one.
+  if entity.server_named and (not entity.exclusive or session == self._session) then
     return {
       method = "queue.declare", fields = { queue = entity.name, passive = true }, ended = step.ended,
       done = function() restored(self, entity) end,
       failed = function(err)
-        if err.code == 404 then return step end
+        if err.code == 404 or entity.exclusive and err.code == 405 then return step end -- 405: of the last connection
         refused(self, entity, err)
       end,
     }
@@ -107,7 +108,7 @@ local function declare_some(self, session, entities, bindings)
         entity.waits = true
         self._repairs:add("entity", entity, nil)
       else
-        steps[#steps + 1] = declaration(self, entity)
+        steps[#steps + 1] = declaration(self, session, entity)
       end
     end
   end
@@ -138,8 +139,10 @@ end
 function recovery.open_channels(self, session, channels)
   local pending, done = {}, {}
   for _, channel in ipairs(channels) do
-    local calls, err = channel:_attach(session)
-    if calls then pending[#pending + 1] = { channel, calls } else channel_refused(self, channel, err) end
+    if not channel._over then
+      local calls, err = channel:_attach(session)
+      if calls then pending[#pending + 1] = { channel, calls } else channel_refused(self, channel, err) end
+    end
   end
   local deadline = session.runtime.now() + self.call_timeout
   for _, each in ipairs(pending) do
@@ -149,16 +152,16 @@ function recovery.open_channels(self, session, channels)
     if not ok then
       each[1]:_unattach()
       channel_refused(self, each[1], err)
-    elseif not each[1]._over then
+    else
       done[#done + 1] = each[1]
     end
   end
   return done
 end
 
---- A channel is usable again.
+--- A channel is usable again; or it was closed while it was opened.
 function recovery.resume(self, channel)
-  if channel._over then return end
+  if channel._over then return channel:_unattach() end
   channel._reported = nil
   self._repairs:done(channel)
   channel:_resume()
@@ -212,8 +215,12 @@ end
 -- Waits for the answers to what `consumer:_subscribe` sent. `alone`: nothing else was out.
 local function started(self, session, consumer, calls, deadline, alone)
   local ok, err = session:await_all(calls, deadline)
-  if ok then return consumer_restored(self, consumer) end
-  consumer:_unsubscribed(err)
+  if ok then
+    -- It may have been lost again before this task ran: then it is down for the next one that brings it back.
+    if consumer._ended or consumer._asking == calls then consumer_restored(self, consumer) end
+    return
+  end
+  consumer:_unsubscribed(calls, err)
   if session.state ~= "open" then
     if pipeline.is_answer(session.reason, "basic.consume") then
       if alone then
@@ -318,6 +325,7 @@ end
 ---@return true|nil, moonrabbit.Error?
 function recovery.run(self, session, target)
   local ok, err, channels
+  if self._state ~= "recovering" then return nil, self._reason end -- closed while the session was opened
   self._repairs:stop()
   if self._record then
     ok, err = recovery.declare(self, session, self._record:all())

@@ -41,7 +41,7 @@ function Consumer:_subscribe(level)
     if status == "closed" then return nil, channel:_closed_error() end
     return nil, session:refusal(status, "Channel:consume", (level or 1) + 1)
   end
-  self._session, self._asking = session, true
+  self._session, self._asking = session, calls
   self:_takes(queue)
   channel._receivers[queue] = self
   calls[#calls + 1] = session:expect(channel._calls, "basic.consume", function()
@@ -51,10 +51,10 @@ function Consumer:_subscribe(level)
   return calls
 end
 
---- What it asked for was refused.
+--- What it asked for by these calls was refused.
 ---@package
-function Consumer:_unsubscribed(err)
-  self._asking = nil
+function Consumer:_unsubscribed(calls, err)
+  if self._asking == calls then self._asking = nil end
   if self._ended or self.channel._closed then return end
   if err.kind == "timeout" then
     -- It may have been granted after all.
