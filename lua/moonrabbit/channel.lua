@@ -76,6 +76,7 @@ function Channel.open(connection, session, opts, level)
     if not self._closed then self:_abandon() end
     return nil, err
   end
+  if self._closed then return nil, self._closed end -- it ended right behind the answers
   return self
 end
 

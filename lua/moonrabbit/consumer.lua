@@ -146,6 +146,10 @@ function Consumer.start(channel, queue, opts, handler, level)
     end
     return nil, err
   end
+  if self._ended then -- right behind the answer
+    if not self.no_ack then self:_discard() end
+    return nil, self._ended
+  end
   self._started, self._asking = true, nil
   return self
 end
