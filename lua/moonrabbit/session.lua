@@ -176,13 +176,18 @@ local function hang_up(self)
   end)
 end
 
--- Whatever waits on it learns why it ended. `goodbye`: it was to end.
+-- Whatever waits on it learns why it ended. `goodbye`: it was to end. What one channel throws (for want of memory) does
+-- not keep the others from it.
 local function tell(self, err, goodbye)
   self.calls:fail(err)
   local channels = self.channels
   self.channels = {}
   local meanwhile = not goodbye and self.survives and self.survives(self, err)
-  for channel in pairs(channels) do channel:_session_ended(err, meanwhile) end
+  local all, problem = true, nil
+  for channel in pairs(channels) do
+    local whole, thrown = pcall(channel._session_ended, channel, err, meanwhile)
+    if not whole then all, problem = false, thrown end
+  end
   for calls in pairs(self.closing) do calls:fail(err) end
   self.dirty = true
   self.wake:broadcast()
@@ -192,6 +197,7 @@ local function tell(self, err, goodbye)
   self.changed:broadcast()
   self.ended:broadcast()
   self.stuck:broadcast()
+  if not all then error(problem, 0) end
 end
 
 --- The session is over: everything that waits learns why.
@@ -203,8 +209,9 @@ function Session:finish(err)
   err = reason_of(self, err)
   self.state, self.reason = "closed", err
   hang_up(self)
-  tell(self, err, goodbye)
-  self.emit("closed", err)
+  local all, problem = pcall(tell, self, err, goodbye)
+  self.emit("closed", err) -- a connection that was not told would stay on it
+  if not all then error(problem, 0) end
 end
 
 --- Ends it as one whose peer is gone.

@@ -1,6 +1,7 @@
 --- What keeps a connection alive: its state, and the task that brings it back.
 -- @module moonrabbit.connection
 
+local described = require "moonrabbit.described"
 local errors = require "moonrabbit.errors"
 local uri = require "moonrabbit.uri"
 local states = require "moonrabbit.connection.states"
@@ -104,6 +105,15 @@ local function wait_for_turn(self, err)
   return true
 end
 
+-- What restores threw when the session was the connection's own already: some of it is back, and nobody would do the
+-- rest. The session ends, and with it the task: losing it has started another.
+local function begin_anew(self, session, problem)
+  local text = "restoring threw: " .. described(problem)
+  self._log("error", text)
+  if session.state == "open" then session:fail(text) end
+  return true
+end
+
 -- One round, and what is to be restored. Answers true; or nil, err, and whether that is for good.
 local function attempt(self)
   local function go_on() return self._state == "recovering" end
@@ -113,6 +123,7 @@ local function attempt(self)
   local whole, done, err = protect(recovery.run, self, session, target)
   self._arriving = nil
   if whole and done then return true end
+  if not whole and self._session == session then return begin_anew(self, session, done) end
   if session.state == "open" and self._session ~= session then
     session:start_close()
     session:try_flush()
