@@ -145,14 +145,15 @@ function Connection:consume(queue, opts, handler)
   if handler ~= nil then argument("Connection:consume", "handler", handler, options.callback) end
   local channel, err = self:channel()
   if not channel then return nil, err end
-  local consumer
-  consumer, err = Consumer.start(channel, queue, opts, handler, 2)
-  if not consumer then
-    channel:_abandon()
-    return nil, err
+  local whole, consumer
+  whole, consumer, err = protect(Consumer.start, channel, queue, opts, handler, 3)
+  if whole and consumer then
+    consumer._owns_channel = true
+    return consumer
   end
-  consumer._owns_channel = true
-  return consumer
+  channel:_abandon()
+  if not whole then error(consumer, 0) end -- its task was cancelled, or an argument cannot be sent
+  return nil, err
 end
 
 ---@class moonrabbit.CallOptions : moonrabbit.PublishOptions

@@ -13,6 +13,7 @@
 
 local core = require "moonrabbit.core"
 local options = require "moonrabbit.options"
+local protect = require "moonrabbit.protect"
 local Keeper = require "moonrabbit.publisher.keeper"
 local Outbox = require "moonrabbit.publisher.outbox"
 local Policy = require "moonrabbit.publisher.policy"
@@ -112,10 +113,12 @@ function Publisher.new(connection, opts, level)
     outbox, err = Outbox.open(opts.outbox, "Connection:publisher", level, connection._runtime, connection._log)
     if not outbox then return nil, err end
   end
-  local channel
-  channel, err = connection:channel { confirm = true, window = opts.window, timeout = opts.timeout }
-  if not channel then
+  local whole, channel
+  whole, channel, err = protect(connection.channel, connection,
+    { confirm = true, window = opts.window, timeout = opts.timeout })
+  if not whole or not channel then
     if outbox then outbox:close() end
+    if not whole then error(channel, 0) end -- its task was cancelled
     return nil, err
   end
   core_publish_route = core_publish_route or channel._core.publish_route
