@@ -52,6 +52,12 @@ local function route_again(self, route, body)
   return core_publish_route(self._core, route, body)
 end
 
+-- What a publish that was refused waits for. The window belongs to the channel; room in the buffer and
+-- connection.blocked to the session; a channel.flow arrives like the latter.
+local function condition_for(self, status)
+  return status == "window" and self._room or self._session.room
+end
+
 -- The engine refused: waits for what it lacks, within `timeout`, and tries again.
 local function publish_slow(self, again, x, y, status, timeout, level)
   local now = self._runtime.now
@@ -77,18 +83,17 @@ local function publish_slow(self, again, x, y, status, timeout, level)
       if timeout > 0 then err.message = err.message .. (" (for %g s)"):format(timeout) end
       return nil, err
     end
-    -- The window belongs to the channel; room in the buffer and connection.blocked to the session;
-    -- a channel.flow arrives like the latter.
-    local condition = status == "window" and self._room or session.room
+    local condition = condition_for(self, status)
     session:block(condition, left)
     confirmation, flush = again(self, x, y)
     session = self._session
     if confirmation then
-        if flush then session:try_flush() else session:touch() end
+      if flush then session:try_flush() else session:touch() end
       condition:signal() -- there may be room for the next one too
       return confirmation
     end
     status = flush
+    if condition_for(self, status) ~= condition then condition:signal() end -- what woke it is of use to others
   until false
 end
 
