@@ -153,6 +153,8 @@ bool mr_channel_is_confirm(const mr_channel *ch) { return ch->confirm; }
 uint64_t mr_confirm_oldest(const mr_channel *ch) { return ch->confirms.base; }
 uint64_t mr_confirm_next(const mr_channel *ch) { return ch->confirms.next; }
 uint64_t mr_confirm_capacity(const mr_channel *ch) { return ch->confirms.cap; }
+uint64_t mr_confirm_held(const mr_channel *ch) { return ch->confirms.next - ch->confirms.base; }
+mr_status mr_confirm_reserve(mr_channel *ch) { return mr_confirms_admit(&ch->confirms); }
 
 uint64_t mr_confirm_unsettled(const mr_channel *ch) {
   return ch->state == MR_CH_CLOSED ? 0 : ch->confirms.unsettled;

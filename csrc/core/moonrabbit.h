@@ -284,8 +284,13 @@ uint64_t mr_confirm_oldest(const mr_channel *channel);
 uint64_t mr_confirm_next(const mr_channel *channel);
 /* Publishes that were unsettled when the channel or connection ended; 0 before. */
 uint64_t mr_confirm_lost(const mr_channel *channel);
-/* Slots of the ring, a power of two: seq & (capacity - 1) is unique among the unsettled. */
+/* Slots of the ring, a power of two: seq & (capacity - 1) is unique among those held, which are the
+ * publishes from the oldest unsettled one to the newest. */
 uint64_t mr_confirm_capacity(const mr_channel *channel);
+uint64_t mr_confirm_held(const mr_channel *channel);
+/* Makes the slot of the next publish now, for whoever keeps a ring of the same size. MR_WINDOW_FULL,
+ * MR_NO_MEMORY. */
+mr_status mr_confirm_reserve(mr_channel *channel);
 
 /* ---- settling ---- */
 typedef enum { MR_SETTLE_ACK, MR_SETTLE_NACK, MR_SETTLE_REJECT } mr_settle_kind;

@@ -5,12 +5,12 @@
 
 /* ---- confirmations ---- */
 
-/* A larger ring of the core: the unsettled move to their new places in a new table. Making it may run
+/* The unsettled move to their new places in a table as large as the core's ring. Making it may run
  * finalizers, and those may publish; so the ring is looked at again afterwards. */
 static void grow_pending(lua_State *L, mrl_channel *channel, int anchor) {
   uint64_t capacity = mr_confirm_capacity(channel->handle);
   lua_createtable(L, (int)capacity, 0);
-  if (capacity != mr_confirm_capacity(channel->handle)) {
+  if (!channel->handle || capacity != mr_confirm_capacity(channel->handle)) {
     lua_pop(L, 1);
     return;
   }
@@ -26,6 +26,22 @@ static void grow_pending(lua_State *L, mrl_channel *channel, int anchor) {
   channel->pending_capacity = capacity;
 }
 
+static bool needs_place(const mrl_channel *channel) {
+  return channel->handle && mr_confirm_held(channel->handle) >= channel->pending_capacity;
+}
+
+/* A place among the pending for the next publish, made while that is not sent yet, for it may throw.
+ * A full window has none: the core says so when it is to publish. The anchor and a confirmation are on
+ * top of the stack. */
+static void make_place(lua_State *L, mrl_channel *channel) {
+  while (needs_place(channel)) {
+    mr_status status = mr_confirm_reserve(channel->handle);
+    if (status == MR_NO_MEMORY) luaL_error(L, "not enough memory");
+    if (status < 0) return;
+    grow_pending(L, channel, lua_gettop(L) - 1);
+  }
+}
+
 /* Pushes the anchor of the channel at index 1 and a new confirmation. */
 static mrl_confirmation *new_confirmation(lua_State *L, mrl_channel *channel) {
   mr_get_uservalue(L, 1);
@@ -38,11 +54,17 @@ static mrl_confirmation *new_confirmation(lua_State *L, mrl_channel *channel) {
   return c;
 }
 
-/* Pushes the channel's anchor and a confirmation for its next publish, or nothing when it has no
- * confirms. The channel is at index 1. */
+static bool has_confirms(const mrl_channel *channel) {
+  return channel->handle && mr_channel_is_confirm(channel->handle);
+}
+
+/* Pushes the channel's anchor and a confirmation for its next publish, which then has a place, or
+ * nothing when it has no confirms. The channel is at index 1. */
 static mrl_confirmation *push_confirmation(lua_State *L, mrl_channel *channel) {
-  if (!channel->handle || !mr_channel_is_confirm(channel->handle)) return NULL;
-  return new_confirmation(L, channel);
+  if (!has_confirms(channel)) return NULL;
+  mrl_confirmation *c = new_confirmation(L, channel);
+  if (MR_UNLIKELY(needs_place(channel))) make_place(L, channel);
+  return c;
 }
 
 /* Channel:hold(number): the held confirmation of what is yet to be published. */
@@ -66,9 +88,10 @@ static mrl_confirmation *push_held(lua_State *L, mrl_channel *channel, int i) {
     c = push_confirmation(L, channel);
   } else {
     c = mrl_check_tag(L, i + 1, MR_IS_CONFIRMATION, sizeof *c);
-    if (!channel->handle || !mr_channel_is_confirm(channel->handle)) return NULL;
+    if (!has_confirms(channel)) return NULL;
     mr_get_uservalue(L, 1);
     lua_pushvalue(L, i + 1);
+    if (MR_UNLIKELY(needs_place(channel))) make_place(L, channel);
   }
   if (c) {
     c->held = true;
@@ -77,7 +100,8 @@ static mrl_confirmation *push_held(lua_State *L, mrl_channel *channel, int i) {
   return c;
 }
 
-/* The results of a publish; the anchor and the confirmation, if any, stand behind index `top`. */
+/* The results of a publish; the anchor and the confirmation, if any, stand behind index `top`. What is
+ * sent is noted: nothing here throws. */
 static int finish(lua_State *L, int top, mrl_channel *channel, mrl_confirmation *c,
                   mr_status status, uint64_t seq) {
   if (MR_UNLIKELY(status < 0)) return mrl_push_refusal(L, status);
@@ -89,8 +113,6 @@ static int finish(lua_State *L, int top, mrl_channel *channel, mrl_confirmation 
     }
     c->outcome = MR_PENDING;
     c->seq = seq;
-    while (MR_UNLIKELY(mr_confirm_capacity(channel->handle) != channel->pending_capacity))
-      grow_pending(L, channel, top + 1);
     lua_rawgeti(L, top + 1, MR_ANCHOR_PENDING);
     lua_pushvalue(L, top + 2);
     lua_rawseti(L, -2, (int)(seq & (channel->pending_capacity - 1)) + 1);

@@ -502,6 +502,42 @@ static void a_hundred_thousand_at_once_cost_no_allocation(void) {
   peer_free(p);
 }
 
+static void a_place_can_be_made_beforehand(void) {
+  if (!hook_works()) check_skip("malloc cannot be replaced here");
+  peer *p = peer_open();
+  mr_channel *channel = peer_confirm_channel(p);
+  mr_channel_set_window(channel, 128);
+  CHECK_EQ(mr_confirm_capacity(channel), 0);
+  CHECK_EQ(mr_confirm_reserve(channel), MR_OK);
+  CHECK_EQ(mr_confirm_reserve(channel), MR_OK);
+  CHECK_EQ(mr_confirm_capacity(channel), 64);
+  CHECK_EQ(mr_confirm_held(channel), 0);
+  publishes(p, channel, 64);
+  CHECK_EQ(mr_confirm_held(channel), 64);
+  CHECK_EQ(mr_confirm_capacity(channel), 64);
+  hook.calls = 0;
+  hook.fail_at = 1;
+  hook.on = true;
+  CHECK_EQ(mr_confirm_reserve(channel), MR_NO_MEMORY);
+  CHECK_EQ(mr_confirm_capacity(channel), 64);
+  CHECK_EQ(mr_confirm_reserve(channel), MR_OK);
+  CHECK_EQ(mr_confirm_capacity(channel), 128);
+  hook.calls = hook.fail_at = 0;
+  CHECK(peer_publish(channel, false, "b", NULL) >= 0);
+  CHECK_EQ(hook.calls, 0);
+  hook.on = false;
+  publishes(p, channel, 63);
+  CHECK_EQ(mr_confirm_reserve(channel), MR_WINDOW_FULL);
+  CHECK_EQ(mr_confirm_capacity(channel), 128);
+  peer_ack(p, 1, 1, false);
+  expect_confirm(p, channel, 1, 1, MR_ACKED);
+  CHECK_EQ(mr_confirm_held(channel), 127);
+  CHECK_EQ(mr_confirm_reserve(channel), MR_OK);
+  CHECK_EQ(mr_confirm_capacity(channel), 128);
+  mr_channel_release(channel);
+  peer_free(p);
+}
+
 static void a_running_window_allocates_nothing(void) {
   if (!hook_works()) check_skip("malloc cannot be replaced here");
   peer *p = peer_open();
@@ -973,6 +1009,7 @@ int main(int argc, char **argv) {
   RUN(a_multiple_nack_is_reported_one_by_one);
   RUN(a_confirm_of_the_unknown_is_a_protocol_error);
   RUN(a_hundred_thousand_at_once_cost_no_allocation);
+  RUN(a_place_can_be_made_beforehand);
   RUN(a_running_window_allocates_nothing);
   RUN(the_window_limits_what_is_unconfirmed);
   RUN(the_default_window_is_65536);
