@@ -111,6 +111,20 @@ function World:cut(err)
   self.runtime.settle()
 end
 
+-- The broker blocks publishing, and no longer.
+function World:block()
+  self:say(fake.method(0, 10, 60, fake.short "low on memory"))
+  self.session.blocked = "low on memory"
+end
+
+function World:unblock()
+  self.session.blocked = nil
+  self.runtime.settle() -- who looks for room waits by now
+  self.broker:send(fake.method(0, 10, 61))
+  self.session.room:signal()
+  self.runtime.settle()
+end
+
 function World:restore(before)
   self:connect()
   self.channel._session = self.session
@@ -543,6 +557,58 @@ describe("a publisher #smoke", function()
       assert.same({ "acked", "acked", "acked", "acked" }, outcomes(c))
     end)
 
+    -- What was sent leaves by these two.
+    local function throw_on_leaving()
+      local session, thrown = w.session, 0
+      session.dirty = false
+      function session.touch()
+        session.touch = nil
+        thrown = thrown + 1
+        error("not enough memory", 0)
+      end
+      return function() return thrown end
+    end
+
+    it("a message that is on the wire by then", function()
+      start { routing_key = "k", max_kept = 10 }
+      w:cut()
+      local c = { p:send_async "1", p:send_async "2" }
+      fails("not enough memory", w.restore, w, throw_on_leaving)
+      assert.same({ "1" }, w:published())
+      w.runtime.advance(1)
+      assert.same({ "2" }, w:published())
+      w:say(fake.ack(1, 2, true))
+      assert.same({ "acked", "acked" }, outcomes(c))
+    end)
+
+    it("taking a message that is on the wire by then", function()
+      start { routing_key = "k", message_id = "own" }
+      local thrown = throw_on_leaving()
+      fails("not enough memory", p.send_async, p, "1")
+      assert.equal(1, thrown())
+      assert.equal(1, p:unconfirmed())
+      local c = p:send_async "2"
+      assert.same({ "1", "2" }, w:published())
+      w:say(fake.nack(1, 1), fake.ack(1, 2))
+      assert.equal("acked", c:outcome())
+      w.runtime.advance(1)
+      assert.same({ "!1" }, w:published())
+    end)
+
+    it("sending again a message that is on the wire by then", function()
+      start { routing_key = "k", retry = { first = 1, jitter = 0 } }
+      local c = p:send_async "1"
+      w:say(fake.nack(1, 1))
+      w:published()
+      throw_on_leaving()
+      fails("not enough memory", w.runtime.advance, 1)
+      assert.same({ "!1" }, w:published())
+      w.runtime.advance(60)
+      assert.same({}, w:published())
+      w:say(fake.ack(1, 2))
+      assert.equal("acked", c:outcome())
+    end)
+
     it("sending again at its time", function()
       start { routing_key = "k", retry = { first = 1, jitter = 0 } }
       local c = p:send_async "1"
@@ -556,6 +622,56 @@ describe("a publisher #smoke", function()
       w:say(fake.ack(1, 2))
       assert.equal("acked", c:outcome())
     end)
+  end)
+
+  describe("goes on after a task that it could not have:", function()
+    local function without_tasks(fn, ...)
+      local spawn = w.runtime.spawn
+      w.runtime.spawn = function() error("no task", 0) end
+      fails("no task", fn, ...)
+      w.runtime.spawn = spawn
+    end
+
+    it("what is refused then is not taken, and what comes later goes when there is room", function()
+      start()
+      w:block()
+      without_tasks(p.send_async, p, "1")
+      assert.equal(0, p:unconfirmed())
+      p:send_async "2"
+      p:send_async "3"
+      assert.same({}, w:published())
+      w:unblock()
+      assert.same({ "2", "3" }, w:published())
+    end)
+
+    it("the next one keeps the times of all", function()
+      start { routing_key = "k", retry = { first = 1, jitter = 0 } }
+      for i = 1, 2 do p:send_async(tostring(i)) end
+      w:published()
+      without_tasks(w.say, w, fake.nack(1, 1))
+      w:say(fake.nack(1, 2))
+      w.runtime.advance(1)
+      assert.same({ "!1", "!2" }, w:published())
+    end)
+  end)
+
+  it("lets others be while there is no room, and tells them when there is", function()
+    start()
+    local looks = 0
+    function w.session.try_flush()
+      looks = looks + 1
+      assert(looks < 100, "it spins")
+    end
+    local publishers = { p, w:publisher { routing_key = "k" }, w:publisher { routing_key = "k" } }
+    w:block()
+    for i, publisher in ipairs(publishers) do publisher:send_async(tostring(i)) end
+    w.runtime.advance(2)
+    assert.is_true(looks >= 3)
+    assert.same({}, w:published())
+    w:unblock()
+    local published = w:published()
+    table.sort(published)
+    assert.same({ "1", "2", "3" }, published)
   end)
 
   it("keeps strict order with a window of one", function()

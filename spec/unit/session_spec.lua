@@ -69,6 +69,28 @@ describe("a connection", function()
     assert.is_true(result[1])
   end)
 
+  it("wakes a publish whose channel may publish again, whoever else waits", function()
+    connect()
+    local channels, sent, result = {}, {}, nil
+    other.answers["60.40"] = function(frame)
+      sent[frame.channel] = (sent[frame.channel] or 0) + 1
+      return fake.ack(frame.channel, sent[frame.channel])
+    end
+    for i = 1, 5 do channels[i] = assert(conn:channel { confirm = true }) end
+    moonrabbit.run(function()
+      for i = 1, 5 do other:say(fake.method(i, 20, 20, "\0")) end
+      eventually(function() return not channels[5]:publish_async("x", { timeout = 0 }) end)
+      for i = 1, 4 do
+        moonrabbit.spawn(function() channels[i]:publish("x", { routing_key = "q", timeout = 30 }) end)
+      end
+      moonrabbit.spawn(function() result = { channels[5]:publish("x", { routing_key = "q", timeout = 30 }) } end)
+      moonrabbit.sleep(0.02)
+      other:say(fake.method(5, 20, 20, "\1"))
+      eventually(function() return result end)
+    end)
+    assert.is_true(result[1])
+  end)
+
   it("wakes the task whose publish came back, and keeps nothing of it", function()
     connect()
     local ch = assert(conn:channel { confirm = true })

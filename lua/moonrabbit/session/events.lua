@@ -86,7 +86,7 @@ end
 
 function handlers.flow(self, owner, active)
   owner:_flow(active)
-  if active then self.room:signal() end
+  if active then self.room:broadcast() end -- only who waits on that channel has room, and is not known here
 end
 
 function handlers.channel_closed(self, owner, report)

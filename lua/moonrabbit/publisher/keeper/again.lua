@@ -57,14 +57,15 @@ local function go_again(self, n, record, now)
     return
   end
   local message, confirmation = self.ring:at(n)
-  local ok, status = self:_put(n, message, confirmation, true)
+  local ok, answer = self:_put(n, message, confirmation, true)
   if ok then
     self:_not_due(n, record)
     self.resent = self.resent + 1
-  elseif self:_passes(status) then
+    self:_leave(answer)
+  elseif self:_passes(answer) then
     record.due = now + NO_ROOM_PAUSE
   else
-    self:_conclude(n, "lost", self:_hopeless(status))
+    self:_conclude(n, "lost", self:_hopeless(answer))
   end
 end
 
@@ -173,8 +174,8 @@ end
 ---@package
 function Keeper:_wake_at(time)
   if not self._timing then
+    self.runtime.spawn(keep_time, self) -- may throw; it begins with the next turn
     self._timing, self._wake = true, time
-    self.runtime.spawn(keep_time, self)
   elseif time < self._wake then
     self._wake = time
     self._alarm:signal()

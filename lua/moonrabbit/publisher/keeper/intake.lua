@@ -84,18 +84,18 @@ function Keeper:take(message)
   ring:reserve()
   local n = ring.last + 1
   if type(message) == "table" then message.number = n end
-  local confirmation, status = put_now(self, n, message)
-  if not confirmation and status and not self:_passes(status) then
+  local confirmation, answer = put_now(self, n, message)
+  if not confirmation and answer and not self:_passes(answer) then
     if stored then self._outbox:done(message.row) end -- its sender is told
-    return nil, self:_hopeless(status)
+    return nil, self:_hopeless(answer)
   end
   ring:add(message, confirmation or self._core:hold(n))
   if not confirmation then
     self._unsent = self._unsent or n
     if not self._up then self:_trouble(n) end
-    if status then self:_pour() end
   end
   refresh(self)
+  if confirmation then self:_leave(answer) end
   local _, mine = ring:at(n)
   return mine
 end

@@ -64,23 +64,20 @@ local function hand(self, n, message, confirmation, marked)
     confirmation)
 end
 
--- Hands a message to the engine, `again` with the mark: its confirmation, or nil, status. A message whose headers
--- just fit goes again without the mark, rather than not at all.
+-- Hands a message to the engine, `again` with the mark: its confirmation, and what `_leave` wants to know; or nil,
+-- status. A message whose headers just fit goes again without the mark, rather than not at all.
 local function put(self, n, message, confirmation, again)
   local marked = again or type(message) == "table" and message.again
-  local ok, flush = hand(self, n, message, confirmation, marked)
-  if not ok and flush == "too_large" and marked then ok, flush = hand(self, n, message, confirmation, false) end
-  if not ok then return nil, flush end
-  local session = self.channel._session
-  if flush then session:try_flush() elseif not session.dirty then session:touch() end
-  return ok
+  local ok, answer = hand(self, n, message, confirmation, marked)
+  if not ok and answer == "too_large" and marked then ok, answer = hand(self, n, message, confirmation, false) end
+  return ok, answer
 end
 
--- A new message goes out at once where nothing stands before it: its confirmation, or nil, and the status of an
--- engine that refused it.
-local function put_now(self, n, message)
-  if not sends(self) or self._unsent or held_up(self) then return nil end
-  return put(self, n, message)
+--- What was put leaves, at once or with the next turn. It may throw (memory): what was put is noted before.
+---@package
+function Keeper:_leave(flush)
+  local session = self.channel._session
+  if flush then session:try_flush() elseif not session.dirty then session:touch() end
 end
 
 -- ---- All that is unsent -----------------------------------------------------------------------------
@@ -93,20 +90,23 @@ local function feed(self)
     local n = self._unsent
     local message, confirmation = ring:at(n)
     if held_up(self) and not (type(message) == "table" and message.due) then return "held" end
+    local flush -- nil: nothing was put
     if message and not acked(confirmation) then
       local again = n <= self._sent
-      local ok, status = put(self, n, message, confirmation, again)
+      local ok, answer = put(self, n, message, confirmation, again)
       if ok then
         self:_not_due(n, message)
         if again then self.resent = self.resent + 1 end
-      elseif passing[status] then
-        return status
+        flush = answer
+      elseif passing[answer] then
+        return answer
       else
-        self:_conclude(n, "lost", self:_hopeless(status))
+        self:_conclude(n, "lost", self:_hopeless(answer))
       end
     end
     if n > self._sent then self._sent = n end
     self._unsent = n < ring.last and n + 1 or nil
+    if flush ~= nil then self:_leave(flush) end
   end
 end
 
@@ -121,15 +121,15 @@ local function feed_once(self)
 end
 
 local function pour_while_crowded(self)
-  local status
+  local room
   repeat
     local session = self.channel._session
     session.corked = false
     session:try_flush()
-    session.room:wait(LOOK_AGAIN)
-    status = feed_once(self)
-    session.room:signal() -- there may be room for others too
-  until not without_signal[status]
+    room = session.room
+    room:wait(LOOK_AGAIN)
+  until not without_signal[feed_once(self)]
+  room:signal() -- there may be some for others too: who is crowded still has found none, and wakes nobody
 end
 
 -- Goes on where room comes without a confirm of ours.
@@ -140,15 +140,29 @@ local function pour_on(self)
   refresh(self)
 end
 
+-- The same in a task, which may not be had (outside of the loop, say): then it throws.
+local function pour_later(self)
+  if self._pouring then return end
+  self.runtime.spawn(pour_on, self)
+  self._pouring = true
+end
+
 --- Sends what is unsent, now and when there is room.
 ---@package
 function Keeper:_pour()
   if self._feeding then return end
   local status = feed_once(self)
   refresh(self)
-  if not without_signal[status] or self._pouring then return end
-  self._pouring = true
-  self.runtime.spawn(pour_on, self)
+  if without_signal[status] then pour_later(self) end
+end
+
+-- A new message goes out at once where nothing stands before it: as `put`. One that is refused for now is to be kept,
+-- and room is looked for; where that throws, it is not kept.
+local function put_now(self, n, message)
+  if not sends(self) or self._unsent or held_up(self) then return nil end
+  local ok, answer = put(self, n, message)
+  if not ok and without_signal[answer] then pour_later(self) end
+  return ok, answer
 end
 
 ---@package
