@@ -14,6 +14,8 @@ local SCAN = 256
 local SWEEP = 0.005
 -- Waiters that are used again, at most.
 local SPARE = 64
+-- Places of waiters that are gone are taken out when there are so many more of them than waiters.
+local GAPS = 64
 
 ---@class moonrabbit.channel.Waiters
 ---@field count integer
@@ -29,12 +31,30 @@ function Waiters.new(runtime)
   }, Waiters)
 end
 
+-- Takes out the places of those who are gone: while somebody waits for long, they are not in front.
+local function compact(self)
+  local order, last = self._order, self._head - 1
+  for i = self._head, self._tail do
+    local waiter = order[i]
+    order[i] = nil
+    if waiter then
+      last = last + 1
+      order[last], waiter.index = waiter, last
+    end
+  end
+  self._tail = last
+end
+
 --- Joins those who wait for a confirmation: a waiter, with a `condition` to wait on. `own`: its failure is
 --- told to nobody else.
 function Waiters:join(confirmation, own)
   local waiter = self._of[confirmation]
   if not waiter then
-    if self.count == 0 then self._head, self._tail = 1, 0 end
+    if self.count == 0 then
+      self._head, self._tail = 1, 0
+    elseif self._tail - self._head > 2 * self.count + GAPS then
+      compact(self)
+    end
     local index, spare = self._tail + 1, self._spare
     local last = #spare
     waiter = spare[last] or { condition = self._runtime.condition() }
@@ -126,12 +146,12 @@ end
 --- Wakes whose confirmation is settled.
 function Waiters:wake()
   if self.count == 0 or wake(self, SCAN) or self._sweeping then return end
-  self._sweeping = true
   self._runtime.spawn(function()
     self._runtime.sleep(SWEEP)
     self._sweeping = false
     wake(self, huge)
   end)
+  self._sweeping = true
 end
 
 return Waiters

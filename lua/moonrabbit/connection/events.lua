@@ -89,11 +89,10 @@ local function dispatcher(self)
       end
     until ok
     self._delivering = nil
-    if self._first <= self._last then -- the listener's task was cancelled: the others are called all the same
-      self._delivering = true
-      dispatcher(self)
-    end
+    -- Where the listener's task was cancelled, the others are called all the same.
+    if self._first <= self._last then dispatcher(self) end
   end)
+  self._delivering = true
 end
 
 --- Whether so many calls of listeners wait that nothing more is to be read.
@@ -112,10 +111,7 @@ function Connection:_dispatch(list, ...)
     self._event_bytes = self._event_bytes + bytes
     self._events[self._last] = { list[i], n = n + 1, bytes = bytes, ... }
   end
-  if not self._delivering then
-    self._delivering = true
-    dispatcher(self)
-  end
+  if not self._delivering then dispatcher(self) end
 end
 
 ---@package

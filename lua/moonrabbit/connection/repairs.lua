@@ -50,8 +50,8 @@ function Repairs:add(kind, object, err)
   if self.running then
     self.wake:signal()
   else
-    self.running = true
     connection._runtime.spawn(run, self)
+    self.running = true
   end
 end
 

@@ -131,10 +131,10 @@ function Consumer:_wake_worker()
     self._waking = true
     self._ready:signal()
   elseif self._workers < self.concurrency then
+    self._protect = self._protect or protector(self._runtime)
+    self._runtime.spawn(worker, self, self._protect) -- begins with the next turn
     self._waking = true
     self._workers = self._workers + 1
-    self._protect = self._protect or protector(self._runtime)
-    self._runtime.spawn(worker, self, self._protect)
   end
 end
 

@@ -111,7 +111,6 @@ function Outbox:flush()
 end
 
 local function flush_later(self)
-  self._flushing = true
   self._runtime.spawn(function()
     local pause = GATHER_SECONDS
     while #self._done > 0 and not self._closed do
@@ -120,6 +119,7 @@ local function flush_later(self)
     end
     self._flushing = false
   end)
+  self._flushing = true
 end
 
 --- A row's message is confirmed.
@@ -155,8 +155,8 @@ end
 function Outbox:failed(row)
   self._failed[#self._failed + 1] = row
   if self._waiting or self._closed or self.ending then return end
-  self._waiting = true
   later(self, function() join(self) end)
+  self._waiting = true
 end
 
 --- A row's message was not taken from here, and nobody else is told why.
