@@ -115,7 +115,17 @@ local function start_worker(settings)
     { env = { KILLS_SETTINGS = settings.path } })
 end
 
+-- Only a worker whose app runs is known to stop when it is told to.
+local function await_app(worker)
+  local began = native.now()
+  while not worker:code() and not worker:err():find("' runs", 1, true) do
+    if native.now() - began > PATIENCE then error("a worker does not start: " .. worker:err()) end
+    moonrabbit.sleep(0.05)
+  end
+end
+
 local function stop_worker(worker)
+  await_app(worker)
   worker:signal "TERM"
   local code = worker:wait(60)
   local said = worker:err()

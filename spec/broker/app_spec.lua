@@ -292,7 +292,7 @@ describe("an app #app", function()
       name = name "app", queues = { [queue] = {} },
       observer = { settled = function(_, outcome) outcomes[outcome] = (outcomes[outcome] or 0) + 1 end },
       consumers = {
-        { queue = queue, batch = { size = 4, wait = 0.2 }, in_process = true,
+        { queue = queue, batch = { size = 4, wait = 1 }, in_process = true,
           retry = retry.constant { delay = 0.05, attempts = 5 },
           handler = function(list)
             sizes[#sizes + 1] = #list
@@ -304,7 +304,8 @@ describe("an app #app", function()
           end },
       },
     }
-    for i = 1, 6 do broker.ok(publishing:publish(tostring(i), { routing_key = queue })) end
+    for i = 1, 6 do broker.ok(publishing:publish_async(tostring(i), { routing_key = queue })) end
+    broker.ok(publishing:wait_for_confirms(10))
     broker.eventually(function() return outcomes.ok == 6 end)
     assert.equal(4, sizes[1])
     assert.equal(1, outcomes.retry)

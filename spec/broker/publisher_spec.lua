@@ -162,7 +162,7 @@ describe("publisher", function()
       broker.ctl("eval", "mnesia:sync_log().") -- the declaration of the queue would die with the broker
       local n = send_amid(p, function()
         os.execute("scripts/broker kill --name " .. broker.name .. " > /dev/null 2>&1")
-        broker.eventually(function() return not p.channel:is_open() end, 20)
+        broker.eventually(function() return not p.channel:is_open() and not q.channel:is_open() end, 20)
         -- A send in the outage ends by its own timeout, or when the broker is back.
         local none, err = q:send("too early", { timeout = 0.1 })
         assert.is_nil(none)

@@ -228,6 +228,9 @@ describe("an app in nginx #resty", function()
 
   it("runs in every worker: routes, retries, parks what it cannot do", function()
     start()
+    broker.eventually(function()
+      return ok(channel:queue_declare(name .. ".in", { passive = true })).consumer_count == 2
+    end, 20, "both workers consume")
     local bodies = {}
     for i = 1, 200 do
       bodies[i] = "m" .. i

@@ -21,19 +21,20 @@ describe("a worker #resty", function()
   local server, line
   local script = nginx.here .. "/build/spec-blocking.lua"
 
-  local function start(port, heartbeat)
+  local function start(port, heartbeat, timeout)
+    timeout = timeout or 0.3
     server = nginx.start {
       http = ([[
         lua_shared_dict numbers 1m;
         lua_shared_dict keys 1m;
         init_worker_by_lua_block {
           local rabbit = require "moonrabbit.resty"
-          rabbit.start { uri = %q, reconnect = { first = 0.02, max = 0.1 }, connect_timeout = 0.3, timeout = 0.3,
+          rabbit.start { uri = %q, reconnect = { first = 0.02, max = 0.1 }, connect_timeout = %g, timeout = %g,
             exit_timeout = 0.2, heartbeat = %d, metrics = "numbers" }
           rabbit.consume { queue = "spec-blocking", arguments = {}, handler = function(message) message:ack() end }
           rabbit.consume { app = %q }
         }
-      ]]):format(broker.uri { host = "127.0.0.1", port = port }, heartbeat or 1, script),
+      ]]):format(broker.uri { host = "127.0.0.1", port = port }, timeout, timeout, heartbeat or 1, script),
       server = [[
         location /ping { return 200 "pong\n"; }
         location /metrics { content_by_lua_block { require "moonrabbit.resty.metrics".serve() } }
@@ -87,8 +88,9 @@ describe("a worker #resty", function()
     os.remove(script)
   end)
 
-  -- Traces the worker while requests come. Returns the answers' statuses, how many pings were answered, and the calls.
-  local function trace(seconds)
+  -- Traces the worker while requests come, for so long and until `enough` of the answers' statuses have come. Returns those,
+  -- how many pings were answered, and the calls.
+  local function trace(seconds, enough)
     local file = server.prefix .. "/trace"
     local tracer = shell(("strace -f -T -o '%s' -p %d > '%s.err' 2>&1 & echo $!"):format(file,
       server:workers()[1], file))
@@ -122,6 +124,7 @@ describe("a worker #resty", function()
         moonrabbit.sleep(0.005)
       end)
       moonrabbit.sleep(seconds)
+      if enough then broker.eventually(function() return enough(statuses) end, 30, "enough answers") end
       over = true
       broker.eventually(function() return running == 0 end)
     end)
@@ -168,11 +171,11 @@ describe("a worker #resty", function()
 
   it("waits for nothing but its events while the broker works", function()
     local to = broker.parsed()
-    start(to.port)
-    local statuses, pings, text = trace(0.5)
+    start(to.port, 1, 10)
+    broker.eventually(function() return select(2, server:request "/publish") == 202 end)
+    local statuses, pings, text = trace(0.5, function(statuses) return (statuses[202] or 0) > 10 end)
     check(text, pings)
-    assert.truthy((statuses[202] or 0) > 10, server:log())
-    assert.is_nil(statuses[503])
+    assert.is_nil(statuses[503], server:log())
   end)
 
   -- How often an idle worker woke up in so many seconds.

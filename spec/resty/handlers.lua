@@ -52,14 +52,14 @@ function handlers.work()
   ngx.say "ok"
 end
 
---- Waits on a consumer; the worker must serve others meanwhile.
+--- Waits on a consumer in vain, and on another until a message comes; the worker must serve others meanwhile.
 function handlers.slow()
   local conn = check(moonrabbit.connect(url))
   local ch = check(conn:channel())
-  local queue = check(ch:queue_declare("", { exclusive = true })).queue
-  local consumer = check(ch:consume(queue))
-  local message, err = consumer:receive(1)
+  local consumer = check(ch:consume(check(ch:queue_declare("", { exclusive = true })).queue))
+  local message, err = consumer:receive(0.05)
   check(not message and err.kind == "timeout", "timeout")
+  check(check(check(ch:consume(ngx.var.arg_queue)):receive(20)):ack())
   check(conn:close(5))
   ngx.say "ok"
 end

@@ -79,6 +79,7 @@ local locations = [[
   }
   location /late {
     content_by_lua_block {
+      ngx.shared.late:set("here", true)
       while not ngx.worker.exiting() do ngx.sleep(0.01) end
       ngx.sleep(1.3) -- longer than exit_timeout
       local rabbit = require "moonrabbit.resty"
@@ -90,6 +91,7 @@ local locations = [[
       require "moonrabbit.resty".publish_async("logged", { routing_key = ngx.var.arg_queue })
     }
   }
+  location /is_late { content_by_lua_block { ngx.print(tostring(ngx.shared.late:get "here")) } }
   location /timers {
     content_by_lua_block { ngx.say(Timers, " ", ngx.timer.running_count()) }
   }
@@ -448,7 +450,7 @@ describe("a worker of nginx #resty", function()
     server:logged "nginx has not run the timer of the next attempt %(lua_max_running_timers"
     assert.equal("ok\n", (publish "busy"))
     server:request "/free"
-    broker.eventually(function() return (server:request "/timers") end)
+    broker.eventually(function() return ((server:request "/timers") or ""):find " 1\n" end, 10, "the others have ended")
     line:cut()
     assert.equal("ok\n", (publish "after"))
     broker.eventually(function() return ((server:request "/timers") or ""):find " 1\n" end, 10, "one timer is left")
@@ -593,33 +595,38 @@ describe("a worker of nginx #resty", function()
     assert.is_nil(server:log():find "%[error%]", server:log())
   end)
 
-  -- Ways to go; each returns the processes that have to go.
+  -- Ways to go, once more and more has been accepted; each returns the processes that have to go.
   local ways = {
-    ["it is reloaded"] = function()
+    ["it is reloaded"] = function(accepts)
       local old = {}
       for _ = 1, 3 do
-        moonrabbit.sleep(0.2)
+        accepts(10)
         for _, pid in ipairs(server:reload()) do old[#old + 1] = pid end
       end
       return old
     end,
-    ["its workers crash"] = function()
+    ["its workers crash"] = function(accepts)
       local old = {}
       for _ = 1, 3 do
-        moonrabbit.sleep(0.2)
-        old[#old + 1] = server:workers()[1]
-        os.execute("kill -KILL " .. old[#old])
+        accepts(10)
+        local pid = server:workers()[1]
+        os.execute("kill -KILL " .. pid)
+        broker.eventually(function()
+          local now = server:workers()
+          return #now == 2 and now[1] ~= pid and now[2] ~= pid
+        end, 10, "another in its place")
+        old[#old + 1] = pid
       end
       return old
     end,
-    ["it quits"] = function()
-      moonrabbit.sleep(0.3)
+    ["it quits"] = function(accepts)
+      accepts(20)
       local old = server:workers()
       server:signal "QUIT"
       return old
     end,
-    ["it is stopped"] = function()
-      moonrabbit.sleep(0.3)
+    ["it is stopped"] = function(accepts)
+      accepts(20)
       local old = server:workers()
       server:signal "TERM"
       return old
@@ -650,7 +657,10 @@ describe("a worker of nginx #resty", function()
             running = running - 1
           end)
         end
-        old = go()
+        old = go(function(more)
+          local enough = #accepted + more
+          broker.eventually(function() return #accepted >= enough end, 20, more .. " more are accepted")
+        end)
         moonrabbit.sleep(0.1)
         over = true
         broker.eventually(function() return running == 0 end)
@@ -658,7 +668,6 @@ describe("a worker of nginx #resty", function()
         nginx.gone(old, 8)
         local seen = taken()
         for _, body in ipairs(accepted) do assert.truthy(seen[body], body) end
-        assert.truthy(#accepted > 20, #accepted)
       end)
     end)
   end
@@ -676,12 +685,12 @@ describe("a worker of nginx #resty", function()
   end)
 
   it("still publishes for a request that outlives the reload", function()
-    start(broker.parsed().port, "exit_timeout = 1")
+    start(broker.parsed().port, "exit_timeout = 1", { http_before = "lua_shared_dict late 1m;" })
     assert.equal("ok\n", (publish "before"))
     moonrabbit.run(function()
       local answer
       moonrabbit.spawn(function() answer = server:request("/late?queue=" .. queue) end)
-      moonrabbit.sleep(0.1)
+      broker.eventually(function() return server:request "/is_late" == "true" end)
       local old = server:reload()
       broker.eventually(function() return answer end)
       assert.equal("ok open\n", answer, server:log())

@@ -1158,8 +1158,9 @@ local function needless_wakes(t, line)
   t.rt.sleep(seconds)
   cpu, slept = os.clock() - cpu, slept and naps() - slept
   local beats = (line.passed() - bytes) / 8 -- the size of the frame; nothing else goes through
-  assert(beats >= 6, ("there were %d heartbeats only"):format(beats)) -- both sides send one each half of the interval
   assert(cpu < seconds / 5, ("it used %.2f s of the CPU"):format(cpu)) -- a loop that never sleeps
+  -- Both sides send one each half of the interval, unless the machine is busy.
+  if beats < 6 then return 1, ("there were %d heartbeats only"):format(beats) end
   local most = (t.wakes or 1) * beats + 1 + seconds * (t.idle_turns or 0)
   return slept and slept - most or 0, ("it woke %d times for %d heartbeats"):format(slept or 0, beats)
 end
@@ -1176,7 +1177,7 @@ case("an idle connection wakes for its heartbeats, and for nothing else", { "bro
   repeat -- a heartbeat that is under way at either end is counted on one side only: not each time
     tries = tries + 1
     needless, text = needless_wakes(t, line)
-  until needless <= 0 or tries == 3
+  until needless <= 0 or tries == 5
   assert(needless <= 0, text)
   equal("open", conn:state())
   rt.cancel(waiting)

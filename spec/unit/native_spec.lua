@@ -781,7 +781,7 @@ describe("the native runtime", function()
         while client:fill(engine) do end -- luacheck: ignore
       end)
       rt.sleep(0)
-      assert.same({ nil, "again" }, { fill_alone(0.001) })
+      assert.same({ nil, "again" }, { fill_alone(0.05) })
       assert.is_nil(fill_alone(0))
       peer:write "AMQP"
       assert.equal(4, fill_alone(20))
@@ -790,7 +790,7 @@ describe("the native runtime", function()
       assert.is_nil(fill_alone(20)) -- that one wants to run
       rt.sleep(0)
       assert.is_true(ran)
-      local sleeper = rt.spawn(function() rt.sleep(0.001) end)
+      local sleeper = rt.spawn(function() rt.sleep(0.1) end)
       rt.sleep(0)
       assert.same({ nil, "again" }, { fill_alone(20) }) -- until the sleeper's time
       rt.run(function() assert.is_nil(fill_alone(20)) end)
