@@ -326,7 +326,11 @@ describe("retry", function()
   it("keeps messages waiting while their home is full", function()
     if broker.not_ours() then return pending(broker.not_ours()) end
     -- How long the broker waits before it offers them again: three minutes, unless told otherwise.
-    broker.ctl("eval", "application:set_env(rabbit, dead_letter_worker_publisher_confirm_timeout, 500).")
+    local function offer_again_after(ms)
+      broker.ctl("eval", ("application:set_env(rabbit, dead_letter_worker_publisher_confirm_timeout, %d)."):format(ms))
+    end
+    offer_again_after(500)
+    finally(function() offer_again_after(180000) end)
     local d = start { queue = { ["x-max-length"] = 1, ["x-overflow"] = "reject-publish" } }
     local msg = bench:deliver "first"
     ok(bench:publisher():publish("in the way", { routing_key = bench.queue }))
@@ -344,7 +348,6 @@ describe("retry", function()
     end, 60, "both messages")
     assert.same({ "in the way", "first" }, seen)
     bench.consuming = nil
-    broker.ctl("eval", "application:set_env(rabbit, dead_letter_worker_publisher_confirm_timeout, 180000).")
   end)
 
   it("uses classic wait queues on an old broker, says so, and goes on with them on a new one", function()

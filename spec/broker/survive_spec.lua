@@ -457,10 +457,18 @@ describe("a connection that survives", function()
       assert.same({ "before1", "before2", "before3", "after" }, bodies)
     end)
 
+    -- How often the broker looks whether an ack has taken it too long, and how long that is, in milliseconds.
+    local function look_at_consumers(tick, patience)
+      broker.ctl("eval", ("application:set_env(rabbit, channel_tick_interval, %d), "
+        .. "application:set_env(rabbit, consumer_timeout, %d)."):format(tick, patience))
+    end
+
+    local function be_patient_again() look_at_consumers(60000, 1800000) end
+
     it("come back when the broker has waited too long for an ack", function()
       if not broker.name then pending "the broker is not ours" return end
-      broker.ctl("eval", "application:set_env(rabbit, channel_tick_interval, 200), "
-        .. "application:set_env(rabbit, consumer_timeout, 300).")
+      look_at_consumers(200, 300)
+      finally(be_patient_again)
       local slow = ok(conn:channel { confirm = true })
       local consumer = ok(slow:consume(queue, { prefetch = 1 }))
       ok(slow:publish("late", { routing_key = queue }))
@@ -470,8 +478,6 @@ describe("a connection that survives", function()
       local again = ok(consumer:receive(20))
       assert.is_true(again:ack())
       assert.is_true(ok(slow:close()))
-      broker.ctl("eval", "application:set_env(rabbit, channel_tick_interval, 60000), "
-        .. "application:set_env(rabbit, consumer_timeout, 1800000).")
       assert.equal("late", again.body)
       eventually(function() return lost end)
       assert.equal(406, lost.code)
@@ -483,15 +489,14 @@ describe("a connection that survives", function()
     -- RabbitMQ closes the channel at each look at its timeouts until it has our answer.
     it("come back alone, without the connection, when the loop stood still meanwhile", function()
       if not broker.name then pending "the broker is not ours" return end
-      broker.ctl("eval", "application:set_env(rabbit, channel_tick_interval, 100), "
-        .. "application:set_env(rabbit, consumer_timeout, 300).")
+      look_at_consumers(100, 300)
+      finally(be_patient_again)
       local slow = ok(conn:channel { confirm = true })
       local consumer = ok(slow:consume(queue, { prefetch = 1 }))
       ok(slow:publish("late", { routing_key = queue }))
       ok(consumer:receive(5))
       os.execute "sleep 1.5"
-      broker.ctl("eval", "application:set_env(rabbit, channel_tick_interval, 60000), "
-        .. "application:set_env(rabbit, consumer_timeout, 1800000).")
+      be_patient_again()
       local again = ok(consumer:receive(20))
       assert.equal("late", again.body)
       assert.is_true(again:ack())

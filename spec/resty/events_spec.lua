@@ -65,7 +65,6 @@ describe("events of the examples #resty", function()
       publish "x\r\ny\rz"
       assert.matches("data: x\ndata: y\ndata: z\n\n", text_until "data: z\n\n")
     end)
-    assert.equal(0, ok(at.channel:queue_declare("", { exclusive = true })).message_count)
   end)
 
   it("are followed by a sign of life when nothing comes", function()

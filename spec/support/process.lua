@@ -81,7 +81,7 @@ function process.start(words, options)
   -- "&" in a shell without job control makes a child ignore SIGINT.
   os.execute(("{ env --default-signal=INT,TERM %s < /dev/null > %s.out 2> %s.err & echo $! > %s.pid; wait $!; "
     .. "echo $? > %s.rc; } > /dev/null 2>&1 &"):format(process.command(words, options), base, base, base, base))
-  local self = setmetatable({ base = base }, Running)
+  local self = setmetatable({ base = base, timeout = options.timeout }, Running)
   repeat
     self.pid = tonumber(slurp(base .. ".pid") or "")
     if not self.pid then process.sleep(0.01) end
@@ -116,6 +116,11 @@ function Running:signal(name) os.execute(("kill -%s %d 2> /dev/null"):format(nam
 --- Ends it, if it still runs, and takes its files away.
 function Running:stop()
   if not self:code() then
+    -- timeout(1), whose pid it is then, ends what it runs only where it is told so.
+    if self.timeout then
+      self:signal "TERM"
+      self:wait(8)
+    end
     self:signal "KILL"
     self:wait(5)
   end
