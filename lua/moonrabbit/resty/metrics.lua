@@ -152,7 +152,7 @@ function Shared:outbound(outbound, name)
   self.metrics.registry:collect(function()
     taken.value, resent.value = outbound.published, outbound.resent
     for kind, n in pairs(errors_of(outbound)) do families.publish_errors_total:with(name, kind).value = n end
-    unconfirmed:set(outbound.tail - outbound.next + outbound.in_flight)
+    unconfirmed:set(outbound.count)
     bytes:set(outbound.bytes)
   end)
   outbound.metrics, outbound.seconds = self, series "publish_seconds"

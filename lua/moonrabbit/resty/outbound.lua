@@ -48,7 +48,7 @@ function Outbound.new(config)
 end
 
 --- Whether there is anything to stay for.
-function Outbound:busy() return self.tail > self.head or #self.jobs > 0 or self.running > 0 end
+function Outbound:busy() return self.count > 0 or #self.jobs > 0 or self.running > 0 end
 
 --- Wakes the sender, whatever it waits for.
 function Outbound:rouse()
@@ -67,15 +67,11 @@ end
 function Outbound:stats()
   local failed = {}
   for kind, n in pairs(self.failures) do failed[kind] = n end
-  local queued = 0
-  for index = self.next, self.tail - 1 do
-    if self.kept[index % self.entries + 1] then queued = queued + 1 end
-  end
   return {
     state = self.keeper.state == "open" and "open" or "connecting", reason = self.keeper.failure,
     published = self.published, confirmed = self.confirmed, failed = failed, overflows = self.overflows,
     timeouts = self.timeouts, resent = self.resent, sessions = self.keeper.sessions,
-    queued = queued, in_flight = self.in_flight, bytes = self.bytes, calls = self.running,
+    queued = self.count - self.in_flight, in_flight = self.in_flight, bytes = self.bytes, calls = self.running,
   }
 end
 

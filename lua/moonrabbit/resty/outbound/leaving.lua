@@ -33,7 +33,7 @@ function leaving.abandon(self)
   local err = self:error("shutdown", "the worker has left before the broker confirmed the message", true)
   local n = 0
   for index = self.head, self.tail - 1 do
-    if self.kept[index % self.entries + 1] then
+    if self.kept[index % self.slots + 1] then
       n = n + 1
       queue.finish(self, index, nil, err)
     end

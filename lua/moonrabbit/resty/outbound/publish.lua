@@ -30,7 +30,7 @@ local function give_up(self, waiter, timeout)
   if self.metrics then self.metrics:touch() end
   local index = waiter.index
   if index < self.sent_to or index == self.sending then
-    self.kept[index % self.entries + 1] = waiter.body
+    self.kept[index % self.slots + 1] = waiter.body
     return nil, self:error("timeout",
       ("the broker has not confirmed the message within %g s: its outcome is unknown"):format(timeout))
   end

@@ -9,7 +9,7 @@ local finish, what_is = queue.finish, queue.what_is
 local ROOM = 1
 
 local function sent(self, index, confirmation)
-  self.confirmations[index % self.entries + 1] = confirmation
+  self.confirmations[index % self.slots + 1] = confirmation
   self.in_flight = self.in_flight + 1
   self.next = index + 1
   if index >= self.sent_to then self.sent_to = index + 1 end
@@ -19,11 +19,12 @@ end
 -- gone. nil: not now. While the broker has blocked publishing nothing is begun, so that who gives up knows it was not sent.
 local function send_slowly(self, channel)
   if channel._session.blocked then return nil end
-  local index = self.next
-  local slot = index % self.entries + 1
-  self.sending = index
+  local slot = self.next % self.slots + 1
+  self.sending = self.next
   local whole, confirmation, err = pcall(channel._publish_route, channel, self.routes[slot], what_is(self.kept[slot]),
     ROOM)
+  local index = self.sending -- it may have moved meanwhile
+  self.sending = 0
   if not whole then
     confirmation, err = nil, self:error("protocol", "the message cannot be sent: " .. tostring(confirmation), false)
   end
@@ -31,7 +32,6 @@ local function send_slowly(self, channel)
     sent(self, index, confirmation)
     return true
   end
-  self.sending = 0
   if not whole or err.kind == "overflow" and err.temporary == false then
     finish(self, index, nil, err)
     return true
@@ -43,14 +43,14 @@ end
 --- Sends what there is; false and nil as send_slowly. The engine is called here, and not by a function or a pcall, for
 --- LuaJIT compiles no return into one that it has not entered since the last call into C.
 return function(self, channel)
-  local core_channel, session, kept, routes, entries =
-    channel._core, channel._session, self.kept, self.routes, self.entries
+  local core_channel, session, kept, routes, slots =
+    channel._core, channel._session, self.kept, self.routes, self.slots
   local publish_route = core_channel.publish_route
   self.urgent = false
   while self.next < self.tail do
     local index = self.next
     if index < self.suspects and self.in_flight > 0 then return true end
-    local slot = index % entries + 1
+    local slot = index % slots + 1
     if not kept[slot] then -- given up meanwhile
       self.next = index + 1
     else

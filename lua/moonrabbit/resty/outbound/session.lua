@@ -58,7 +58,7 @@ local function take_back(self, reason)
   local coded = reason and (reason.kind == "channel" or reason.kind == "protocol") and reason.code
   local culprit
   for index = self.head, past - 1 do
-    local slot = index % self.entries + 1
+    local slot = index % self.slots + 1
     if self.confirmations[slot] then
       self.confirmations[slot] = false
       self.resent = self.resent + 1
@@ -127,7 +127,7 @@ function session.connecting_failed(self, err)
   local unknown = self:error("timeout", "the connection was lost before the broker confirmed the message, whose outcome"
     .. " is unknown, and cannot be made again: " .. err.message, false)
   for index = self.head, self.tail - 1 do
-    if type(self.kept[index % self.entries + 1]) == "table" then
+    if type(self.kept[index % self.slots + 1]) == "table" then
       finish(self, index, nil, index < self.sent_to and unknown or err)
     end
   end

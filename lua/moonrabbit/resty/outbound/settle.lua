@@ -13,16 +13,17 @@ local SCAN = 256
 
 -- Takes off the front what is acked and nobody waits for: mostly all there is.
 local function take_front(self)
-  local head, entries, routes, confirmations = self.head, self.entries, self.routes, self.confirmations
-  local past, bytes = core_take_acked(confirmations, self.kept, head + 1, self.next, entries)
+  local head, slots, routes, confirmations = self.head, self.slots, self.routes, self.confirmations
+  local past, bytes = core_take_acked(confirmations, self.kept, head + 1, self.next, slots)
   past = past - 1 -- what has index i here has number i + 1 there
   if past == head then return end
   for index = head, past - 1 do
-    local slot = index % entries + 1
+    local slot = index % slots + 1
     routes[slot], confirmations[slot] = false, false
   end
   local n = past - head
-  self.bytes, self.confirmed, self.in_flight = self.bytes - bytes, self.confirmed + n, self.in_flight - n
+  self.count, self.bytes = self.count - n, self.bytes - bytes
+  self.confirmed, self.in_flight = self.confirmed + n, self.in_flight - n
   advance(self, past)
   if self.metrics then self.metrics:touch() end
 end
@@ -30,10 +31,10 @@ end
 --- Takes out what is settled, looking past `limit` messages that are not. Returns whether it has seen all.
 local function settle(self, limit)
   take_front(self)
-  local entries, confirmations = self.entries, self.confirmations
+  local slots, confirmations = self.slots, self.confirmations
   local index, pending = self.head, 0
   while index < self.next do
-    local confirmation = confirmations[index % entries + 1]
+    local confirmation = confirmations[index % slots + 1]
     if confirmation then
       local acked = core_acked(confirmation)
       if acked then
