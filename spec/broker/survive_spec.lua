@@ -524,6 +524,22 @@ describe("a connection that survives", function()
     end)
   end)
 
+  it("leaves no channel open that was closed before it was opened again", function()
+    connect { channel_max = 2 }
+    local queue = unique "cancelled"
+    local ch = ok(conn:channel())
+    ok(ch:queue_declare(queue, { exclusive = true }))
+    ok(ch:close())
+    local consumer = ok(conn:consume(queue, { prefetch = 5 }))
+    local none, err = consumer.channel:queue_declare(unique "missing", { passive = true })
+    assert.is_nil(none)
+    assert.equal(404, err.code)
+    ok(consumer:cancel())
+    eventually(function() return not conn._repairs.running end, 15, "nothing left to repair")
+    ok(conn:channel())
+    ok(conn:channel()) -- all that the broker allows
+  end)
+
   it("goes on in a stream where it was", function()
     connect()
     local ch = ok(conn:channel { confirm = true, prefetch = 10 })
