@@ -762,6 +762,58 @@ describe("a worker of nginx #resty", function()
     nginx.gone(pids, 5)
   end)
 
+  it("sends again, and runs, what a session left that has ended by a mistake of its own", function()
+    line = open_line()
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block {
+        local runtime = require "moonrabbit.runtime.resty"
+        local spawn = runtime.spawn
+        function runtime.spawn(fn, ...)
+          if Broken and debug.getinfo(2, "S").short_src:find("outbound/jobs.lua", 1, true) then
+            Broken = false
+            error "no light thread"
+          end
+          return spawn(fn, ...)
+        end
+        require "moonrabbit.resty".start { uri = %q, reconnect = { first = 0.05 } }
+      }]]):format(broker.uri { host = "127.0.0.1", port = line.port }),
+      server = locations .. "location /break { content_by_lua_block { Broken = true } }",
+    }
+    server:ready "/ping"
+    assert.equal("ok\n", (publish "before"))
+    line.silent = true
+    moonrabbit.run(function()
+      local published, ran
+      moonrabbit.spawn(function() published = publish("sent", 30) end)
+      broker.eventually(function() return stats().in_flight == 1 end)
+      line.silent = false
+      server:request "/break"
+      moonrabbit.spawn(function() ran = server:request "/run?timeout=30" end)
+      server:logged "publishing: [^\n]*no light thread"
+      broker.eventually(function() return published and ran end, 10, "both are done")
+      assert.equal("ok\n", published)
+      assert.equal("open\n", ran)
+    end)
+    assert.equal(0, stats().calls)
+    assert.equal(1, stats().resent)
+  end)
+
+  it("leaves though something that was to hear of it has thrown", function()
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block {
+        require "moonrabbit.resty.life".on_exit(function() error "a mistake" end)
+        require "moonrabbit.resty".start { uri = %q }
+      }]]):format(broker.uri {}),
+      server = locations,
+    }
+    server:ready "/ping"
+    assert.equal("ok\n", (publish "before"))
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 5)
+    server:logged "a worker leaves: [^\n]*a mistake"
+  end)
+
   -- Brokers that accept connections and say nothing, at these ports.
   local silent = {}
 

@@ -32,7 +32,10 @@ local armed = false
 local function leave()
   if life.exiting then return end
   life.exiting = true
-  for _, fn in ipairs(listeners) do fn() end
+  for _, fn in ipairs(listeners) do -- what one throws keeps the others from nothing
+    local ok, err = xpcall(fn, debug.traceback)
+    if not ok then runtime.log("error", "a worker leaves: " .. tostring(err)) end
+  end
   -- What a timer posts that is aborted arrives with nginx's next event: this is one.
   timer_at(0, function() end)
 end

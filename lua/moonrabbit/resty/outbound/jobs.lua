@@ -11,10 +11,9 @@ local jobs = {}
 --- Starts those that wait for a connection.
 function jobs.start(self, conn)
   local waiting = self.jobs
-  if #waiting == 0 then return end
-  self.jobs = {}
-  for _, job in ipairs(waiting) do
-    runtime.spawn(job.run, conn)
+  while waiting[1] do
+    runtime.spawn(waiting[1].run, conn)
+    table.remove(waiting, 1)
   end
 end
 

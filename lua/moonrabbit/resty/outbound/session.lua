@@ -113,8 +113,10 @@ function session.serve(self, conn, keeper)
   repeat
     local channel, err = conn:channel { confirm = true, window = 0 }
     if not channel then return err end
-    reason = use(self, conn, channel, keeper)
-    take_back(self, reason)
+    local whole -- what a mistake leaves under way goes again like all else
+    whole, reason = xpcall(use, debug.traceback, self, conn, channel, keeper)
+    take_back(self, whole and reason)
+    if not whole then error(reason, 0) end
     if reason then runtime.log("warn", self.config.name .. ": " .. tostring(reason)) end
   until not reason or not conn:is_open()
   return reason
