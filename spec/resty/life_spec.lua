@@ -762,6 +762,22 @@ describe("a worker of nginx #resty", function()
     nginx.gone(pids, 5)
   end)
 
+  it("leaves in time though it is saying goodbye to a broker that is silent", function()
+    line = open_line()
+    reconnecting([[timeout = 60, setup = function()
+      while not Freed do ngx.sleep(0.01) end
+      return nil, require "moonrabbit.errors".new { kind = "closed", message = "not set up" }
+    end]], line.port)
+    server:ready "/ping"
+    server:logged "publishing: connected to"
+    line.silent = true
+    server:request "/free"
+    broker.eventually(function() return stats().reason end, 10, "what is set up has failed")
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 6)
+  end)
+
   it("sends again, and runs, what a session left that has ended by a mistake of its own", function()
     line = open_line()
     server = nginx.start {

@@ -14,7 +14,7 @@ local staying = require "moonrabbit.resty.staying"
 local now, timer_at, LATE = runtime.now, life.timer_at, life.LATE
 local LONG = require("moonrabbit.runtime.resty.limits").LONG
 
--- A worker that leaves tells the broker goodbye for so long.
+-- Saying goodbye to the broker may take so long: the worker may be told to leave meanwhile.
 local GOODBYE = 1
 -- A session that ended before this many seconds counts as an attempt that failed.
 local SHORT = 2
@@ -100,7 +100,7 @@ local function serve(self, conn)
   -- One that ends as soon as it has begun must not begin again as soon.
   self.attempt = now() - began < SHORT and self.attempt + 1 or 0
   abandon(self)
-  if conn:is_open() then conn:close(life.exiting and GOODBYE or nil) end
+  if conn:is_open() then conn:close(GOODBYE) end
   if job.whole == false then error(job.result, 0) end
 end
 
