@@ -12,6 +12,9 @@ local queue = require "moonrabbit.resty.outbound.queue"
 local semaphore = require "ngx.semaphore"
 local session = require "moonrabbit.resty.outbound.session"
 
+-- A channel counts its window from the oldest unconfirmed message, and holds a place for each message since.
+local WINDOW = 65536
+
 ---@class moonrabbit.resty.Outbound
 local Outbound = { publish = publish.confirmed, publish_async = publish.async, run = jobs.run }
 Outbound.__index = Outbound
@@ -23,6 +26,7 @@ Outbound.__index = Outbound
 function Outbound.new(config)
   local self = setmetatable({
     config = config, entries = config.entries,
+    window = math.max(WINDOW, 4 * config.entries), -- of a channel: more than the queue holds
     sent_to = 1,           -- those below it were sent at least once
     sending = 0,           -- the one that waits for room in the output
     suspects = 1,          -- those below it go one at a time

@@ -2,6 +2,7 @@
 -- @module moonrabbit.resty.outbound.send
 
 local queue = require "moonrabbit.resty.outbound.queue"
+local runtime = require "moonrabbit.runtime.resty"
 
 local finish, what_is = queue.finish, queue.what_is
 
@@ -40,6 +41,15 @@ local function send_slowly(self, channel)
   return false
 end
 
+-- The window is full though it is larger than the queue: the broker has confirmed thousands of messages since, and not the
+-- oldest. On another channel what is unconfirmed goes again.
+local function begin_anew(self, channel)
+  runtime.log("warn", ("%s: a message is unconfirmed while %d after it were sent: it goes again, on another channel")
+    :format(self.config.name, self.window - 1))
+  channel:_abandon()
+  return false
+end
+
 --- Sends what there is; false and nil as send_slowly. The engine is called here, and not by a function or a pcall, for
 --- LuaJIT compiles no return into one that it has not entered since the last call into C.
 return function(self, channel)
@@ -60,6 +70,8 @@ return function(self, channel)
         -- So much is not to gather: the writer's turn.
         if flush and not session:flush(ROOM) then return nil end
         if not session.dirty then session:touch() end
+      elseif flush == "window" then
+        return begin_anew(self, channel)
       else
         local went = send_slowly(self, channel)
         if not went then return went end

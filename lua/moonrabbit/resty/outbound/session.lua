@@ -111,7 +111,7 @@ function session.serve(self, conn, keeper)
   end
   local reason
   repeat
-    local channel, err = conn:channel { confirm = true, window = 0 }
+    local channel, err = conn:channel { confirm = true, window = self.window }
     if not channel then return err end
     local whole -- what a mistake leaves under way goes again like all else
     whole, reason = xpcall(use, debug.traceback, self, conn, channel, keeper)
