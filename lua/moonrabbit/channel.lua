@@ -83,7 +83,10 @@ end
 -- Closes without waiting: what is to be said to the broker is said, whatever it answers is dropped.
 function Channel:_abandon()
   local err = self._session:error("closed", "the channel was closed by this side", { temporary = false })
-  if self._closed then return self:_ended(err, true) end
+  if self._closed then
+    self._calls:fail(err)
+    return self:_ended(err, true)
+  end
   local unconfirmed = self._core:unconfirmed()
   if unconfirmed > 0 then self._lost = (self._lost or 0) + unconfirmed end
   local said = self._core:close(200, "Goodbye")
@@ -387,6 +390,7 @@ function Channel:close(timeout)
   local ok = not self._closed and self._core:close(200, "Goodbye")
   if unconfirmed > 0 then self._lost = (self._lost or 0) + unconfirmed end
   if not ok then
+    self._calls:fail(err) -- of one that is being opened again
     self:_ended(err, true)
     return true
   end

@@ -644,6 +644,28 @@ describe("a publisher #smoke", function()
       assert.same({ "2", "3" }, w:published())
     end)
 
+    it("what is not taken then is not stored either", function()
+      start { routing_key = "k", outbox = "memory" }
+      w:block()
+      for i = 1, 2 do without_tasks(p.send_async, p, tostring(i)) end
+      p:send_async "3"
+      w:unblock()
+      assert.same({ "3" }, w:published())
+      w:say(fake.ack(1, 1))
+      w.runtime.advance(1)
+      assert.same({ unconfirmed = 0, unsent = 0, bytes = 0, resent = 0, stored = 0 }, p:stats())
+    end)
+
+    it("what has a deadline and waits for a channel is not taken", function()
+      start { routing_key = "k", retry = { deadline = 5 } }
+      w:cut()
+      for i = 1, 2 do without_tasks(p.send_async, p, tostring(i)) end
+      assert.equal(0, p:unconfirmed())
+      local c = p:send_async "3"
+      w.runtime.advance(6)
+      assert.equal("lost", c:outcome())
+    end)
+
     it("the next one keeps the times of all", function()
       start { routing_key = "k", retry = { first = 1, jitter = 0 } }
       for i = 1, 2 do p:send_async(tostring(i)) end

@@ -276,6 +276,23 @@ describe("a connection that comes back", function()
     end)
   end)
 
+  it("does not wait for channels that were closed while it came back, and was lost again", function()
+    connect()
+    moonrabbit.run(function()
+      local channels = {}
+      for i = 1, 2 do channels[i] = assert(conn:channel()) end
+      other.answers["20.10"] = function() return "" end
+      local asked = heard_again "20.10"
+      other:cut()
+      eventually(asked)
+      for i = 1, 2 do assert(channels[i]:close()) end
+      other.answers["20.10"] = nil
+      other:cut()
+      eventually(function() return conn:is_open() end)
+      assert.is_nil(next(conn._session.channels))
+    end)
+  end)
+
   it("declares nothing when it was closed during an attempt", function()
     connect()
     other.answers["50.10"] = declared

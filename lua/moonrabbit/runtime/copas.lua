@@ -16,7 +16,8 @@ local selected = require "moonrabbit.runtime.copas.selected"
 local now, new_object, select_for = net.now, selected.new, selected.wait
 local pause, pause_forever, wakeup = copas.pause, copas.pauseforever, copas.wakeup
 
-if copas.sleep and not pause_forever then -- before 4.0
+local starts_at_once = not pause_forever -- before 4.0
+if copas.sleep and starts_at_once then
   pause = copas.sleep
   pause_forever = function() copas.sleep(-1) end
 end
@@ -128,7 +129,7 @@ end
 
 function host.start(fn)
   copas.addthread(function()
-    if not has_clock then pause_without_clock({}, 0) end -- Copas 1 runs it at once
+    if not has_clock then pause_without_clock({}, 0) elseif starts_at_once then pause(0) end
     fn()
   end)
 end

@@ -70,6 +70,17 @@ local function store(self, message)
   return true
 end
 
+-- What was stored for it is done with: its sender is told that it was not taken.
+local function give_back(self, message) self._outbox:done(message.row) end
+
+-- A message that is to be kept is looked after, or not kept.
+local function prepare(self, message, stored, status)
+  local whole, problem = pcall(self._prepare, self, status)
+  if whole then return end
+  if stored then pcall(give_back, self, message) end -- it wants a task, too
+  error(problem, 0)
+end
+
 --- Takes a message, for which there is room: its confirmation. Never waits.
 ---@param message string|table a body for the route, or a record
 ---@return moonrabbit.Confirmation|nil, moonrabbit.Error?
@@ -85,9 +96,12 @@ function Keeper:take(message)
   local n = ring.last + 1
   if type(message) == "table" then message.number = n end
   local confirmation, answer = put_now(self, n, message)
-  if not confirmation and answer and not self:_passes(answer) then
-    if stored then self._outbox:done(message.row) end -- its sender is told
-    return nil, self:_hopeless(answer)
+  if not confirmation then
+    if answer and not self:_passes(answer) then
+      if stored then give_back(self, message) end
+      return nil, self:_hopeless(answer)
+    end
+    prepare(self, message, stored, answer)
   end
   ring:add(message, confirmation or self._core:hold(n))
   if not confirmation then

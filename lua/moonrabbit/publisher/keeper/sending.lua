@@ -5,7 +5,7 @@ local core = require "moonrabbit.core"
 local protect = require "moonrabbit.protect"
 
 local acked = core.acked
-local min = math.min
+local min, huge = math.min, math.huge
 
 -- Seconds after which room is looked for again when nobody says that there is some.
 local LOOK_AGAIN = 0.5
@@ -156,13 +156,19 @@ function Keeper:_pour()
   if without_signal[status] then pour_later(self) end
 end
 
--- A new message goes out at once where nothing stands before it: as `put`. One that is refused for now is to be kept,
--- and room is looked for; where that throws, it is not kept.
+-- A new message goes out at once where nothing stands before it: as `put`.
 local function put_now(self, n, message)
   if not sends(self) or self._unsent or held_up(self) then return nil end
-  local ok, answer = put(self, n, message)
-  if not ok and without_signal[answer] then pour_later(self) end
-  return ok, answer
+  return put(self, n, message)
+end
+
+--- Starts the tasks that a message needs which is to be kept, refused by the engine with this status or by nobody. They
+--- may not be had (outside of the loop, say): then it throws, and the message is not to be kept.
+---@package
+function Keeper:_prepare(status)
+  if without_signal[status] then pour_later(self) end
+  local deadline = self._policy.deadline
+  if not self._up and deadline < huge then self:_wake_at(self.runtime.now() + deadline) end
 end
 
 ---@package
