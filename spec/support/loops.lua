@@ -48,9 +48,9 @@ function loops.has(name)
   return false
 end
 
---- Copas 4 and later turns for its own timers, whatever there is to do.
+--- Copas 3 and later turns for its own timeouts, whatever there is to do.
 function loops.copas_ticks()
-  return loops.has "copas" and require("copas").pauseforever ~= nil
+  return loops.has "copas" and require("copas").timeout ~= nil
 end
 
 --- Runs fn(runtime); what it throws is thrown here.
