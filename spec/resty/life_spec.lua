@@ -2,7 +2,9 @@
 local moonrabbit = require "moonrabbit"
 local broker = require "support.broker"
 local cjson = require "cjson.safe"
+local dns_server = require "support.dns_server"
 local fake = require "support.fake_broker"
+local native = require "moonrabbit.runtime.native"
 local nginx = require "support.nginx"
 local proxy = require "support.proxy"
 local ok = broker.ok
@@ -801,7 +803,7 @@ describe("a worker of nginx #resty", function()
     moonrabbit.run(function()
       local published, ran
       moonrabbit.spawn(function() published = publish("sent", 30) end)
-      broker.eventually(function() return stats().in_flight == 1 end)
+      broker.eventually(function() return line.swallowed > 0 end, 10, "the proxy has it")
       line.silent = false
       server:request "/break"
       moonrabbit.spawn(function() ran = server:request "/run?timeout=30" end)
@@ -846,11 +848,13 @@ describe("a worker of nginx #resty", function()
   end)
 
   local function free_ports(n)
-    local list, uris = {}, {}
-    for i = 1, n do
-      list[i] = nginx.free_port()
+    local list, uris, probes = {}, {}, {}
+    for i = 1, n do -- all are open at once, so that no port comes twice
+      probes[i] = assert(native.listen("127.0.0.1", 0))
+      list[i] = probes[i]:port()
       uris[i] = ("%q"):format(broker.uri { host = "127.0.0.1", port = list[i] })
     end
+    for _, probe in ipairs(probes) do probe:close() end
     return list, "endpoints = { " .. table.concat(uris, ", ") .. " }, "
   end
 
@@ -873,6 +877,23 @@ describe("a worker of nginx #resty", function()
       nginx.gone(pids, 5)
     end)
   end
+
+  it("gives the look-up of an SRV name up when it leaves, though the name server is silent", function()
+    local dns = dns_server.start { ["_amqp._tcp.broker.test"] = function() end }
+    finally(dns.stop)
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block {
+        require "moonrabbit.resty".start { uri = "amqp+srv://_amqp._tcp.broker.test", connect_timeout = 60,
+          dns = { servers = { %q }, search = {}, timeout = 60 } }
+      }]]):format(dns.address),
+      server = locations,
+    }
+    server:ready "/ping"
+    broker.eventually(function() return #dns.asked == 1 end, 10, "it is asked")
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 5)
+  end)
 
   it("stays no longer than it may for an attempt that is needed, however many brokers are silent", function()
     local ports, endpoints = free_ports(8)
@@ -932,7 +953,8 @@ describe("a worker of nginx #resty", function()
     local port = nginx.free_port()
     server = nginx.start {
       http = ([[init_worker_by_lua_block {
-        require "moonrabbit.resty".start { uri = "amqp://guest:wrong@127.0.0.1:%d/", reconnect = { first = 0.05 } }
+        require "moonrabbit.resty".start { uri = "amqp://guest:wrong@127.0.0.1:%d/",
+          reconnect = { first = 0.05, max = 0.2 } }
       }]]):format(port),
       server = locations,
     }

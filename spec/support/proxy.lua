@@ -13,6 +13,7 @@ local function copy(self, from, to, back)
     if not bytes then break end
     while self.stuck do native.sleep(0.02) end
     local swallowed = self.silent or back and self.swallows and self.swallows(bytes)
+    if swallowed then self.swallowed = self.swallowed + 1 end
     if not swallowed and not to:write(bytes) then break end
   end
   while self.stuck do native.sleep(0.02) end
@@ -22,10 +23,10 @@ end
 
 --- Starts one; proxy.port is where it listens: `at`, or a free port. `silent = true` swallows everything,
 --- `stuck = true` reads and closes nothing, so that the sockets before it become full, `swallows(bytes)` is asked of what the
---- broker says.
+--- broker says. `swallowed` counts what it has swallowed.
 function proxy.start(host, port, at)
   local server = assert(native.listen("127.0.0.1", at or 0))
-  local self = setmetatable({ server = server, port = server:port(), silent = false, lines = {} }, Proxy)
+  local self = setmetatable({ server = server, port = server:port(), silent = false, swallowed = 0, lines = {} }, Proxy)
   native.spawn(function()
     while true do
       local client = server:accept()

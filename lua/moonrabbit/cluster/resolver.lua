@@ -6,6 +6,7 @@
 
 local dns = require "moonrabbit.cluster.dns"
 local options = require "moonrabbit.options"
+local protect = require "moonrabbit.protect"
 local random = require "moonrabbit.random"
 
 local resolver = {}
@@ -117,8 +118,9 @@ local function ask_server(runtime, server, name, id, timeout)
   local deadline = now() + timeout
   local transport, kind = runtime.open(server, nil, timeout)
   if not transport then return nil, kind end
-  local bytes, why = exchange(transport, dns.question(id, name), deadline, now)
+  local whole, bytes, why = protect(exchange, transport, dns.question(id, name), deadline, now)
   transport:close()
+  if not whole then error(bytes, 0) end -- the task was cancelled
   if not bytes then return nil, why end
   return dns.answer(bytes, id)
 end
