@@ -895,6 +895,23 @@ describe("a worker of nginx #resty", function()
     nginx.gone(pids, 5)
   end)
 
+  it("gives a look at the management API up when it leaves, though that is silent", function()
+    local ports = free_ports(2)
+    open_silent(ports)
+    server = nginx.start {
+      http = ([[init_worker_by_lua_block {
+        require "moonrabbit.resty".start { uri = %q, connect_timeout = 60, mode = "smart",
+          management = { uri = "http://127.0.0.1:%d", timeout = 60 } }
+      }]]):format(broker.uri { host = "127.0.0.1", port = ports[1] }, ports[2]),
+      server = locations,
+    }
+    server:ready "/ping"
+    broker.eventually(function() return #silent[1].lines + #silent[2].lines == 4 end, 10, "both are asked")
+    local pids = server:workers()
+    server:signal "QUIT"
+    nginx.gone(pids, 5)
+  end)
+
   it("stays no longer than it may for an attempt that is needed, however many brokers are silent", function()
     local ports, endpoints = free_ports(8)
     open_silent(ports)

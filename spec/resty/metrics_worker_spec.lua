@@ -319,6 +319,26 @@ describe("the metrics of one worker #resty", function()
     assert.equal(1, served(('spec_growth_total{n="%s30"}'):format(("x"):rep(100))))
   end)
 
+  -- Two publishers and an app; the latter publishes by a connection of its own, as soon as it can consume.
+  for let_in, begun in pairs { [0] = 3, [3] = 4 } do
+    it(("know of no loss where one that leaves gives up connecting after %d connections"):format(let_in), function()
+      local starts = 0
+      function line.swallows(bytes)
+        if bytes:sub(8, 11) ~= "\0\10\0\10" then return false end -- connection.start
+        starts = starts + 1
+        return starts > let_in
+      end
+      start()
+      broker.eventually(function() return starts == begun end, 10, "all begin")
+      line.swallows = nil
+      nginx.gone(server:reload(), 10)
+      broker.eventually(function() return select(2, server:request "/readyz") == 200 end, 10, "the next one is ready")
+      local page = get "/metrics"
+      assert.matches("moonrabbit_connection_up", page)
+      assert.is_nil(page:match '\nmoonrabbit_connection_losses_total{[^}]*kind="shutdown"} %d+')
+    end)
+  end
+
   it("of one that has left but for a request lack nothing, and what it does last is counted", function()
     start_ready()
     assert.equal("ok", get "/publish")

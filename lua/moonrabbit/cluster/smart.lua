@@ -182,9 +182,9 @@ end
 function Smart:refresh()
   if self.refreshing or self.closed then return end
   self.refreshing = true
-  self.runtime.spawn(function()
+  self.learning = self.runtime.spawn(function()
     local whole, err = protect(learn, self)
-    self.refreshing = false
+    self.refreshing, self.learning = false, nil
     self.learned:broadcast()
     if not whole then error(err, 0) end
     if not self.closed then follow(self) end
@@ -293,6 +293,7 @@ end
 
 function Smart:close()
   self.closed = true
+  if self.learning then self.runtime.cancel(self.learning) end
   self.closing:broadcast()
 end
 

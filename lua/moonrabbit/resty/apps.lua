@@ -145,7 +145,7 @@ local function set_up(self, conn, keeper)
   local publishing, err = keeper:connect(config.connect_publishing)
   local watch_it = config.watch_publishing
   if not publishing then
-    if watch_it then watch_it:lost(err) end
+    if watch_it then watch_it:lost(not life.exiting and err or nil) end
     return nil, err
   end
   if watch_it then watch_it:opened(publishing) end

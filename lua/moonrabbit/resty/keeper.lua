@@ -112,7 +112,7 @@ local function attempt(self)
     return serve(self, conn)
   end
   self.failure = err
-  if self.config.watch then self.config.watch:lost(err) end
+  if self.config.watch then self.config.watch:lost(not life.exiting and err or nil) end
   self.attempt = self.attempt + 1
   if err.temporary == false then self:seldom() end
   self.config.failed(err)
