@@ -6,7 +6,7 @@ local process = require "support.process"
 
 -- To set the time, to wait, to be woken: what one turn is made of.
 local TURN = 8
--- Copas 4 and later turns ten times a second for its own timers.
+-- Copas 3 and later turns ten times a second for its own timeouts.
 local function own_turns(runtime, seconds)
   return runtime == "copas" and loops.copas_ticks() and 12 * seconds or 0
 end
