@@ -53,7 +53,8 @@ end
 
 local second
 
---- A broker of its own beside the cluster, with TLS: { url, tls_url, tls_dir, management }. Started once.
+--- A broker of its own beside the cluster, with TLS: { url, tls_url, tls_dir, management }. Started once; it ends with
+--- the cluster that this process was started for.
 function cluster.second()
   if second then return second end
   local name = broker.name .. "_b"
@@ -67,12 +68,6 @@ function cluster.second()
   }
   function second.ctl(command) return run(("%s --name %s"):format(command, name)) end
   return second
-end
-
---- Ends it.
-function cluster.forget_second()
-  if second then run("forget --name " .. second.name) end
-  second = nil
 end
 
 return cluster
