@@ -180,11 +180,10 @@ end
 
 --- Learns anew, in a task; one at a time.
 function Smart:refresh()
-  if self.refreshing or self.closed then return end
-  self.refreshing = true
+  if self.learning or self.closed then return end
   self.learning = self.runtime.spawn(function()
     local whole, err = protect(learn, self)
-    self.refreshing, self.learning = false, nil
+    self.learning = nil
     self.learned:broadcast()
     if not whole then error(err, 0) end
     if not self.closed then follow(self) end
@@ -264,9 +263,9 @@ end
 function Smart:round()
   local listed, err = targets.expand(self.targets, self.context)
   self:refresh()
-  if self.refreshing and self.near then
+  if self.learning and self.near then
     local deadline = self.runtime.now() + self.wait
-    while self.refreshing and self.runtime.now() < deadline do
+    while self.learning and self.runtime.now() < deadline do
       self.learned:wait(math.max(0, deadline - self.runtime.now()))
     end
   end
