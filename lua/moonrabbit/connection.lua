@@ -65,10 +65,9 @@ end
 ---@package
 ---@param given string|moonrabbit.ConnectOptions a URI or options
 ---@param level integer? of the caller, for errors
----@param deadline number? for all endpoints together, in the runtime's time
 ---@param heritage table? the same for connections that take each other's place: what one has learned, the next one knows
 ---@return moonrabbit.Connection|nil, moonrabbit.Error?
-function Connection.connect(given, level, deadline, heritage)
+function Connection.connect(given, level, heritage)
   level = (level or 1) + 1
   local opts = connection_options.check(given, level)
   local runtime = runtimes.find(opts.runtime, level)
@@ -95,7 +94,7 @@ function Connection.connect(given, level, deadline, heritage)
   }, Connection)
   self._repairs = Repairs.new(self)
   source:attach(hooks_of(self))
-  local whole, connected, err = protect(self._start, self, deadline)
+  local whole, connected, err = protect(self._start, self)
   if not whole then -- the task was cancelled
     source:close()
     error(connected, 0)

@@ -27,8 +27,7 @@ local function password_of(self, to, label)
 end
 
 --- A session with one target; nil, err.
----@param deadline number? in the runtime's time
-function dial.one(self, to, deadline)
+function dial.one(self, to)
   local opts = self._opts
   local label = uri.endpoint(to)
   local password, problem = password_of(self, to, label)
@@ -40,8 +39,7 @@ function dial.one(self, to, deadline)
     endpoint = { host = to.host, port = to.port, path = to.path },
     label = label,
     tls = to.tls,
-    timeout = deadline and math.min(to.connect_timeout, math.max(0, deadline - self._runtime.now()))
-      or to.connect_timeout,
+    timeout = to.connect_timeout,
     -- Whatever a broker says, the password is not repeated from it.
     secret = not external and password ~= to.user and password or nil,
     log = self._log,
@@ -71,9 +69,8 @@ end
 
 --- Tries the targets of a round, one after the other. Answers a session and its target; or nil, the last
 --- error, and whether trying again cannot help. `go_on`: asked before each.
----@param deadline number? in the runtime's time
 ---@param go_on (fun(): boolean)?
-function dial.round(self, deadline, go_on)
+function dial.round(self, go_on)
   local source = self._source
   local targets, err = source:round()
   if not targets then return nil, err, is_final(self, err) end
@@ -81,7 +78,7 @@ function dial.round(self, deadline, go_on)
   for _, to in ipairs(targets) do
     if go_on and not go_on() then return nil, err, false end
     local session
-    session, err = dial.one(self, to, deadline)
+    session, err = dial.one(self, to)
     if session then
       source:connected(to, session)
       return session, to

@@ -117,7 +117,7 @@ end
 -- One round, and what is to be restored. Answers true; or nil, err, and whether that is for good.
 local function attempt(self)
   local function go_on() return self._state == "recovering" end
-  local session, target, permanent = dial.round(self, nil, go_on)
+  local session, target, permanent = dial.round(self, go_on)
   if not session then return nil, target, permanent end
   self._arriving = session
   local whole, done, err = protect(recovery.run, self, session, target)
@@ -175,16 +175,16 @@ function Connection:_lost(err)
   self._runtime.spawn(guarded, self, err)
 end
 
---- The first connect; nil, err. `deadline`: in the runtime's time.
+--- The first connect; nil, err.
 ---@package
-function Connection:_start(deadline)
-  local session, target, permanent = dial.round(self, deadline)
+function Connection:_start()
+  local session, target, permanent = dial.round(self)
   while not session and self._policy and self._policy.initial and not permanent do
     local delay = self._backoff:next()
-    if not delay or deadline and self._runtime.now() + delay > deadline then break end
+    if not delay then break end
     self._log("info", "connecting failed: " .. tostring(target))
     self._runtime.sleep(delay)
-    session, target, permanent = dial.round(self, deadline)
+    session, target, permanent = dial.round(self)
   end
   if not session then
     self:_fire("failed", target)

@@ -34,7 +34,7 @@ local function connector_of(given)
   return function(role)
     local all = start_options.connect(given, role)
     local heritage = {}
-    return function() return Connection.connect(all, 1, nil, heritage) end
+    return function() return Connection.connect(all, 1, heritage) end
   end
 end
 
