@@ -125,6 +125,25 @@ describe("a canary", function()
     assert.same({ "candidate", "candidate", "candidate", "stable" }, seen)
   end)
 
+  it("in a list keeps its version while its message is retried in the process, and counts each run once", function()
+    local chances, seen = { 0, 0.9, 0, 0.9 }, {}
+    local function random() return table.remove(chances, 1) end
+    local r = rig.new {
+      retry = function() return 1 end,
+      route = { function() end, route.canary { name = "v2", weight = 50, random = random,
+        stable = function() seen[#seen + 1] = "stable" end,
+        candidate = function()
+          seen[#seen + 1] = "candidate"
+          if #seen < 3 then return nil, "no" end
+        end,
+      } },
+    }
+    function r.disposal.in_process() return true end
+    assert.equal("ack", r:handle({}, 5).done)
+    assert.same({ "candidate", "candidate", "candidate" }, seen)
+    assert.equal(3, #r.canaries)
+  end)
+
   it("refuses senseless options", function()
     local function mistake(expected, spec)
       local ok, err = pcall(canary_of, spec)

@@ -73,6 +73,25 @@ describe("order_by", function()
   end)
 end)
 
+describe("order_by that throws", function()
+  it("fails the message each time that it is retried, and its handler does not run", function()
+    local handled, asked = 0, {}
+    local r = rig.new { order_by = function(msg) return msg.missing.field end,
+      handler = function() handled = handled + 1 end,
+      retry = function(_, err, attempt)
+        asked[#asked + 1] = attempt
+        assert.truthy(err.message:find("order_by", 1, true))
+        return attempt < 3 and 1 or nil
+      end }
+    r:handle({}, 10)
+    assert.equal(0, handled)
+    assert.same({ 1, 2, 3 }, asked)
+    assert.same({ "retry", "retry", "dead_letter" }, r.outcomes)
+    assert.equal(0, r.runner.in_flight)
+    assert.equal(0, r.runner.running)
+  end)
+end)
+
 describe("batch", function()
   local function gather(fields)
     local r
@@ -291,6 +310,73 @@ describe("a breaker", function()
     local names = {}
     for i, event in ipairs(r.events) do names[i] = event.name end
     assert.same({ "breaker_open", "breaker_open", "breaker_closed" }, names)
+  end)
+
+  it("lets what waits go on as soon as its probe succeeds", function()
+    local r
+    local broken, runs = true, {}
+    r = rig.new { breaker = { failures = 1, pause = 10 }, retry = function() return 60 end, handler = function()
+      if broken then return nil, "away" end
+      runs[#runs + 1] = r.runtime.now() - 1000
+      r.runtime.sleep(0.5)
+    end }
+    r:handle()
+    broken = false
+    for _ = 1, 3 do r:give() end
+    r.runtime.advance(12)
+    assert.same({ 10, 10.5, 10.5 }, runs)
+    assert.equal(0, r.runner.in_flight)
+  end)
+
+  it("does not end other waits as it closes", function()
+    local r
+    local broken, tries = true, {}
+    r = rig.new { breaker = { failures = 1, pause = 10 }, retry = function() return 30 end, handler = function(msg)
+      if broken and not msg.slow then return nil, "away" end
+      if not msg.slow then return true end
+      tries[#tries + 1] = r.runtime.now() - 1000
+      if #tries == 1 then return nil, "once" end
+    end }
+    function r.disposal.in_process() return true end
+    r:handle({ slow = true }, 1)
+    broken = false
+    r:handle({}, 15)
+    assert.equal("closed", r.runner.breaker.state)
+    r.runtime.advance(30)
+    assert.same({ 0, 30 }, tries)
+  end)
+
+  it("goes on although its probe is a batch whose handler cannot be ended", function()
+    local r
+    local broken = "fails"
+    r = rig.new { breaker = { failures = 1, pause = 5 }, timeout = 2, batch = { size = 1, wait = 1 },
+      retry = function() return 1 end, handler = function()
+        if broken == "fails" then return nil, "away" end
+        if broken == "hangs" then r.runtime.sleep(1000) end
+      end }
+    r.runtime.cancel = nil
+    r:handle()
+    broken = "hangs"
+    r:handle({}, 6)
+    assert.equal("probing", r.runner.breaker.state)
+    r.runtime.advance(2)
+    assert.equal("open", r.runner.breaker.state)
+    broken = "no"
+    assert.equal("ack", r:handle({}, 6).done)
+    assert.equal("closed", r.runner.breaker.state)
+  end)
+
+  it("counts on over a reload that allows more failures, or fewer", function()
+    local old = Breaker.new { failures = 3, within = 100 }
+    for t = 1, 5 do assert.is_nil(old:result({}, false, t * 60)) end
+    local new = Breaker.new { failures = 5, within = 1000 }
+    new:restore(old:save())
+    -- The old one remembers three.
+    assert.is_nil(new:result({}, false, 310))
+    assert.equal("open", new:result({}, false, 320))
+    new = Breaker.new { failures = 2, within = 100 }
+    new:restore(old:save())
+    assert.equal("open", new:result({}, false, 310))
   end)
 
   it("goes on although its probe is a handler that cannot be ended", function()

@@ -190,6 +190,17 @@ describe("route", function()
       assert.truthy(err.message:find("not the JSON that its content_type 'application/json", 1, true))
     end)
 
+    it("is looked for once in what is no JSON, too", function()
+      local reads = 0
+      local msg = setmetatable({ routing_key = "k", headers = {}, properties = {} }, { __index = function(_, name)
+        if name ~= "body" then return nil end
+        reads = reads + 1
+        return "{oops"
+      end })
+      assert.equal("nobody", names[assert(compile.compile(r)).resolve(msg, {})])
+      assert.equal(1, reads)
+    end)
+
     it("has no field in what claims nothing, or something else", function()
       local only = route.first { route.json("a", 1, to "a") }
       assert.is_nil(find(only, { body = "{oops" }))

@@ -722,6 +722,37 @@ describe("a runner", function()
       assert.same({}, s.calls)
     end)
 
+    it("retries a key that cannot be made as the policy says, in the process too", function()
+      local s, attempts = store(), {}
+      local r
+      r = handler(function() end, {
+        dedupe = { store = s, key = function(msg) return r.runtime.now() < 1008 and msg.no.field or "a" end },
+        retry = function(_, _, attempt)
+          attempts[#attempts + 1] = attempt
+          return 5
+        end,
+      })
+      function r.disposal.in_process() return true end
+      local msg = r:handle({}, 4)
+      assert.is_nil(msg.done)
+      r.runtime.advance(7)
+      assert.equal("ack", msg.done)
+      assert.same({ 1, 2 }, attempts)
+      assert.same({ "retry", "retry", "ok" }, r.outcomes)
+      assert.equal(0, r.runner.in_flight)
+    end)
+
+    it("gives up a key that can never be made", function()
+      local r = handler(function() end, {
+        dedupe = { store = store(), key = function(msg) return msg.no.field end }, batch = { size = 1, wait = 1 },
+        retry = function(_, _, attempt) return attempt < 3 and 1 or nil end,
+      })
+      function r.disposal.in_process() return true end
+      r:handle({}, 10)
+      assert.same({ "retry", "retry", "dead_letter" }, r.outcomes)
+      assert.equal(0, r.runner.in_flight)
+    end)
+
     describe("by a store that has joined the handler's transaction", function()
       -- What handlers write becomes true with the commit, or not at all.
       local function joined()

@@ -68,6 +68,17 @@ describe("explain", function()
     assert.truthy(taken("c")[1].text:find "a condition threw")
   end)
 
+  it("tells what of a list takes a message", function()
+    local consumer = app { consumers = { { queue = "q", route = {
+      route.first { route.key("a", route.drop()) },
+      route.first { route.key("a", route.forward("elsewhere")), route.key("b", route.drop()) },
+    } } } }.plan.consumers[1]
+    local function taken(key) return explain.route(consumer, explain.message("", { routing_key = key }))[1].text end
+    assert.truthy(taken("a"):find("^drop.*, then route%.forward to 'elsewhere'"), taken "a")
+    assert.truthy(taken("b"):find "^drop")
+    assert.truthy(taken("c"):find("no rule takes it", 1, true))
+  end)
+
   it("prints the timetable of retries", function()
     local function lines(consumer)
       consumer.queue, consumer.handler = "q", function() end

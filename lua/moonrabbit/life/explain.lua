@@ -105,9 +105,11 @@ end
 -- ---- Routes -----------------------------------------------------------------------------------------
 
 local function describe(consumer, target)
-  if target == nil then return "no rule takes it: a permanent failure, so a dead letter" end
-  local text = consumer.target.describe[target]
+  local text = target ~= nil and consumer.target.describe[target]
   if text then return text end
+  if target == nil or type(target) == "table" and next(target) == nil then
+    return "no rule takes it: a permanent failure, so a dead letter"
+  end
   if type(target) == "table" and #target > 0 then
     local parts = {}
     for i = 1, #target do parts[i] = describe(consumer, target[i]) end

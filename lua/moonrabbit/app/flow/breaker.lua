@@ -79,10 +79,19 @@ function Breaker:withdraw(job)
   if self.probe == job then self.state, self.probe = "open", false end
 end
 
+-- The failures that stand in the ring, the oldest first.
+local function in_order(self)
+  local list, times = {}, self.times
+  local count = #times
+  local first = count < self.limit and 1 or self.next
+  for i = 0, count - 1 do list[i + 1] = times[(first - 1 + i) % count + 1] end
+  return list
+end
+
 --- What a reload carries over.
 ---@return table
 function Breaker:save()
-  return { state = self.state, resumes = self.resumes, times = self.times, next = self.next }
+  return { state = self.state, resumes = self.resumes, failures = in_order(self) }
 end
 
 --- Takes it over.
@@ -90,7 +99,9 @@ end
 function Breaker:restore(state)
   self.state = state.state == "closed" and "closed" or "open"
   self.resumes = state.resumes
-  if #state.times <= self.limit and state.next <= self.limit then self.times, self.next = state.times, state.next end
+  local failures, times = state.failures, {}
+  for i = math.max(1, #failures - self.limit + 1), #failures do times[#times + 1] = failures[i] end
+  self.times, self.next = times, #times % self.limit + 1
 end
 
 return Breaker

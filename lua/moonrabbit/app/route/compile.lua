@@ -56,7 +56,7 @@ local Outcome = { __index = {} }
 
 function Outcome.__index:run() return self.outcome end
 
--- Several targets, one after the other. The first that fails, or that asks for something else than to be
+-- Several targets, one after the other, chosen before the first of them runs. The first that fails, or that asks for something else than to be
 -- acked, decides; dropped is what all of them drop.
 local Fan = { __index = {} }
 
@@ -65,15 +65,11 @@ local function results(...) return select("#", ...), ... end
 function Fan.__index:run(message, app, job)
   local taken, dropped = 0, 0
   for i = 1, #self do
-    local target = self[i]
-    if type(target) == "table" and not target.run then target = target.constant or target.resolve(message, job) end
-    if target then
-      local failed, asked = failure.of_results(results(run(target, message, app, job)))
-      if failed then return nil, failed end
-      if asked and asked.action ~= "drop" then return asked end
-      if asked then dropped = dropped + 1 end
-      taken = taken + 1
-    end
+    local failed, asked = failure.of_results(results(run(self[i], message, app, job)))
+    if failed then return nil, failed end
+    if asked and asked.action ~= "drop" then return asked end
+    if asked then dropped = dropped + 1 end
+    taken = taken + 1
   end
   if taken == 0 then return nil, compile.no_route(message) end
   if dropped == taken then return outcome.drop() end
@@ -85,11 +81,28 @@ end
 -- A compiled target is { constant = target } or { resolve = function(message, job) -> target | nil }.
 local compile_target
 
+-- Adds what a compiled target is for a message, if it takes it.
+local function add(found, target, message, job)
+  local resolved = target.constant or target.resolve(message, job)
+  if resolved then found[#found + 1] = resolved end
+end
+
+-- One that takes nothing is a failure, and no condition that does not hold.
 local function compile_list(list, context)
-  local fan = setmetatable({}, Fan)
-  for i = 1, #list do fan[i] = compile_target(list[i], context) end
+  local targets, fan = {}, setmetatable({}, Fan)
+  for i = 1, #list do
+    targets[i] = compile_target(list[i], context)
+    fan[i] = targets[i].constant
+  end
   context.describe[fan] = "a list of " .. #list .. " targets"
-  return { constant = fan }
+  if #fan == #list then return { constant = fan } end
+  return {
+    resolve = function(message, job)
+      local found = setmetatable({}, Fan)
+      for i = 1, #targets do add(found, targets[i], message, job) end
+      return found
+    end,
+  }
 end
 
 local function run_of_keys(rules, at, context)
@@ -187,10 +200,6 @@ local function compile_all(rules, context)
       steps[#steps + 1] = { holds = holds_of(rules[at]), target = compile_target(rules[at].target, context) }
       at = at + 1
     end
-  end
-  local function add(found, target, message, job)
-    local resolved = target.constant or target.resolve(message, job)
-    if resolved then found[#found + 1] = resolved end
   end
   return {
     resolve = function(message, job)

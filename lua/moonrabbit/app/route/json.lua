@@ -47,7 +47,10 @@ local function decode(message)
   if content_type ~= nil and not claims then return nil end
   local ok, value = pcall(cjson.decode, message.body)
   if not ok then
-    if not claims then return nil end
+    if not claims then
+      decoded[message] = {}
+      return nil
+    end
     error(failure.new("permanent", ("the body is not the JSON that its content_type '%s' claims: %s"):format(
       content_type, tostring(value))), 0)
   end

@@ -100,15 +100,16 @@ end
 
 --- Waits, unless the runner stops.
 ---@param seconds number
+---@param breaker moonrabbit.app.Breaker? it waits no longer than until this one has closed
 ---@return boolean whether it goes on
-function Runner:pause(seconds)
+function Runner:pause(seconds, breaker)
   if self.stopping then return false end
   local now = self.now
   local deadline = now() + seconds
   repeat
     self.wake:wait(math.max(0, deadline - now()))
     if self.stopping then return false end
-  until now() >= deadline
+  until now() >= deadline or breaker and breaker.state == "closed"
   return true
 end
 
@@ -136,14 +137,15 @@ end
 --- Waits without a place. False: the runner stops, or the message has gone back to its queue meanwhile.
 ---@param job table
 ---@param seconds number
+---@param breaker moonrabbit.app.Breaker? as for pause
 ---@return boolean
-function Runner:rest(job, seconds)
+function Runner:rest(job, seconds, breaker)
   local slot = job.slot
   if slot then
     job.slot = false
     self:release()
   end
-  local goes_on = self:pause(seconds)
+  local goes_on = self:pause(seconds, breaker)
   if slot then
     self:acquire()
     job.slot = true
@@ -224,7 +226,7 @@ local function admitted(self, job, n)
     if answer == true then break end
     since = since or self.now()
     local left = since + breaker.hold - self.now()
-    if left <= 0 or not self:rest(job, math.min(answer, left)) then return false end
+    if left <= 0 or not self:rest(job, math.min(answer, left), breaker) then return false end
   end
   local wait = self.rate and self.rate:take(n, self.now()) or 0
   if wait > 0 and not self:rest(job, wait) then
@@ -312,6 +314,7 @@ local function abandon(self, job)
   for key, value in pairs(job) do twin[key] = value end
   self.jobs[twin] = true
   twin.abandoned, twin.expired, twin.over = false, false, true
+  for _, each in ipairs(twin.batch or {}) do each.of = twin end
   job.slot, job.claim = false, false
   if self.breaker then self.breaker:hand_over(job, twin) end
   self.runtime.spawn(function()
@@ -366,7 +369,8 @@ local function claimed(self, job, ...)
   else
     job.started = self.now()
     local again = self:conclude(job, state)
-    if again then self:give_back(job, "its key could not be made") end
+    if again and self:rest(job, again) then return self:reclaimed(job) end
+    if again then self:give_back(job, "stopping") end
   end
   self:finish(job)
   return false
@@ -386,15 +390,26 @@ function Runner:reclaimed(job)
   return self:claimed(job)
 end
 
+-- What cannot be put in its order does not run, however often it is tried.
+local function without_order(self, job, problem)
+  local again
+  repeat
+    job.started = self.now()
+    again = self:conclude(job, failure.new("error", problem))
+    if again and not self:rest(job, again) then
+      self:give_back(job, "stopping")
+      again = nil
+    end
+  until not again
+  return self:finish(job)
+end
+
 local function single(self, message, waited, problem)
   local job = self:job(message)
   if self.running < self.limit then self.running = self.running + 1 else self:acquire() end
   job.slot = true
   if waited and not self.settle.outstanding(message) then return self:go_on(job, STOPPED) end
-  if problem then
-    job.started = self.now()
-    return self:go_on(job, failure.new("error", problem))
-  end
+  if problem then return without_order(self, job, problem) end
   local dedupe, now = self.dedupe, self.now()
   if dedupe then
     local ok, key, state, err = dedupe:ask(message, now)
