@@ -7,8 +7,9 @@
 -- | --- | --- |
 -- | `source:round()` → targets, or nil, err | to be tried one after the other; may yield. nil: the round has failed |
 -- | `source:connected(target, session)` | it took us |
--- | `source:failed(target, err)` | it did not |
--- | `source:lost(target, err)` | it had taken us, and the connection ended |
+-- | `source:failed(target, err)` | it did not. A source whose round has left out others that may take us sets err.temporary |
+-- | `source:lost(target, err, unrestored)` | it had taken us, and the connection ended; unrestored: before all was restored on it |
+-- | `source:due()` → seconds or nil | (may be missing) there is another place to try then: the next round waits no longer |
 -- | `source:attach(hooks)` | once, before the first round: `emit` and `move` of the connection |
 -- | `source:close()` | the connection is closed for good |
 --

@@ -9,6 +9,7 @@ describe("options about clusters", function()
     { { smart = {} }, "'smart' needs mode" },
     { { mode = "smart", management = "amqp://x" }, "must start with http" },
     { { mode = "smart", management = { { uri = "http://x", usr = "y" } } }, "did you mean 'user'" },
+    { { mode = "smart", management = { "http://x", 5 } }, "an address, a table of options, or a list of these" },
     { { mode = "smart", smart = { refrsh = 5 } }, "did you mean 'refresh'" },
     { { mode = "smart", smart = { quarantine = { factor = 0 } } }, "'factor'" },
     { { mode = "proxy", endpoints = { "amqp://a", "amqp://b" } }, "takes one endpoint" },
@@ -18,6 +19,8 @@ describe("options about clusters", function()
     { { uri = "amqp+srv://host:5672" }, "a service of DNS has a name, and no port" },
     { { sites = { primary = {} } }, "sites.standby is missing" },
     { { sites = { primary = {}, standby = {}, after = -1 } }, "'after'" },
+    { { sites = { primary = {}, standby = {}, probe = 0 } }, "'probe' must be a number of seconds above 0" },
+    { { sites = { primary = { tls = { verfy = false } }, standby = {} } }, "did you mean 'verify'" },
   } do
     it(case[2], function()
       local ok, err = pcall(function() moonrabbit.connect(case[1]) end)

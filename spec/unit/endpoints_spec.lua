@@ -1,6 +1,7 @@
 -- In which order the listed endpoints are tried.
 local Endpoints = require "moonrabbit.endpoints"
 local List = require "moonrabbit.cluster.list"
+local native = require "moonrabbit.runtime.native"
 local uri = require "moonrabbit.uri"
 
 local function targets_of(...)
@@ -13,6 +14,27 @@ local sources = {
   { "a list", function(list) return Endpoints.new(list) end },
   { "a list that is made anew for each round", function(list) return List.new(list, {}, { runtime = {} }) end },
 }
+
+describe("a list of endpoints", function()
+  it("does not end a connection as long as a service cannot be looked up", function()
+    local plain = assert(uri.parse "amqp://a/")
+    local list = List.new({ assert(uri.parse "amqp+srv://service.test/"), plain },
+      { dns = { servers = { "127.0.0.1:1" } } }, { runtime = native, log = function() end })
+    local err = { kind = "auth", temporary = false }
+    native.run(function()
+      assert.same({ plain }, list:round())
+      list:failed(plain, err)
+    end)
+    assert.is_true(err.temporary)
+  end)
+
+  it("leaves out none of two at one address when that falls silent", function()
+    local two = { assert(uri.parse "amqp://a:one@h/"), assert(uri.parse "amqp://b:two@h/") }
+    local list = List.new(two, {}, { runtime = native })
+    list:lost(two[1], { kind = "timeout" })
+    assert.equal(2, #list:round())
+  end)
+end)
 
 for _, source in ipairs(sources) do
   describe(source[1] .. " of endpoints", function()

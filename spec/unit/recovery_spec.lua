@@ -18,7 +18,8 @@ describe("a connection that comes back", function()
 
   local function connect(opts)
     opts = opts or {}
-    opts.uri, opts.runtime, opts.log = "amqp://guest:guest@127.0.0.1/", other.runtime, function() end
+    if not opts.endpoints and not opts.sites then opts.uri = "amqp://guest:guest@127.0.0.1/" end
+    opts.runtime, opts.log = other.runtime, function() end
     opts.reconnect = opts.reconnect or { first = 0.01, max = 0.05 }
     conn = assert(moonrabbit.connect(opts))
     return conn
@@ -152,6 +153,62 @@ describe("a connection that comes back", function()
     end)
     assert.truthy(message)
     assert.equal(2, asked)
+  end)
+
+  -- ---- Where it goes --------------------------------------------------------------------------------
+
+  local function ports_asked_for()
+    local ports, open = {}, other.runtime.open
+    other.runtime.open = function(endpoint)
+      ports[#ports + 1] = endpoint.port
+      return open(endpoint)
+    end
+    return ports
+  end
+
+  it("goes to the standby site when that has its turn, however far apart attempts have become", function()
+    local ports = ports_asked_for()
+    connect { reconnect = { first = 60, max = 60 }, sites = { after = 0.05,
+      primary = { uri = "amqp://127.0.0.1:5001" }, standby = { uri = "amqp://127.0.0.1:5002" } } }
+    moonrabbit.run(function()
+      other:cut()
+      eventually(function() return ports[2] end)
+      assert(conn:wait_open(5))
+    end)
+    assert.same({ 5001, 5002 }, { ports[1], ports[2] }) -- then it looks at the primary
+    assert.equal("standby", conn:site())
+  end)
+
+  it("goes on at another endpoint when one takes it and then falls silent", function()
+    local ports = ports_asked_for()
+    other.answers["50.10"] = declared
+    connect { endpoints = { "amqp://127.0.0.1:5001", "amqp://127.0.0.1:5002" }, timeout = 0.05 }
+    assert(assert(conn:channel()):queue_declare("q"))
+    other.answers["50.10"] = function(frame) return ports[#ports] == 5002 and declared(frame) or "" end
+    moonrabbit.run(function()
+      other:cut()
+      eventually(function() return ports[3] end)
+      assert(conn:wait_open(5))
+    end)
+    assert.same({ 5001, 5001, 5002 }, ports)
+  end)
+
+  it("survives a password function that throws", function()
+    local asked = 0
+    connect { password = function()
+      asked = asked + 1
+      if asked == 2 then error("the vault is away", 0) end
+      return "guest"
+    end }
+    local why
+    conn:on("recovering", function(err, attempt) why = attempt == 2 and err or why end)
+    moonrabbit.run(function()
+      other:cut()
+      eventually(function() return why end)
+      assert(conn:wait_open(5))
+    end)
+    assert.equal("auth", why.kind)
+    assert.matches("the vault is away", why.message)
   end)
 
   -- ---- What is opened -------------------------------------------------------------------------------

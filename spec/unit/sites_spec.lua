@@ -2,18 +2,28 @@
 local Sites = require "moonrabbit.cluster.sites"
 
 describe("two sites", function()
-  local time, tasks, events, moved, held, targets, dialled
+  local time, tasks, events, logged, moved, held, targets, dialled
+  local cancelled = {}
+
+  -- Until the next turn; or it throws, when the task is cancelled.
+  local function wait()
+    local thrown = coroutine.yield()
+    if thrown then error(thrown, 0) end
+  end
 
   -- A runtime whose clock the spec sets; tasks run until they wait, and go on by `turn`.
   local function runtime()
     return {
       now = function() return time end,
+      cancelled = cancelled,
+      cancel = function(task) coroutine.resume(task, cancelled) end,
       spawn = function(fn, ...)
         local arguments = { ... }
         tasks[#tasks + 1] = coroutine.create(function() fn(arguments[1]) end)
+        return tasks[#tasks]
       end,
       condition = function()
-        return { wait = function() coroutine.yield() end, broadcast = function() end, signal = function() end }
+        return { wait = wait, broadcast = function() end, signal = function() end }
       end,
     }
   end
@@ -43,12 +53,13 @@ describe("two sites", function()
   local function new(opts)
     opts.primary, opts.standby = opts.primary or {}, opts.standby or {}
     local sites = Sites.new({ primary = source "primary", standby = source "standby" }, opts,
-      { runtime = runtime(), log = function() end })
+      { runtime = runtime(), log = function(level, text) logged[#logged + 1] = level .. ": " .. text end })
     sites:attach {
       connection = { wait_open = function() return true end },
       emit = function(...) events[#events + 1] = table.concat({ ... }, " ") end,
       move = function(why) moved = why end,
       dial_primary = function()
+        if type(dialled) == "function" then return dialled() end
         if dialled then return { close = function() end } end
         return nil, "down"
       end,
@@ -57,7 +68,7 @@ describe("two sites", function()
   end
 
   before_each(function()
-    time, tasks, events, moved, held, targets, dialled = 0, {}, {}, nil, nil, {}, false
+    time, tasks, events, logged, moved, held, targets, dialled = 0, {}, {}, {}, nil, nil, {}, false
   end)
 
   local function round(sites)
@@ -218,5 +229,99 @@ describe("two sites", function()
     assert.is_nil(moved)
     sites:close()
     turn()
+  end)
+
+  -- A connection to the primary that says how it was closed.
+  local function dialled_connection()
+    local connection = { closed = {} }
+    function connection:close() self.closed[#self.closed + 1] = "waiting" end
+    function connection:__close() self.closed[#self.closed + 1] = "at once" end
+    dialled = function() return connection end
+    return connection
+  end
+
+  it("close what looked at the primary when its task is cancelled in a check", function()
+    local connection = dialled_connection()
+    on_standby { primary = { check = function() wait() end } }
+    turn()
+    assert.same({}, connection.closed)
+    coroutine.resume(tasks[1], cancelled)
+    assert.same({ "at once" }, connection.closed)
+    assert.equal("dead", coroutine.status(tasks[1]))
+  end)
+
+  it("close what looks at the primary, and end a dial that waits, with the connection", function()
+    local connection = dialled_connection()
+    local sites = on_standby { primary = { check = function() wait() end } }
+    turn()
+    sites:close()
+    assert.same({ "at once" }, connection.closed)
+
+    dialled = wait
+    sites = on_standby {}
+    turn()
+    assert.equal("suspended", coroutine.status(tasks[2]))
+    sites:close()
+    assert.equal("dead", coroutine.status(tasks[2]))
+  end)
+
+  it("go on looking after the primary when that throws", function()
+    on_standby { hold = 10 }
+    dialled = function() error("no password today", 0) end
+    turn()
+    assert.matches("^error: .*no password today", logged[#logged])
+    dialled = true
+    turn()
+    time = 10
+    turn()
+    assert.matches("primary", moved)
+  end)
+
+  it("do not move when the connection has gone to the primary meanwhile", function()
+    local sites = on_standby { hold = 0 }
+    dialled = function()
+      wait()
+      return { close = function() end }
+    end
+    turn()
+    sites:lost(targets.standby, {})
+    round(sites)
+    sites:connected(targets.primary, session())
+    turn()
+    assert.is_nil(moved)
+  end)
+
+  it("do not end when the primary that they go back to refuses for good", function()
+    local sites = on_standby { hold = 0 }
+    dialled = true
+    turn()
+    assert.matches("primary", moved)
+    sites:lost(targets.standby, {})
+    assert.equal("primary", round(sites))
+    assert.is_true(fail(sites, "primary", { kind = "auth", temporary = false }).temporary)
+    assert.equal("standby primary", round(sites))
+    assert.is_false(fail(sites, "standby", { kind = "auth", temporary = false }).temporary)
+  end)
+
+  it("do not end when one refuses for good and the other cannot be looked up now", function()
+    local sites = new {}
+    sites.sources.primary.round = function() return nil, { kind = "dns", temporary = true } end
+    assert.equal("standby", round(sites))
+    assert.is_true(fail(sites, "standby", { kind = "auth", temporary = false }).temporary)
+  end)
+
+  it("fail over from a primary that takes connections and lets nothing be restored", function()
+    local sites = new { after = 30 }
+    round(sites)
+    sites:connected(targets.primary, session())
+    sites:lost(targets.primary, {})
+    for at = 1, 29 do
+      time = at
+      assert.equal("primary", round(sites))
+      sites:connected(targets.primary, session())
+      sites:lost(targets.primary, {}, true)
+    end
+    time = 30
+    assert.equal("standby primary", round(sites))
   end)
 end)

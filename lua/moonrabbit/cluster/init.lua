@@ -75,9 +75,13 @@ local site_options = options.merge(places, {
 })
 site_options.dns = nil
 
+local function pause(value)
+  if type(value) == "number" and value > 0 then return nil end
+  return "a number of seconds above 0"
+end
+
 local sites_options = {
-  primary = options.table, standby = options.table, after = options.seconds, hold = options.seconds,
-  probe = options.seconds,
+  primary = options.table, standby = options.table, after = options.seconds, hold = options.seconds, probe = pause,
 }
 
 -- ---- Checks -----------------------------------------------------------------------------------------

@@ -21,17 +21,19 @@ end
 
 -- As in moonrabbit.endpoints: one that is silent goes last. Services of DNS make other tables for each round.
 local function silent_last(self, all)
-  local list, silent = {}, nil
+  local list, silent = {}, {}
   for _, target in ipairs(all) do
-    if targets.key(target) == self.silent then silent = target else list[#list + 1] = target end
+    local one_of = targets.key(target) == self.silent and silent or list
+    one_of[#one_of + 1] = target
   end
-  list[#list + 1] = silent
+  for _, target in ipairs(silent) do list[#list + 1] = target end
   return list
 end
 
 function List:round()
   local all, err = targets.expand(self.targets, self.context)
   if not all then return nil, err end
+  self.partial = err ~= nil and err.temporary
   if self.shuffle then
     local copy = {}
     for i, target in ipairs(all) do copy[i] = target end
@@ -40,7 +42,11 @@ function List:round()
   return silent_last(self, all)
 end
 
-function List:failed(target, err) self.silent = err.kind == "timeout" and targets.key(target) or self.silent end
+function List:failed(target, err)
+  self.silent = err.kind == "timeout" and targets.key(target) or self.silent
+  if self.partial then err.temporary = true end
+end
+
 function List:lost(target, err) self.silent = err.kind == "timeout" and targets.key(target) or nil end
 function List:connected() self.silent = nil end
 function List.attach() end

@@ -7,7 +7,12 @@
 -- A site is a source of targets of its own (list or smart); this one asks the right one in each round.
 -- @module moonrabbit.cluster.sites
 
+local described = require "moonrabbit.described"
 local protect = require "moonrabbit.protect"
+local random = require "moonrabbit.random"
+
+-- Connections that lost a primary together come to the standby within so much of `after`.
+local SPREAD = 0.1
 
 ---@class moonrabbit.cluster.Sites
 local Sites = {}
@@ -40,12 +45,12 @@ local function order(self)
 end
 
 function Sites:round()
-  local list, err = {}, nil
-  for _, name in ipairs(order(self)) do
+  local list, err, sites = {}, nil, order(self)
+  for _, name in ipairs(sites) do
     local problem = add_targets(self, name, list)
     err = err or problem
   end
-  self.wanted = nil
+  self.wanted, self.partial = nil, #sites < 2 or err ~= nil and err.temporary
   if #list == 0 then
     if self.current ~= "standby" then self.down_since = self.down_since or self.runtime.now() end
     if err then err.temporary = true end -- the other site has its turn
@@ -54,22 +59,26 @@ function Sites:round()
   return list
 end
 
--- A site that refuses us for good is one that is down, as long as there is another: the round must not end everything.
-local function survivable(self, err)
-  if self.current == "primary" and outage(self) < self.after then err.temporary = true end
+--- When the standby has its turn: a little later for some than for others, who lost the primary with them.
+function Sites:due()
+  local left = self.after - outage(self)
+  if self.current ~= "primary" or not self.down_since or left <= 0 then return nil end
+  return left * (1 + SPREAD * random.number())
 end
 
 function Sites:failed(target, err)
   local name = self.site_of[target]
   if name == "primary" then self.down_since = self.down_since or self.runtime.now() end
   self.sources[name]:failed(target, err)
-  survivable(self, err)
+  -- A site that refuses us for good is one that is down, as long as there is another: the round must not end everything.
+  if self.partial then err.temporary = true end
 end
 
-function Sites:lost(target, err)
+function Sites:lost(target, err, unrestored)
   local name = self.site_of[target]
-  if name == "primary" then self.down_since = self.runtime.now() end
-  self.sources[name]:lost(target, err)
+  -- A site that takes connections and lets nothing be restored is as unreachable as it was before.
+  if name == "primary" then self.down_since = unrestored and self.was_down or self.runtime.now() end
+  self.sources[name]:lost(target, err, unrestored)
   self.session = nil
   self.changed:broadcast()
 end
@@ -127,11 +136,26 @@ end
 
 -- ---- Back to the primary ----------------------------------------------------------------------------
 
+-- A connection to the primary; nil, err. Closing the source ends this wait.
+local function dial(self)
+  self.dialling = true
+  local whole, connection, err = protect(self.dial_primary)
+  self.dialling = false
+  if not whole then error(connection, 0) end
+  return connection, err
+end
+
 -- Whether the primary takes us, and its check says yes: true; or nil, why.
 local function probe(self)
-  local connection, err = self.dial_primary()
+  local connection, err = dial(self)
   if not connection then return nil, err end
-  local fit, why = passes(self, "primary", connection)
+  self.probing = connection
+  local whole, fit, why = protect(passes, self, "primary", connection)
+  self.probing = nil
+  if not whole then -- the task was cancelled
+    connection:__close()
+    error(fit, 0)
+  end
   connection:close(self.probe_timeout)
   return fit, why
 end
@@ -145,26 +169,41 @@ local function look_after_primary(self)
   end
   local now = self.runtime.now()
   self.healthy_since = self.healthy_since or now
-  if now - self.healthy_since >= self.hold and self.session then
+  if now - self.healthy_since >= self.hold and self.session and self.current == "standby" then
     self.healthy_since, self.wanted = nil, "primary"
     self.move("the primary site is healthy again")
   end
 end
 
+local function is_away(self) return not self.closed and self.current == "standby" end
+
+local function look(self)
+  if self.session then ask_for_release(self) end
+  if self.hold < math.huge and is_away(self) then look_after_primary(self) end
+end
+
 local function watch(self)
-  while not self.closed and self.current == "standby" do
-    if self.session then ask_for_release(self) end
-    if self.hold < math.huge and not self.closed and self.current == "standby" then look_after_primary(self) end
-    if self.closed or self.current ~= "standby" then break end
-    self.changed:wait(self.every)
+  while is_away(self) do
+    -- What throws in there must not keep the connection at the standby for ever.
+    local whole, err = protect(look, self)
+    if not whole then
+      if err == self.runtime.cancelled then error(err, 0) end
+      self.healthy_since = nil
+      self.log("error", "looking after the primary site threw: " .. described(err))
+    end
+    if is_away(self) then self.changed:wait(self.every) end
   end
-  self.watching = false
+end
+
+local function keep_watching(self)
+  local whole, err = protect(watch, self)
+  self.watching = nil
+  if not whole then error(err, 0) end
 end
 
 local function start_watching(self)
   if self.watching then return end
-  self.watching = true
-  self.runtime.spawn(watch, self)
+  self.watching = self.runtime.spawn(keep_watching, self)
 end
 
 function Sites:connected(target, session)
@@ -181,7 +220,7 @@ function Sites:connected(target, session)
     end
   end
   if name == "primary" then
-    self.down_since = nil
+    self.was_down, self.down_since = self.down_since, nil
   else
     if not self.released then hold_publishing(self, session) end
     start_watching(self)
@@ -191,6 +230,8 @@ end
 function Sites:close()
   self.closed = true
   self.changed:broadcast()
+  if self.dialling then self.runtime.cancel(self.watching) end
+  if self.probing then self.probing:__close() end -- what its check waits for ends with it
   for _, source in pairs(self.sources) do source:close() end
 end
 

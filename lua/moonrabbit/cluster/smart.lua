@@ -6,6 +6,7 @@
 -- none is ever reached without TLS when that one has it.
 -- @module moonrabbit.cluster.smart
 
+local described = require "moonrabbit.described"
 local management = require "moonrabbit.management"
 local protect = require "moonrabbit.protect"
 local Quarantine = require "moonrabbit.cluster.quarantine"
@@ -163,12 +164,19 @@ local function learn(self)
   end
 end
 
+-- Whether the leader's node would be tried, and first.
+local function leader_is_free(self)
+  local node, first = self.nodes[self.leader], self.targets[1]
+  if not node or not node.running then return false end
+  local key, where = self.keys[self.leader], node.addresses[first.tls and "tls" or "plain"]
+  if not key and where then key = targets.key(targets.at(first, where.host, where.port)) end
+  return key ~= nil and self.quarantine:left(key, self.runtime.now()) == 0
+end
+
 -- The queue's leader is on another node than this connection, for the second time in a row: it moves there.
 local function follow(self)
-  local here = self.current and self.node_of(self, self.current)
-  local away = self.follow and self.leader and here and here ~= self.leader and self.nodes[self.leader]
-    and self.nodes[self.leader].running
-  if not away then
+  local here = self.follow and self.leader and self.current and self:node_of(self.current)
+  if not here or here == self.leader or not leader_is_free(self) then
     self.away = nil
   elseif self.away == self.leader then
     self.away = nil
@@ -185,7 +193,8 @@ function Smart:refresh()
     local whole, err = protect(learn, self)
     self.learning = nil
     self.learned:broadcast()
-    if not whole then error(err, 0) end
+    if not whole and err == self.runtime.cancelled then error(err, 0) end
+    if not whole then unknown(self, NODES, described(err)) end -- a library is missing, or a function of the user's threw
     if not self.closed then follow(self) end
   end)
 end
@@ -215,7 +224,7 @@ local function everyone(self, listed)
     if not keys[key] then
       keys[key] = true
       all[#all + 1] = { target = target, key = key, node = name }
-      if name then nodes[name] = true end
+      if name then nodes[name] = nodes[name] or key end
     end
   end
   for _, target in ipairs(listed) do add(target, self:node_of(target)) end
@@ -229,6 +238,7 @@ local function everyone(self, listed)
     end
   end
   self.quarantine:keep(keys)
+  self.keys = nodes
   return all
 end
 
@@ -252,6 +262,7 @@ local function in_order(self, all)
   end
   local list, by = free, "rank"
   if #free == 0 then list, by = held, "left" end -- rather one of those than none
+  self.partial = self.partial or #list < #all
   table.sort(list, function(a, b)
     if a[by] ~= b[by] then return a[by] < b[by] end
     return a.at < b.at
@@ -271,6 +282,7 @@ function Smart:round()
   end
   local all = everyone(self, listed or {})
   if #all == 0 then return nil, err end
+  self.partial = err ~= nil and err.temporary
   return in_order(self, all)
 end
 
@@ -278,6 +290,7 @@ function Smart:failed(target, err)
   local time = self.quarantine:failed(targets.key(target), self.runtime.now())
   self.log("debug", ("%s failed (%s): left alone for %g s"):format(targets.key(target), tostring(err.kind), time))
   self.emit("cluster", "quarantined", { endpoint = targets.key(target), seconds = time, err = err })
+  if self.partial then err.temporary = true end -- those that are left alone may take us
 end
 
 function Smart:connected(target)
@@ -307,6 +320,9 @@ local function given_apis(given, listed, context, level)
   if type(given) == "string" or given[1] == nil then given = { given } end
   local list = {}
   for i, one in ipairs(given) do
+    if type(one) ~= "string" and type(one) ~= "table" then
+      error("connect: option 'management' must be an address, a table of options, or a list of these", level + 1)
+    end
     local opts = type(one) == "string" and { uri = one } or one
     local copy = { runtime = context.runtime, timeout = API_TIMEOUT }
     for name, value in pairs(opts) do copy[name] = value end
@@ -334,7 +350,7 @@ function Smart.new(listed, opts, context, level)
     every = tuning.refresh or 30, wait = tuning.wait or 1,
     quarantine = past.quarantine or Quarantine.new(tuning.quarantine),
     context = { runtime = runtime, log = context.log, dns = opts.dns },
-    nodes = past.nodes or {}, leader = past.leader, members = past.members or {}, said = past.said or {},
+    nodes = past.nodes or {}, keys = {}, leader = past.leader, members = past.members or {}, said = past.said or {},
     learned = runtime.condition(), closing = runtime.condition(),
     emit = function() end, move = function() end,
   }, Smart)

@@ -58,8 +58,8 @@ local function look_up(target, context)
   return list
 end
 
---- The targets with every service replaced by its hosts. What cannot be looked up is left out; nil, err when nothing
---- remains. May yield when there is a service.
+--- The targets with every service replaced by its hosts. What cannot be looked up is left out, and the error tells why;
+--- nil, err when nothing remains. May yield when there is a service.
 ---@param list table[]
 ---@param context { runtime: table, dns: table?, log: function }
 ---@return table[]|nil, moonrabbit.Error?
@@ -67,16 +67,16 @@ function targets.expand(list, context)
   local all, err = {}, nil
   for _, target in ipairs(list) do
     if target.srv then
-      local found
-      found, err = look_up(target, context)
-      if not found then context.log("warn", err.message) end
+      local found, problem = look_up(target, context)
+      if not found then context.log("warn", problem.message) end
+      if problem and not (err and err.temporary) then err = problem end
       for _, each in ipairs(found or {}) do all[#all + 1] = each end
     else
       all[#all + 1] = target
     end
   end
   if #all == 0 then return nil, err end
-  return all
+  return all, err
 end
 
 return targets

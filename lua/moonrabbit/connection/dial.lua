@@ -1,7 +1,9 @@
 --- One attempt at one broker, and a round of them over all targets.
 -- @module moonrabbit.connection.dial
 
+local described = require "moonrabbit.described"
 local errors = require "moonrabbit.errors"
+local protect = require "moonrabbit.protect"
 local uri = require "moonrabbit.uri"
 local Session = require "moonrabbit.session"
 
@@ -19,9 +21,12 @@ end
 local function password_of(self, to, label)
   local password = to.password
   if type(password) ~= "function" then return self._secrets[to.user] or password end
-  local problem
-  password, problem = password()
-  if type(password) == "string" then return password end
+  local whole, answer, problem = protect(password)
+  if whole and type(answer) == "string" then return answer end
+  if not whole then
+    if answer == self._runtime.cancelled then error(answer, 0) end
+    problem = described(answer)
+  end
   return nil, errors.new { kind = "auth", endpoint = label, temporary = true,
     message = "the password function gave none" .. (problem and ": " .. tostring(problem) or "") }
 end

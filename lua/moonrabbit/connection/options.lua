@@ -110,6 +110,10 @@ function connection_options.check(given, level)
   end
   check("connect", opts, connect_options, level)
   if type(opts.tls) == "table" then check("connect: tls", opts.tls, tls_options, level) end
+  for name, site in pairs(opts.sites or {}) do
+    local tls = type(site) == "table" and site.tls
+    if type(tls) == "table" then check("connect: sites." .. tostring(name) .. ": tls", tls, tls_options, level) end
+  end
   if type(opts.reconnect) == "table" then check("connect: reconnect", opts.reconnect, Backoff.options, level) end
   if type(opts.recover) == "table" then check("connect: recover", opts.recover, recovery_options, level) end
   if opts.uri and opts.endpoints then error("connect: options 'uri' and 'endpoints' exclude each other", level) end

@@ -95,11 +95,13 @@ end
 local function wait_for_turn(self, err)
   local delay, attempt = self._backoff:next()
   if not delay then return false end
+  local due = self._source.due and self._source:due()
+  if due and due < delay then delay = due end
   self:_event("recovering", err, attempt, delay)
   local now = self._runtime.now
-  local due = now() + delay
-  while self._state == "recovering" and now() < due do
-    local left = due - now()
+  local deadline = now() + delay
+  while self._state == "recovering" and now() < deadline do
+    local left = deadline - now()
     self._nudge:wait(left < huge and left or nil)
   end
   return true
@@ -124,6 +126,8 @@ local function attempt(self)
   self._arriving = nil
   if whole and done then return true end
   if not whole and self._session == session then return begin_anew(self, session, done) end
+  -- It had taken us, and is no better than one that had not.
+  if whole and self._state == "recovering" then self._source:lost(target, err, true) end
   if session.state == "open" and self._session ~= session then
     session:start_close()
     session:try_flush()
