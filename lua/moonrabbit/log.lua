@@ -8,6 +8,7 @@
 -- such names too. No text can begin a line of its own: control characters are escaped.
 -- @module moonrabbit.log
 
+local described = require "moonrabbit.described"
 local json = require "moonrabbit.cli.json"
 local options = require "moonrabbit.options"
 local secret = require "moonrabbit.secret"
@@ -29,17 +30,36 @@ local function is_secret(name)
   return false
 end
 
--- "password = x", "token: x": the value goes. What follows any other word may be a pair itself: "it said no: token=x".
+-- Where a value between quotes ends, which may be escaped themselves; the text's end where nothing closes it.
+local function quoted_end(text, quote, at)
+  if #quote == 2 then return (text:find(quote, at, true) or #text + 1) - 1 end
+  local stop = text:find("[\\" .. quote .. "]", at)
+  while stop and text:sub(stop, stop) == "\\" do stop = text:find("[\\" .. quote .. "]", stop + 2) end
+  return (stop or #text + 1) - 1
+end
+
+-- Where a value begins and ends; nil where there is none.
+local function value_at(text, at)
+  local quote = text:match("^\\?[\"']", at)
+  if quote then return at + #quote, quoted_end(text, quote, at + #quote) end
+  local _, last = text:find("^[^%s,;&]+", at)
+  return last and at, last
+end
+
+-- "password = x", "token: x", `"secret":"x"`: the value goes. What follows any other word may be a pair itself: "it said
+-- no: token=x".
 local function redact_pairs(text)
   local out, at = {}, 1
   while true do
-    local from, to, word = text:find("([%w_%-]+)%s*[=:]%s*", at)
+    local from, to, word = text:find("([%w_%-]+)[\\\"']*%s*[=:]%s*", at)
     if not from then break end
     out[#out + 1] = text:sub(at, to)
     at = to + 1
-    if is_secret(word) then
-      local _, last = text:find("^[^%s,;&*]+", at)
-      if last then out[#out + 1], at = "***", last + 1 end
+    local first, last
+    if is_secret(word) then first, last = value_at(text, at) end
+    if first then
+      out[#out + 1] = text:sub(at, first - 1) .. "***"
+      at = last + 1
     end
   end
   out[#out + 1] = text:sub(at)
@@ -65,7 +85,7 @@ local function redact_value(name, value, depth)
   if type(value) == "string" then return log.redact(value) end
   if type(value) ~= "table" then return value end
   local meta = getmetatable(value)
-  if meta and meta.__tostring or depth >= DEEPEST then return log.redact(tostring(value)) end
+  if meta and meta.__tostring or depth >= DEEPEST then return log.redact(described(value)) end
   local all = {}
   for key, each in pairs(value) do all[key] = redact_value(key, each, depth + 1) end
   return all
@@ -136,7 +156,7 @@ function log.new(opts)
     local all = {}
     for name, value in pairs(common) do all[name] = redact_value(name, value, 0) end
     for name, value in pairs(fields or {}) do all[name] = redact_value(name, value, 0) end
-    write(format(now(), level, log.redact(tostring(text)), all))
+    write(format(now(), level, log.redact(described(text)), all))
   end
 end
 

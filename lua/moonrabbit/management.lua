@@ -140,8 +140,9 @@ end
 
 -- ---- Requests ---------------------------------------------------------------------------------------
 
+-- The header, and the secret in it; nil, err.
 local function authorization(self)
-  if self._token then return "Bearer " .. self._token end
+  if self._token then return "Bearer " .. self._token, self._token end
   local password = self._password
   if type(password) == "function" then
     local problem
@@ -151,7 +152,7 @@ local function authorization(self)
         message = "the password function gave none" .. (problem and ": " .. tostring(problem) or "") }
     end
   end
-  return "Basic " .. require "mime".b64(self._user .. ":" .. password)
+  return "Basic " .. require "mime".b64(self._user .. ":" .. password), password
 end
 
 -- The reason that a refusal gives: { error, reason }, or { status, reason } of a health check.
@@ -163,22 +164,21 @@ local function reason_of(body)
 end
 
 -- A broker may quote what it was sent: the URI of an upstream, or our own password.
-local function without_secrets(self, text)
+local function without_secrets(self, text, own)
   if not text then return nil end
   text = text:gsub("://[^%s/]*@", "://***@")
-  local password = self._password
-  if type(password) == "string" and #password > 3 and password ~= self._user then
-    local from, to = text:find(password, 1, true)
+  if #own > 3 and own ~= self._user then
+    local from, to = text:find(own, 1, true)
     while from do
       text = text:sub(1, from - 1) .. "***" .. text:sub(to + 1)
-      from, to = text:find(password, from + 3, true)
+      from, to = text:find(own, from + 3, true)
     end
   end
   return text
 end
 
-local function refusal(self, code, what, body)
-  local reason = without_secrets(self, reason_of(body or ""))
+local function refusal(self, code, what, body, own)
+  local reason = without_secrets(self, reason_of(body or ""), own)
   local err = { kind = "http", code = code, endpoint = self.endpoint,
     temporary = code == 408 or code == 429 or code >= 500 }
   if code == 401 or code == 403 then -- RabbitMQ answers 401 also to a user who lacks a tag
@@ -229,8 +229,8 @@ function Management:request(method, path, opts)
   options.argument("Management:request", "method", method, options.string)
   options.argument("Management:request", "path", path, options.either(options.string, options.table))
   opts = options.check("Management:request", opts, request_options)
-  local credentials, problem = authorization(self)
-  if not credentials then return nil, problem end
+  local credentials, own = authorization(self)
+  if not credentials then return nil, own end
   local headers = {
     ["host"] = self.endpoint, ["accept"] = "application/json, */*;q=0.1", ["connection"] = "close",
     ["user-agent"] = "moonrabbit", ["authorization"] = credentials,
@@ -248,7 +248,7 @@ function Management:request(method, path, opts)
     timeout = opts.timeout or self.timeout, max_body = self._max_body, label = self.endpoint,
   }
   if not code then return nil, answer end
-  if code < 200 or code > 299 then return nil, refusal(self, code, method .. " " .. target, text) end
+  if code < 200 or code > 299 then return nil, refusal(self, code, method .. " " .. target, text, own) end
   return text, code
 end
 

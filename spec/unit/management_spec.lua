@@ -212,6 +212,10 @@ describe("moonrabbit.management", function()
         { password = "hunter22" })
       assert.not_matches("sesame", err.message)
       assert.not_matches("hunter22", err.message)
+      for _, opts in ipairs { { token = "hunter22" }, { password = function() return "hunter22" end } } do
+        err = fails(response(400, '{"reason":"who is hunter22?"}'), "http", "who is %*%*%*", opts)
+        assert.not_matches("hunter22", err.message)
+      end
     end)
 
     it("that is nonsense is an error of kind protocol", function()

@@ -1,3 +1,5 @@
+local mr = require "moonrabbit"
+local scripted = require "support.scripted"
 local metrics = require "moonrabbit.metrics"
 local families = require "moonrabbit.metrics.families"
 local numbers = require "moonrabbit.metrics.numbers"
@@ -179,6 +181,41 @@ describe("what is in flight", function()
   end)
 end)
 
+describe("a measured publisher", function()
+  local function shop(m)
+    local conn = assert(mr.connect { uri = "amqp://guest:guest@127.0.0.1/", runtime = scripted.start().runtime })
+    finally(function() conn:close(1) end)
+    return m:publisher(assert(conn:publisher { routing_key = "q", outbox = "memory" }), "shop")
+  end
+
+  local function unconfirmed(m) return m:text():match 'publisher_unconfirmed{publisher="shop"} (%d+)' end
+
+  it("leaves the page when it is closed, and what it counted stays", function()
+    local m = metrics.new()
+    local publisher = shop(m)
+    assert(publisher:send_async "x")
+    assert.equal("1", unconfirmed(m))
+    publisher:close()
+    assert.is_nil(unconfirmed(m))
+    local text = m:text()
+    for _, gauge in ipairs { "publisher_bytes", "publisher_window", "outbox_messages" } do
+      assert.is_nil(text:find(gauge, 1, true))
+    end
+    assert.truthy(text:find('publishes_total{publisher="shop"} 1', 1, true))
+    publisher:close()
+  end)
+
+  if _VERSION == "Lua 5.4" then
+    it("can be closed by Lua", function()
+      local m = metrics.new()
+      local publisher = shop(m)
+      assert(load "local publisher <close> = ...")(publisher)
+      assert.is_nil(unconfirmed(m))
+      assert.is_false(publisher.channel:is_open())
+    end)
+  end
+end)
+
 describe("the sum of pages", function()
   local function page(n)
     local m = metrics.new()
@@ -274,5 +311,27 @@ describe("moonrabbit.log", function()
     assert.truthy(out[2]:find("the bank said no: password = ***, then: token:***", 1, true), out[2])
     write("info", "amqp://joe:p@hunter2@host/")
     assert.falsy(out[3]:find("hunter2", 1, true), out[3])
+  end)
+
+  it("lets no secret through that stands between quotes or begins with a star", function()
+    local write, out = lines {}
+    for i, text in ipairs {
+      '{"password":"hunter2"}', '{"password" : "two hunter2, words", "n": 1}', [[password='it\'s hunter2']],
+      [[{\"token\":\"hunter2\"}]], "password=*hunter2", "password: a*hunter2", 'password="hunter2',
+    } do
+      write("info", text .. " end")
+      assert.falsy(out[i]:find("hunter2", 1, true), out[i])
+      assert.truthy(out[i]:find("***", 1, true), out[i])
+    end
+    assert.matches('"n": 1} end\n$', out[2])
+  end)
+
+  it("writes a line whatever it is given", function()
+    local write, out = lines {}
+    local bad = setmetatable({}, { __tostring = function() error "no" end })
+    write("info", "x", { bad = bad, fn = print })
+    write("info", bad)
+    assert.matches("__tostring fails", out[1])
+    assert.matches("__tostring fails", out[2])
   end)
 end)

@@ -1,6 +1,8 @@
 -- The stores of outboxes, each by the same rules; and what SQLite's may meet.
 local core = require "moonrabbit.core"
 local process = require "support.process"
+local native = require "moonrabbit.runtime.native"
+local Outbox = require "moonrabbit.publisher.outbox"
 local Memory = require "moonrabbit.outbox.memory"
 local Sqlite = require "moonrabbit.outbox.sqlite"
 
@@ -39,6 +41,23 @@ end
 
 local stores = { memory = function() return assert(Memory.open()) end }
 if there then stores.sqlite = function() return assert(Sqlite.open { path = path() }) end end
+
+describe("an outbox", function()
+  it("tries again to delete what it could not, also where that throws", function()
+    local outbox = assert(Outbox.open("memory", "publisher", 1, native, function() end))
+    local row = assert(outbox:add(record "x"))
+    local remove = outbox.store.remove
+    outbox.store.remove = function() error("not enough memory", 0) end
+    outbox:done(row)
+    local ok, err = outbox:flush()
+    assert.is_nil(ok)
+    assert.matches("memory", err)
+    outbox.store.remove = remove
+    assert.is_true(outbox:flush())
+    assert.equal(0, outbox.count)
+    outbox:close()
+  end)
+end)
 
 for name, open in pairs(stores) do
   describe("an outbox of kind " .. name .. " #smoke", function()
@@ -123,6 +142,14 @@ describe("an outbox in a file", function()
     assert.is_nil((store:close()))
     local _, err = store:add(record "closed")
     assert.matches("it is closed", err.message)
+  end)
+
+  it("is kept in a file, not in what ends with the process", function()
+    for _, name in ipairs { "", ":memory:" } do
+      local opened, err = pcall(Outbox.open, { kind = "sqlite", path = name }, "publisher", 1, native)
+      assert.is_false(opened)
+      assert.matches("'path' must be the path of a file", err)
+    end
   end)
 
   it("belongs to one at a time, in this process and in others", function()

@@ -135,6 +135,18 @@ describe("moonrabbit.testing", function()
     assert.same({ "dead_letter", "no route" }, { d.outcome, d.reason })
   end)
 
+  it("ends the next wait of a task that was cancelled before it", function()
+    local clock = require("moonrabbit.testing.clock").new(0)
+    local woken
+    local task = clock.spawn(function()
+      local ok, err = pcall(clock.sleep, 3600)
+      woken = { ok, err == clock.cancelled, clock.now() }
+    end)
+    clock.cancel(task)
+    clock.settle()
+    assert.same({ false, true, 0 }, woken)
+  end)
+
   it("lets handlers sleep and time out on its clock", function()
     local sleep = mr.sleep
     local b = bench { timeout = 5, handler = function(msg) mr.sleep(tonumber(msg.body)) end }

@@ -16,7 +16,24 @@ local function delegate(self, name)
   return function(_, ...) return theirs(publisher, ...) end
 end
 
-local meta = { __index = delegate, __tostring = function(self) return tostring(self._publisher) end }
+local gauges = { "publisher_unconfirmed", "publisher_bytes", "publisher_window", "outbox_messages" }
+
+-- What a publisher that is closed held last is nothing that is there now.
+local function leave_page(self)
+  if not self._off then return end
+  pcall(self._look)
+  self._off()
+  self._off = nil
+  for _, gauge in ipairs(gauges) do self._families[gauge]:remove(self._name) end
+end
+
+local meta = {
+  __index = delegate, __tostring = function(self) return tostring(self._publisher) end,
+  __close = function(self)
+    self._publisher:__close()
+    leave_page(self)
+  end,
+}
 
 local function failed(self, kind)
   self._families.publish_errors_total:with(self._name, kind):inc()
@@ -59,7 +76,8 @@ function Measured.new(publisher, name, families, registry)
     _sent = families.publishes_total:with(name), _seconds = families.publish_seconds:with(name), _timing = false,
   }, meta)
   listen(self)
-  self._off = registry:collect(function() look(self) end)
+  self._look = function() look(self) end
+  self._off = registry:collect(self._look)
   return self
 end
 
@@ -99,10 +117,11 @@ function Measured:send_async(body, overrides)
   return confirmation
 end
 
---- As Publisher:close.
+--- As Publisher:close; what it held leaves the page, and its counters stay.
 function Measured:close(timeout)
-  self._off()
-  return self._publisher:close(timeout)
+  local closed, err = self._publisher:close(timeout)
+  leave_page(self)
+  return closed, err
 end
 
 return Measured

@@ -11,6 +11,7 @@
 -- What a store holds when it is opened, the backlog, goes out before anything new; what failed goes again on a timer.
 -- @module moonrabbit.publisher.outbox
 
+local described = require "moonrabbit.described"
 local errors = require "moonrabbit.errors"
 local options = require "moonrabbit.options"
 
@@ -31,8 +32,13 @@ Outbox.__index = Outbox
 -- Deletes are gathered for so long, or until there are so many.
 local GATHER_SECONDS, GATHER = 0.02, 128
 
+-- SQLite takes these for databases that end with the process.
+local function path(value)
+  if type(value) ~= "string" or value == "" or value == ":memory:" then return "the path of a file" end
+end
+
 local schema = {
-  kind = options.one_of("memory", "sqlite"), path = options.string, most = options.integer(1, 9007199254740991),
+  kind = options.one_of("memory", "sqlite"), path = path, most = options.integer(1, 9007199254740991),
   interval = options.seconds, synchronous = options.boolean,
 }
 
@@ -99,7 +105,8 @@ function Outbox:flush()
   local rows = self._done
   if #rows == 0 or self._closed then return true end
   self._done = {}
-  local ok, err = self.store:remove(rows)
+  local whole, ok, err = pcall(self.store.remove, self.store, rows)
+  if not whole then ok, err = nil, described(ok) end -- memory
   if ok then
     self.count = self.count - #rows
     return true

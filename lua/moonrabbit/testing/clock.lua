@@ -47,7 +47,9 @@ function clock.new(wall)
     if not task then error("a test may wait only within handlers: advance(seconds) moves the time", 3) end
     task.waits, task.on = true, on
     if on then on[#on + 1] = task end
-    if seconds then
+    if task.cancelling then -- since before this wait: only to give way once
+      wake(task, false)
+    elseif seconds then
       task.due = now + math.max(0, seconds)
       sleepers[#sleepers + 1] = task
     end
