@@ -133,12 +133,14 @@ describe("the metrics of one worker #resty", function()
     return (text:gsub("%$(%l+)", { name = name, uri = broker.uri { host = "127.0.0.1", port = line.port } }))
   end
 
-  setup(function()
+  local function write(text)
     path = nginx.here .. "/build/" .. name .. ".lua"
     local file = assert(io.open(path, "w"))
-    file:write((script:gsub("%$name", name)))
+    file:write((text:gsub("%$name", name)))
     file:close()
-  end)
+  end
+
+  setup(function() write(script) end)
 
   before_each(function()
     local to = broker.parsed()
@@ -253,6 +255,25 @@ describe("the metrics of one worker #resty", function()
       return status == 503 and body
         == '{"missing":[{"name":"worker","reason":"it has not started","worker":1}],"ready":false}\n'
     end, 20, "worker 1 is missing, and nothing else")
+  end)
+
+  it("know that an app runs which has taken its time to begin, without being asked for it", function()
+    finally(function() write(script) end)
+    write [[
+      local mr = require "moonrabbit"
+      local store, attached = { commit = function() return true end, abort = function() return true end }, 0
+      function store.begin() return "new" end
+      function store.attach()
+        attached = attached + 1
+        if attached == 2 then mr.sleep(2.5) end -- as it starts; before that it is checked
+      end
+      return mr.app { name = "$name", queues = { ["$name.in"] = {} },
+        consumers = { { queue = "$name.in", dedupe = store, handler = function() end } } }
+    ]]
+    start()
+    local function missing() return (server:request "/key?name=missing:1") end
+    broker.eventually(function() return missing() == ("app %s\tstarting\n"):format(name) end, 10, "all else is ready")
+    broker.eventually(function() return missing() == "" end, 10, "it runs")
   end)
 
   it("are not looked at while another worker does", function()

@@ -150,7 +150,10 @@ local function set_up(self, conn, keeper)
   end
   if watch_it then watch_it:opened(publishing) end
   self.connections = { conn, publishing }
-  return start(self.app, { consume = conn, publish = publishing })
+  local ok
+  ok, err = start(self.app, { consume = conn, publish = publishing })
+  if ok and config.began then config.began() end
+  return ok, err
 end
 
 local function work(self, conn, keeper)
@@ -183,7 +186,7 @@ end
 
 --- Runs an app in this worker for as long as it lives.
 --- config: `name` for the log, `connect` and `connect_publishing` () -> Connection or nil, err, `setup`,
---- `backoff`, `exit_timeout`; `watch` and `watch_publishing` hear of the two connections.
+--- `backoff`, `exit_timeout`; `watch` and `watch_publishing` hear of the two connections, began() of each start.
 ---@param app moonrabbit.App
 ---@param config table
 ---@return moonrabbit.resty.KeptApp

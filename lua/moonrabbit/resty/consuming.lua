@@ -55,6 +55,7 @@ local function consume_app(self, what, opts, level)
     connect_publishing = self._connector(name .. ", publishing"),
     watch = metrics and metrics:connection(name .. " (consume)"),
     watch_publishing = metrics and metrics:connection(name .. " (publish)"),
+    began = metrics and function() metrics:touch() end,
   }))
   return true
 end
