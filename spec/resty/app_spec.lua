@@ -130,7 +130,7 @@ describe("an app in nginx #resty", function()
 
   local function write_app(version) return write(name .. ".lua", script, { name = name, version = version or 1 }) end
 
-  local function seen() return cjson.decode((server:request "/seen") or "null") or { apps = {} } end
+  local function seen() return cjson.decode((server:request "/seen") or "") or { apps = {} } end
 
   local function start(what)
     what = what or {}
@@ -322,7 +322,9 @@ describe("an app in nginx #resty", function()
   end)
 
   it("finishes what it has when the worker leaves", function()
-    start { workers = 1 }
+    -- Without a time limit: a copy that takes longer would be made twice.
+    start { workers = 1, scripts = write(name .. ".lua", (script:gsub("timeout = 1, ", "")),
+      { name = name, version = 1 }) }
     for i = 1, 16 do send("copy", "c" .. i) end
     broker.eventually(function() return count "done" > 0 end)
     local pids = server:workers()
@@ -394,11 +396,13 @@ describe("an app in nginx #resty", function()
   end)
 
   it("begins when what is set up before it has succeeded", function()
-    start { workers = 1, more = [[setup = function()
-      if ngx.shared.seen:incr("setups", 1, 0) > 4 then return true end
+    start { workers = 1, runs = false, more = [[setup = function()
+      if ngx.shared.seen:get "let go" then return true end
       return nil, require "moonrabbit.errors".new { kind = "closed", message = "not set up yet" }
     end]] }
     server:logged(name:gsub("%p", "%%%0") .. ", consuming: not set up yet; trying again")
+    server:request "/let_go"
+    broker.eventually(function() return seen().apps[name] == "running" end, 20, "the app runs")
     send("ok", "one")
     all_done { "one" }
   end)

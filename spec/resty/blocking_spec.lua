@@ -88,8 +88,8 @@ describe("a worker #resty", function()
     os.remove(script)
   end)
 
-  -- Traces the worker while requests come, for so long and until `enough` of the answers' statuses have come. Returns those,
-  -- how many pings were answered, and the calls.
+  -- Traces the worker while requests come, for so long and until enough(answers' statuses, calls). Returns the statuses, how
+  -- many pings were answered, and the calls.
   local function trace(seconds, enough)
     local file = server.prefix .. "/trace"
     local tracer = shell(("strace -f -T -o '%s' -p %d > '%s.err' 2>&1 & echo $!"):format(file,
@@ -124,14 +124,13 @@ describe("a worker #resty", function()
         moonrabbit.sleep(0.005)
       end)
       moonrabbit.sleep(seconds)
-      if enough then broker.eventually(function() return enough(statuses) end, 30, "enough answers") end
+      broker.eventually(function() return enough(statuses, process.slurp(file) or "") end, 30, "enough happens")
       over = true
       broker.eventually(function() return running == 0 end)
     end)
     os.execute("kill -INT " .. tracer)
     nginx.gone({ tonumber(tracer) }, 10)
-    local text = io.open(file):read "*a"
-    return statuses, pings, text
+    return statuses, pings, process.slurp(file)
   end
 
   -- What the worker did that could have held it up.
@@ -169,6 +168,12 @@ describe("a worker #resty", function()
     return connects
   end
 
+  local function refused(statuses) return statuses[503] end
+
+  local function refused_and_connects(statuses, text)
+    return statuses[503] and select(2, text:gsub("connect%(", "")) >= 2
+  end
+
   it("waits for nothing but its events while the broker works", function()
     local to = broker.parsed()
     start(to.port, 1, 10)
@@ -194,7 +199,7 @@ describe("a worker #resty", function()
   end
 
   it("does not wake up when there is nothing to do", function()
-    start(broker.parsed().port, 60)
+    start(broker.parsed().port, 60, 10)
     broker.eventually(function() return select(2, server:request "/readyz") == 200 end, 20, "all is connected")
     assert.equal(202, (select(2, server:request "/publish")))
     -- Four connections: each would wake it every second if anything looked around.
@@ -203,7 +208,7 @@ describe("a worker #resty", function()
 
   it("waits for nothing but its events while nobody listens", function()
     start(nginx.free_port())
-    local statuses, pings, text = trace(0.7)
+    local statuses, pings, text = trace(0.7, refused_and_connects)
     assert.truthy(check(text, pings) >= 2)
     assert.truthy(statuses[503] and not statuses[202])
   end)
@@ -214,7 +219,7 @@ describe("a worker #resty", function()
     start(line.port)
     broker.eventually(function() return select(2, server:request "/publish") == 202 end)
     line.silent = true
-    local statuses, pings, text = trace(0.9)
+    local statuses, pings, text = trace(0.9, refused)
     check(text, pings)
     assert.truthy(statuses[503] and not statuses[202])
   end)
@@ -231,7 +236,7 @@ describe("a worker #resty", function()
     local port = broker.eventually(function() return tonumber((stopped:out():match "^(%d+)\n")) end)
     stopped:signal "STOP"
     start(port)
-    local statuses, pings, text = trace(0.9)
+    local statuses, pings, text = trace(0.9, refused_and_connects)
     stopped:stop()
     os.remove(path)
     assert.truthy(check(text, pings) >= 2)

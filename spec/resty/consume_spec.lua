@@ -11,7 +11,7 @@ local http = [[
   init_worker_by_lua_block {
     local rabbit = require "moonrabbit.resty"
     local seen = ngx.shared.seen
-    rabbit.start { uri = %q, reconnect = { first = 0.05, max = 0.2 }, exit_timeout = 3 }
+    rabbit.start { uri = %q, reconnect = { first = 0.05, max = 0.2 }, exit_timeout = 10 }
     rabbit.consume {
       queue = %q, prefetch = 20, concurrency = 4, error_delay = 0.1,
       handler = function(message)
@@ -19,7 +19,7 @@ local http = [[
         local running = seen:incr("running", 1, 0)
         if running > (seen:get "most" or 0) then seen:set("most", running) end
         local n = seen:incr(body, 1, 0)
-        if body:find "slow" then ngx.sleep(0.4) else ngx.sleep(0.002) end
+        repeat ngx.sleep(0.002) until not body:find "held" or seen:get "let go"
         seen:incr("running", -1)
         if body:find "bad" and n < 3 then error("bad the " .. n .. ". time") end
         seen:incr("done", 1, 0)
@@ -60,7 +60,7 @@ describe("consuming in nginx #resty", function()
     server:ready "/ping"
   end
 
-  local function seen() return cjson.decode((server:request "/seen") or "null") or { stats = {} } end
+  local function seen() return cjson.decode((server:request "/seen") or "") or { stats = {} } end
 
   before_each(function()
     conn = broker.connect()
@@ -97,6 +97,9 @@ describe("consuming in nginx #resty", function()
 
   it("handles messages, so many at once, in every worker", function()
     start(2)
+    broker.eventually(function()
+      return ok(channel:queue_declare(queue, { passive = true })).consumer_count == 2
+    end, 20, "both workers consume")
     for i = 1, 200 do ok(channel:publish_async("m" .. i, { routing_key = queue })) end
     broker.eventually(function() return seen().done == 200 end)
     broker.eventually(function() return count(answers) == 200 end)
@@ -220,40 +223,44 @@ describe("consuming in nginx #resty", function()
 
   it("begins when what is set up before it has succeeded", function()
     start_own("", [[setup = function()
-      if seen:incr("setups", 1, 0) > 4 then return true end
+      if seen:get "let go" then return true end
       return nil, require "moonrabbit.errors".new { kind = "closed", message = "not set up yet" }
     end]])
     server:logged "consuming: not set up yet; trying again"
+    server:request "/let_go"
     consumes()
     assert.equal(1, seen().asked)
   end)
 
   it("finishes what is being handled when it is reloaded, and loses nothing", function()
     start(1)
-    for i = 1, 12 do send("slow" .. i) end
-    broker.eventually(function() return seen().running end)
+    for i = 1, 12 do send("held" .. i) end
+    broker.eventually(function() return seen().running == 4 end)
     local old = server:reload()
-    nginx.gone(old, 5)
+    server:logged "gracefully shutting down"
+    server:request "/let_go"
+    nginx.gone(old, 15)
     broker.eventually(function() return count(answers) == 12 end)
     local all = answered()
-    for i = 1, 12 do assert.equal(1, all["slow" .. i .. "!"], server:log()) end
-    for i = 1, 12 do assert.equal(1, seen()["slow" .. i]) end
+    for i = 1, 12 do assert.equal(1, all["held" .. i .. "!"], server:log()) end
+    for i = 1, 12 do assert.equal(1, seen()["held" .. i]) end
   end)
 
   it("takes again what a crashed worker had", function()
     start(1)
-    for i = 1, 8 do send("slow" .. i) end
-    broker.eventually(function() return seen().running end)
-    os.execute("kill -KILL " .. server:workers()[1])
-    broker.eventually(function()
-      local all = seen()
-      for i = 1, 8 do
-        if not all["slow" .. i] then return false end
-      end
-      return all.done == 8
-    end)
+    for i = 1, 8 do send("held" .. i) end
+    broker.eventually(function() return seen().running == 4 end)
+    local pid = server:workers()[1]
+    os.execute("kill -KILL " .. pid)
+    nginx.gone { pid }
+    server:request "/let_go"
+    broker.eventually(function() return seen().done == 8 end)
     broker.eventually(function() return count(answers) == 8 end)
-    local all = answered()
-    for i = 1, 8 do assert.equal(1, all["slow" .. i .. "!"]) end
+    local all, again = answered(), 0
+    for i = 1, 8 do
+      assert.equal(1, all["held" .. i .. "!"])
+      again = again + seen()["held" .. i] - 1
+    end
+    assert.equal(4, again)
   end)
 end)

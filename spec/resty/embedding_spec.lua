@@ -180,9 +180,10 @@ describe("moonrabbit in Kong and APISIX #resty", function()
 
   it("is started once, whatever APISIX calls init for", function()
     start_apisix { workers = 2 }
+    local function connected() return select(2, server:log():gsub("publishing: connected to", "")) end
+    broker.eventually(function() return connected() >= 2 end, 10, "both workers are connected")
     assert.equal("reloaded\n", (server:request "/reload"), server:log())
     publishes_and_leaves { uri = "/access", by = "rabbit" }
-    local _, connected = server:log():gsub("publishing: connected to", "")
-    assert.equal(2, connected, server:log())
+    assert.equal(2, connected(), server:log())
   end)
 end)

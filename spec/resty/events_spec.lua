@@ -56,7 +56,7 @@ describe("events of the examples #resty", function()
     start()
     listen(function(text_until)
       publish("one", "a key\nid: 2")
-      local text = text_until "data: one"
+      local text = text_until "data: one\n\n"
       assert.matches("\r\nContent%-Type: text/event%-stream\r\n", text)
       assert.matches("\r\nCache%-Control: no%-store\r\n", text)
       assert.matches("event: message\nid: a key id: 2\ndata: one\n\n", text)
@@ -114,15 +114,20 @@ describe("events of the examples #resty", function()
       location = /watch {
         default_type text/html;
         return 200 '<!DOCTYPE html><iframe src="/"></iframe><script>
-          const report = text => fetch("/report", { method: "POST", body: text });
-          let last = "";
+          let last = "", reporting = false;
+          // One report at a time, so that the newest is the last to arrive; one that is lost is sent again.
+          const report = text => {
+            reporting = true;
+            fetch("/report", { method: "POST", body: text }).then(() => { last = text; }, () => { })
+              .finally(() => { reporting = false; });
+          };
           setInterval(() => {
             const page = document.querySelector("iframe").contentDocument;
             const state = page.getElementById("state");
             if (!state) return;
             const items = Array.from(page.querySelectorAll("#list li")).map(item => item.textContent);
             const text = [state.textContent, ...items].join("|");
-            if (text !== last) { last = text; report(text); }
+            if (text !== last && !reporting) report(text);
           }, 50);
         </script>';
       }

@@ -158,6 +158,21 @@ local function of_example(folder, edits)
   return text
 end
 
+-- Starts the program; what it says when that fails. Its port may have been taken since it was free: then another one is tried.
+local function launch(self, what)
+  local problem
+  for _ = 1, 3 do
+    self.port = nginx.free_port()
+    write(self, what)
+    local output = shell(command(self))
+    self.pid = tonumber((slurp(self.prefix .. "/nginx.pid")))
+    if self.pid then return nil end
+    problem = output .. "\n" .. slurp(self.prefix .. "/logs/error.log")
+    if not problem:find("Address already in use", 1, true) then break end
+  end
+  return problem
+end
+
 --- Starts one. what: `main`, `http` and `server` (pieces of configuration), `workers`, `env` (a table), `path` (put
 --- before lua_package_path, ";" at its end), `paths` (in place of lua_package_path and lua_package_cpath); or `example`, a
 --- folder whose nginx.conf it is, with `edits`: { [file] = { { what stands there, what shall }, … } }. $port, $prefix,
@@ -166,7 +181,7 @@ end
 function nginx.start(what)
   local prefix = nginx.here .. "/build/resty-" .. shell "mktemp -u XXXXXXXX"
   os.execute("mkdir -p " .. prefix .. "/logs " .. prefix .. "/tmp")
-  local self = setmetatable({ prefix = prefix, port = nginx.free_port(), what = what }, Nginx)
+  local self = setmetatable({ prefix = prefix, what = what }, Nginx)
   local environment = { "env AMQP_URL='" .. (broker.url or "") .. "'" }
   for name, value in pairs(what.env or {}) do environment[#environment + 1] = ("%s='%s'"):format(name, value) end
   self.environment = table.concat(environment, " ")
@@ -179,13 +194,10 @@ function nginx.start(what)
     what = all
     self.what = what
   end
-  write(self, what)
-  local output = shell(command(self))
-  self.pid = tonumber((slurp(prefix .. "/nginx.pid")))
-  if not self.pid then
-    output = output .. "\n" .. slurp(prefix .. "/logs/error.log")
+  local problem = launch(self, what)
+  if problem then
     os.execute("rm -rf '" .. prefix .. "'")
-    error("nginx did not start: " .. output, 2)
+    error("nginx did not start: " .. problem, 2)
   end
   return self
 end

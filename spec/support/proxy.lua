@@ -26,13 +26,18 @@ end
 --- broker says. `swallowed` counts what it has swallowed.
 function proxy.start(host, port, at)
   local server = assert(native.listen("127.0.0.1", at or 0))
-  local self = setmetatable({ server = server, port = server:port(), silent = false, swallowed = 0, lines = {} }, Proxy)
+  local self = setmetatable({ server = server, port = server:port(), silent = false, swallowed = 0, cuts = 0,
+    lines = {} }, Proxy)
   native.spawn(function()
     while true do
       local client = server:accept()
       if not client then break end
+      local cuts = self.cuts
       local upstream = not self.held and native.open({ host = host, port = port }, nil, 5)
-      if upstream then
+      if upstream and self.cuts ~= cuts then -- cut before it was open
+        upstream:close()
+        client:close()
+      elseif upstream then
         self.lines[#self.lines + 1] = client
         self.lines[#self.lines + 1] = upstream
         native.spawn(copy, self, client, upstream)
@@ -45,8 +50,9 @@ function proxy.start(host, port, at)
   return self
 end
 
---- Cuts every connection.
+--- Cuts every connection, those that are just being opened too.
 function Proxy:cut()
+  self.cuts = self.cuts + 1
   for _, line in ipairs(self.lines) do line:close() end
   self.lines = {}
 end
