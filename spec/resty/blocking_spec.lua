@@ -233,12 +233,14 @@ describe("a worker #resty", function()
       require "moonrabbit".sleep(60)
     ]]
     local stopped = process.start { path }
+    finally(function()
+      stopped:stop()
+      os.remove(path)
+    end)
     local port = broker.eventually(function() return tonumber((stopped:out():match "^(%d+)\n")) end)
     stopped:signal "STOP"
     start(port)
     local statuses, pings, text = trace(0.9, refused_and_connects)
-    stopped:stop()
-    os.remove(path)
     assert.truthy(check(text, pings) >= 2)
     assert.truthy(statuses[503] and not statuses[202])
   end)
