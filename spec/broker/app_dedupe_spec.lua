@@ -17,6 +17,7 @@ describe("an app with de-duplication in Redis #app", function()
 
   it("handles each message once, although Redis hangs meanwhile", function()
     local redis = redis_server.start()
+    finally(function() redis:stop() end)
     local queue, name = broker.unique "q", broker.unique "app"
     local handled, outcomes, total, said = {}, { ok = 0, duplicate = 0 }, 100, {}
     local store = mr.dedupe.redis { url = redis:url(), timeout = 0.3 }
@@ -47,7 +48,6 @@ describe("an app with de-duplication in Redis #app", function()
     for i = 1, total do assert.equal(1, handled["m" .. i]) end
     app:stop(5)
     store:close()
-    redis:stop()
     broker.ok(broker.ok(broker.connect():channel()):queue_delete(queue))
     broker.close_all()
   end)

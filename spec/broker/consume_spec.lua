@@ -101,7 +101,8 @@ describe("consuming", function()
     assert.equal(93, left())
     for _ = 1, 3 do ok(consumer:receive(5)):ack() end
     broker.eventually(function() return left() == 90 end)
-    assert.equal(7, ch:unsettled())
+    broker.eventually(function() return ch:unsettled() == 7 end) -- the answer may come before the deliveries
+    assert.equal(7, consumer:buffered())
   end)
 
   it("chooses a prefetch where nobody did, and says which", function()
@@ -296,7 +297,7 @@ describe("consuming", function()
         assert.is_false((pcall(ch.ack, ch, m[i].delivery_tag)))
       end
       assert.has_error(function() m[1]:nack { requeu = true } end)
-      moonrabbit.sleep(0.05)
+      left() -- a second ack would have closed the channel before this is answered
       assert.is_true(ch:is_open())
     end)
 
@@ -317,13 +318,13 @@ describe("consuming", function()
   it("acks really leave: nothing comes back after the connection is gone", function()
     local name = broker.unique "q"
     ok(ch:queue_declare(name))
-    for i = 1, 10 do ok(ch:publish("m" .. i, { routing_key = name })) end
+    for i = 1, 30 do ok(ch:publish("m" .. i, { routing_key = name })) end
     local other = broker.connect()
-    local consumer = ok(ok(other:channel()):consume(name))
-    for _ = 1, 4 do ok(consumer:receive(5)):ack() end
-    moonrabbit.sleep(0.1) -- a hundred times ack_delay
+    local consumer = ok(ok(other:channel()):consume(name, { prefetch = 20 }))
+    for _ = 1, 4 do ok(consumer:receive(5)):ack() end -- fewer than what leaves at once, a quarter of the prefetch
+    broker.eventually(function() return consumer:buffered() == 20 end, 10, "the broker has got the acks")
     other._session.transport:close()
-    broker.eventually(function() return ok(ch:queue_declare(name, { passive = true })).message_count == 6 end)
+    broker.eventually(function() return ok(ch:queue_declare(name, { passive = true })).message_count == 26 end)
     ok(ch:queue_delete(name))
   end)
 
@@ -334,7 +335,7 @@ describe("consuming", function()
         running = running + 1
         most = math.max(most, running)
         tasks[native.current()] = true
-        moonrabbit.sleep(0.001)
+        repeat moonrabbit.sleep(0.001) until most >= 8 -- the first eight wait for one another
         running = running - 1
         message:ack()
         done = done + 1
@@ -461,7 +462,7 @@ describe("consuming", function()
           ticks = ticks + 1
         end
       end)
-      result = { channel:queue_declare("x", { timeout = 0.3 }) }
+      result = { channel:queue_declare("x", { timeout = 1.5 }) }
       native.cancel(ticking)
     end)
     other.flood = nil
@@ -492,13 +493,15 @@ describe("consuming", function()
 
   it("lets go of a channel of its own, and forgets what was cancelled", function()
     fill(3)
-    local handled = 0
+    local begun, handled, cancelling = 0, 0, false
     local consumer = ok(conn:consume(queue, { prefetch = 3 }, function(message)
-      moonrabbit.sleep(0.05)
+      begun = begun + 1
+      repeat moonrabbit.sleep(0.05) until cancelling
       assert(message:ack())
       handled = handled + 1
     end))
-    broker.eventually(function() return consumer._workers == 3 end)
+    broker.eventually(function() return begun == 3 end)
+    cancelling = true
     ok(consumer:cancel()) -- the acks of those that run come first
     assert.equal(3, handled)
     assert.is_false(consumer.channel:is_open())

@@ -82,13 +82,19 @@ describe("the guide", function()
     assert.is_nil(running:code(), running:err())
   end
 
+  -- Whether there may be something a little later.
+  local function early(command, result)
+    if result.code == 124 then return false end -- it hung
+    if command:find("dlq replay", 1, true) then return result.out:find "^0 replayed" ~= nil end
+    return result.code ~= 0 and (command:find("dlq list", 1, true) or command:find("curl", 1, true))
+  end
+
   -- A reader looks again when there is nothing yet.
   local function second_terminal(command)
     local result
     for _ = 1, 40 do
       result = shell(command, process.run)
-      local may_be_early = command:find("dlq list", 1, true) or command:find("curl", 1, true)
-      if result.code == 0 or result.code == 124 or not may_be_early then break end -- 124: it hung
+      if not early(command, result) then break end
       process.sleep(0.25)
     end
     assert.equal(0, result.code, command .. "\n" .. result.out .. result.err)
@@ -144,7 +150,7 @@ describe("the guide", function()
     assert.same({}, answers)
     done = table.concat(done, "\n")
     assert.truthy(done:find("an order without a number", 1, true), done)
-    assert.truthy(done:find("%d replayed, 0 failed"), done)
+    assert.truthy(done:find "%f[%d][1-9]%d* replayed, 0 failed", done)
     assert.truthy(done:find("moonrabbit_messages_delivered_total", 1, true), done)
   end)
 

@@ -5,6 +5,7 @@ local proxy = require "support.proxy"
 local native = require "moonrabbit.runtime.native"
 local scripted = require "support.scripted"
 local ok = broker.ok
+local unpack = table.unpack or unpack -- luacheck: ignore 143 113
 
 -- These connections end when they are suspected.
 local function once(opts)
@@ -33,9 +34,17 @@ describe("health", function()
     return conn, seen
   end
 
+  -- What is tried: each stays calm when a busy broker says nothing for half a second, and is done long before the core,
+  -- which waits for two intervals.
+  local strategies = {
+    { strategy = "fixed", multiple = 1.25 },
+    { strategy = "adaptive", probe = 0.1, least = 1 },
+    { strategy = "consecutive", probe = 0.3, misses = 3 },
+  }
+
   -- Both sides are there, the line is not, and no RST tells.
   local function half_open(health)
-    local _, seen = connect_through(health)
+    local _, seen = connect_through(health, 2)
     moonrabbit.sleep(0.05)
     local gone = native.now()
     through.silent = true
@@ -47,20 +56,16 @@ describe("health", function()
 
   it("a half-open line is noticed without the option: two heartbeat intervals", function()
     local seen, took = half_open(nil)
-    assert.truthy(took < 3, took) -- two, and what a busy machine takes
+    assert.truthy(took < 6, took) -- two, and what a busy machine takes
     assert.equal("fixed", seen.err.strategy)
     assert.equal("fixed", seen.strategy)
     assert.matches("two heartbeat intervals", tostring(seen.err))
   end)
 
-  for _, health in ipairs {
-    { strategy = "fixed", multiple = 1.25 },
-    { strategy = "adaptive", probe = 0.1, least = 0.3 },
-    { strategy = "consecutive", probe = 0.1, misses = 3 },
-  } do
+  for _, health in ipairs(strategies) do
     it("a half-open line is noticed by '" .. health.strategy .. "', which is named", function()
       local seen, took = half_open(health)
-      assert.truthy(took < 2, took)
+      assert.truthy(took < 4, took)
       assert.equal(health.strategy, seen.strategy)
       assert.equal(health.strategy, seen.err.strategy)
       assert.matches("%(" .. health.strategy .. "%)", tostring(seen.err))
@@ -69,15 +74,10 @@ describe("health", function()
   end
 
   -- Nobody reads what this side writes, either: no question can be asked, and the writer waits for the socket.
-  for _, health in ipairs {
-    false,
-    { strategy = "fixed", multiple = 1.25 },
-    { strategy = "adaptive", probe = 0.1, least = 0.3 },
-    { strategy = "consecutive", probe = 0.1, misses = 3 },
-  } do
+  for _, health in ipairs { false, unpack(strategies) } do
     local name = health and health.strategy or "two heartbeat intervals"
     it("a half-open line with a full socket is noticed by '" .. name .. "'", function()
-      local conn, seen = connect_through(health, 1)
+      local conn, seen = connect_through(health, 3)
       local ch = ok(conn:channel())
       through.stuck = true
       local body, timeout = ("x"):rep(131072), { routing_key = "nowhere", timeout = 0 }
@@ -98,7 +98,7 @@ describe("health", function()
 
   it("a suspicion ends the session, and the connection comes back at once", function()
     local conn = broker.connect { uri = broker.uri { host = "127.0.0.1", port = through.port }, heartbeat = 60,
-      health = { strategy = "consecutive", probe = 0.1, misses = 3 }, reconnect = { first = 0.01 }, timeout = 3,
+      health = { strategy = "consecutive", probe = 0.3, misses = 3 }, reconnect = { first = 0.01 }, timeout = 3,
       log = function() end }
     local ch = ok(conn:channel { confirm = true, prefetch = 10 })
     local queue = ok(ch:queue_declare("", { exclusive = true })).queue
