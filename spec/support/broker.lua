@@ -36,10 +36,11 @@ end
 
 local serial = 0
 
---- A name that nothing else uses.
+--- A name that nothing else uses, nor has used: each spec file begins with a serial of its own.
 function broker.unique(prefix)
   serial = serial + 1
-  return ("spec-%s-%d-%s"):format(prefix or "x", serial, tostring({}):match "0x(%w+)" or tostring(os.time()))
+  local micros = require("moonrabbit.runtime.native").now() * 1e6
+  return ("spec-%s-%d-%x%x"):format(prefix or "x", serial, require("moonrabbit.net").pid(), math.floor(micros))
 end
 
 local open = {}
