@@ -139,7 +139,7 @@ describe("moonrabbit.testing", function()
     local clock = require("moonrabbit.testing.clock").new(0)
     local woken
     local task = clock.spawn(function()
-      local ok, err = pcall(clock.sleep, 3600)
+      local ok, err = mr.pcall(clock.sleep, 3600)
       woken = { ok, err == clock.cancelled, clock.now() }
     end)
     clock.cancel(task)
