@@ -68,6 +68,7 @@ function Pool.new(opts, level)
     _max_connections = opts.connections or 1, _max_channels = opts.channels or 16,
     _channel = { confirm = confirm, prefetch = opts.prefetch },
     _timeout = opts.timeout or 30,
+    _heritage = {},     -- which nodes failed, and since when a site is away: what each connection knows of those before it
     _members = {},      -- { connection (nil while it is being made), idle = {channels}, used = n, with those being opened }
     _of = {},           -- channel -> member, while it is out
     _line = {},         -- who waits, first come first: { condition, channel or err or thrown once served }
@@ -179,7 +180,7 @@ end
 
 -- Connects; whether it did.
 local function connect(self, member)
-  local whole, connection, err = pcall(Connection.connect, self._connect, 2)
+  local whole, connection, err = pcall(Connection.connect, self._connect, 2, self._heritage)
   if not whole then -- a URI that is none, say: the caller's mistake
     drop_member(self, member)
     serve(self, { thrown = connection })
@@ -334,6 +335,7 @@ end
 --- How many connections and channels there are, and how many channels are out.
 ---@return { connections: integer, channels: integer, used: integer, waiting: integer }
 function Pool:stats()
+  sweep(self)
   local stats = { connections = 0, channels = 0, used = 0, waiting = #self._line }
   for _, member in ipairs(self._members) do
     if member.connection then
