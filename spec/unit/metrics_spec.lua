@@ -181,6 +181,49 @@ describe("what is in flight", function()
   end)
 end)
 
+describe("a watched connection", function()
+  local function watched(m, opts)
+    local other = scripted.start()
+    opts = opts or {}
+    opts.uri, opts.runtime, opts.log = "amqp://guest:guest@127.0.0.1/", other.runtime, function() end
+    local conn = assert(mr.connect(opts))
+    finally(function() conn:close(1) end)
+    return conn, other, m:watch(conn, "c")
+  end
+
+  local function page(m)
+    local text = m:text()
+    return text:match 'moonrabbit_connections{connection="c"} (%d+)', text:match '_up{connection="c"} (%d+)'
+  end
+
+  local function closed(conn)
+    mr.run(function()
+      while conn:state() ~= "closed" do mr.sleep(0.001) end
+      mr.sleep(0)
+    end)
+  end
+
+  it("leaves the page when it is closed here, and nothing keeps it", function()
+    local m = metrics.new()
+    local conn = watched(m)
+    assert.same({ "1", "1" }, { page(m) })
+    assert(conn:close())
+    closed(conn)
+    assert.is_nil(page(m))
+    assert.is_nil(next(m._connections.watched))
+  end)
+
+  it("stays on the page, as one that is not up, when it is lost for good", function()
+    local m = metrics.new()
+    local conn, other, off = watched(m, { reconnect = false })
+    mr.run(function() other:cut() end)
+    closed(conn)
+    assert.same({ "1", "0" }, { page(m) })
+    off()
+    assert.is_nil(page(m))
+  end)
+end)
+
 describe("a measured publisher", function()
   local function shop(m)
     local conn = assert(mr.connect { uri = "amqp://guest:guest@127.0.0.1/", runtime = scripted.start().runtime })

@@ -48,19 +48,28 @@ function connections.new(families, registry)
   return self
 end
 
+-- Whether somebody here has closed it: one that could not be brought back stays on the page, as one that is not up.
+local function closed_here(err)
+  return type(err) == "table" and err.kind == "closed" and err.temporary == false
+end
+
 --- Several connections of one name are added up.
 function Connections:watch(connection, name)
-  local offs = {}
+  local offs, off = {}
   for event, fn in pairs(counted) do
     offs[#offs + 1] = connection:on(event, function(...) fn(self.families, name, ...) end)
   end
   self.families.connection_recoveries_total:with(name)
   self.watched[connection] = name
-  return function()
+  function off()
     self.watched[connection] = nil
-    for _, off in ipairs(offs) do off() end
+    for _, each in ipairs(offs) do each() end
     for _, gauge in ipairs(gauges) do self.families[gauge]:remove(name) end
   end
+  offs[#offs + 1] = connection:on("closed", function(err)
+    if closed_here(err) then off() end
+  end)
+  return off
 end
 
 function Connections:collect()

@@ -47,7 +47,7 @@ function Metrics:observer(also)
   return observer.new(self.families, self._watch_runner, also)
 end
 
---- Watches a connection. Several of one name are added up.
+--- Watches a connection, until it is closed by this side. Several of one name are added up.
 ---@param connection moonrabbit.Connection
 ---@param name string? the label `connection`; "main" by default
 ---@return function off stops watching
