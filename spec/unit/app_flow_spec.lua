@@ -227,6 +227,30 @@ describe("batch", function()
   end)
 end)
 
+describe("a copy that fails", function()
+  it("is waited with no longer when the app stops", function()
+    local disposal = require "moonrabbit.app.disposal"
+    local runtime = require("support.virtual_loop").new()
+    local errors = require "moonrabbit.errors"
+    local d = disposal.new { app = "x", consumer = { queue = "q" },
+      publisher = function() return nil, errors.new { kind = "closed", message = "away" } end }
+    local message = { headers = {}, properties = {}, exchange = "", routing_key = "q",
+      channel = { _runtime = runtime, is_open = function() return true end } }
+    local answers = {}
+    for i, what in ipairs { "retry", "dead_letter" } do
+      runtime.spawn(function()
+        local detail = what == "retry" and 5 or "why"
+        answers[i] = { d[what](d, message, detail, { message = "no", kind = "error" }, 1) }
+      end)
+    end
+    runtime.advance(20) -- it tries again after 0.5, 1.5, 3.5, 7.5, 15.5 and 31.5 s
+    assert.same({}, answers)
+    d:stop()
+    runtime.advance(0)
+    assert.same({ "away", "away" }, { answers[1][2].message, answers[2][2].message })
+  end)
+end)
+
 describe("a rate", function()
   it("is kept, with a burst", function()
     local rate = Rate.new({ limit = 10, burst = 3 }, 0)

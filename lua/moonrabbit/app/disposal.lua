@@ -94,7 +94,7 @@ function disposal.new(opts)
     observer = opts.observer or {}, now = opts.now or os.time,
     ladder = choose_ladder(consumer.ladder, opts.app, log),
     threshold = threshold or 0.1, hold = consumer.hold or 300,
-    stopped = false,
+    stopped = false, wake = nil, -- what copies that fail wait in
   }, Disposal)
 end
 
@@ -173,7 +173,8 @@ local function persist(self, msg, what, send)
     told = true
     local left = deadline - runtime.now()
     if not can_pass(err) or left <= 0 or not is_held(self, msg) then return nil, err end
-    runtime.sleep(math.min(pause, left))
+    self.wake = self.wake or runtime.condition()
+    self.wake:wait(math.min(pause, left))
     if not is_held(self, msg) then return nil, err end
     pause = math.min(pause * 2, 30)
   end
@@ -283,6 +284,7 @@ end
 --- Ends all waiting: copies that fail are not tried again, and what is held goes back at once.
 function Disposal:stop()
   self.stopped = true
+  if self.wake then self.wake:broadcast() end
 end
 
 disposal.headers, disposal.LONGEST = headers, steps.LONGEST

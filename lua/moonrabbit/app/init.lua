@@ -20,6 +20,7 @@
 -- from connections that publish, acks included.
 -- @module moonrabbit.app
 
+local connection_options = require "moonrabbit.connection.options"
 local copy = require "moonrabbit.app.copy"
 local default_disposal = require "moonrabbit.app.disposal"
 local Runner = require "moonrabbit.app.runner"
@@ -107,7 +108,7 @@ local function check_where(self, where)
   if is_connection(where) then
     error("app:start: two connections expected: { consume = …, publish = … }", 3)
   end
-  require("moonrabbit.connection.options").check(connect_options(self, where, "consume"), 3)
+  connection_options.check(connect_options(self, where, "consume"), 3)
 end
 
 local function connect(self, where)
@@ -127,10 +128,9 @@ end
 
 -- The channel for a purpose on the publishing connection.
 function App:_channel(purpose)
-  if not self._publishing then
+  if not self._outgoing then
     return nil, errors.new { kind = "closed", message = "the app is not running", temporary = false }
   end
-  self._outgoing = self._outgoing or Outgoing.new(self._runtime, self._publishing)
   return self._outgoing:channel(purpose)
 end
 
@@ -218,16 +218,30 @@ end
 
 local function subscribe(self, runner)
   local consumer = runner.consumer
+  self._consumes = true
   return self._consuming:consume(consumer.queue, {
     prefetch = consumer.prefetch, concurrency = consumer.prefetch, priority = consumer.priority,
     arguments = consumer.arguments,
   }, function(message) return runner:handle(message) end)
 end
 
+-- Why the start is not to go on: it was told to stop, or a connection has ended for good.
+local function objection(self)
+  if self._unwanted then
+    return errors.new { kind = "closed", temporary = false, message = "the app was stopped while it started" }
+  end
+  for _, connection in ipairs { self._consuming, self._publishing } do
+    local state, reason = connection:state()
+    if state == "closed" then return reason end
+  end
+end
+
 local function begin(self, where)
   local ok, err = connect(self, where)
   if not ok then return nil, err end
-  self._log = self._log or self._consuming._log or default_log
+  local log = self._spec.log
+  self._log = log and connection_options.log(log, self._runtime) or self._consuming._log or default_log
+  self._outgoing = Outgoing.new(self._runtime, self._publishing)
   for i, consumer in ipairs(self.plan.consumers) do
     self.runners[i] = make_runner(self, consumer)
     local state = self._state and self._state[consumer.queue]
@@ -236,34 +250,54 @@ local function begin(self, where)
   ok, err = set_up(self)
   if not ok then return nil, err end
   for i, runner in ipairs(self.runners) do
+    err = objection(self)
+    if err then return nil, err end
     self._consumers[i], err = subscribe(self, runner)
     if not self._consumers[i] then return nil, err end
   end
+  err = not self._unwanted and objection(self) or nil
+  if err then return nil, err end
   return true
 end
 
 local function close_all(self, timeout)
+  for _, off in ipairs(self._offs) do off() end
+  self._offs = {}
   if self._outgoing then self._outgoing:close(timeout) end
-  self._outgoing = nil
   if not self._owned then return end
   for _, name in ipairs { "_publishing", "_consuming" } do
     if self[name] then self[name]:close(timeout) end
   end
 end
 
-local function over(self, reason)
-  self.state, self.reason = "stopped", self.reason or reason
-  if self._over then self._over:broadcast() end
+local function turn(self, state)
+  self.state = state
+  self._over:broadcast()
+end
+
+-- Nothing is handled any more; what waits goes back.
+local function abort(self)
+  for _, runner in ipairs(self.runners) do
+    runner:abort()
+    if runner.disposal.stop then runner.disposal:stop() end
+  end
+end
+
+-- It does not go on: the other connection may, and would bring message after message.
+local function give_up(self, timeout)
+  for _, consumer in pairs(self._consumers) do consumer:cancel { timeout = timeout } end
+  close_all(self, timeout)
 end
 
 local function watch_connections(self)
-  for _, connection in ipairs { self._consuming, self._publishing } do
-    connection:on("closed", function(err)
-      if self.state ~= "running" and self.state ~= "starting" then return end
+  for i, connection in ipairs { self._consuming, self._publishing } do
+    self._offs[i] = connection:on("closed", function(err)
+      if self.state ~= "running" then return end
       self._log("error", ("the app '%s' has lost its connection: %s"):format(self.name, tostring(err)))
-      for _, runner in ipairs(self.runners) do runner:abort() end
-      over(self, err)
-      close_all(self, 1)
+      abort(self)
+      self.reason = err
+      turn(self, "stopped")
+      give_up(self, 1)
     end)
   end
 end
@@ -280,9 +314,9 @@ end
 
 -- A failed start, whether it throws or not, leaves nothing behind.
 local function undo(self)
-  self.state = "stopped"
-  for _, consumer in pairs(self._consumers) do consumer:cancel { timeout = 1 } end
-  close_all(self, 1)
+  turn(self, "stopped")
+  abort(self)
+  give_up(self, 1)
 end
 
 --- Connects, declares what the app says, and begins to consume. Nothing is left behind when that fails.
@@ -297,7 +331,8 @@ function App:start(where)
   check_where(self, where)
   self._runtime = runtime_of(where, self._spec)
   self.state, self.reason, self.runners, self._consumers, self._owned = "starting", nil, {}, {}, false
-  self._consuming, self._publishing, self._outgoing = nil, nil, nil
+  self._consuming, self._publishing, self._outgoing, self._offs = nil, nil, nil, {}
+  self._consumes, self._unwanted = false, false -- whether it may have messages, and whether it is to stop
   self._over = self._runtime.condition()
   local whole, ok, err = protect(begin, self, where)
   if not whole or not ok then
@@ -305,8 +340,8 @@ function App:start(where)
     if not whole then error(ok, 0) end
     return nil, err
   end
-  self.state = "running"
   watch_connections(self)
+  turn(self, "running")
   return true
 end
 
@@ -340,16 +375,19 @@ local function cancel_all(self, deadline)
   end
 end
 
---- Stops: no more messages come, those that have come are handled until the deadline, acks leave, and
---- the connections close. What is not done by then goes back to its queue: nil, err of kind `timeout`.
----@param deadline number? seconds; 30 by default
----@return true|nil, moonrabbit.Error?
-function App:stop(deadline)
-  if deadline ~= nil then options.argument("app:stop", "deadline", deadline, options.seconds) end
-  if self.state ~= "running" then return true end
-  self.state = "stopping"
-  local now = self._runtime.now
-  deadline = now() + math.min(deadline or 30, 1e9)
+-- While it starts, or somebody else stops it. Whether that is over.
+local function let_come(self, deadline)
+  self._unwanted = true
+  while self.state == "starting" and self._consumes or self.state == "stopping" do
+    local left = deadline - self._runtime.now()
+    if left <= 0 then return false end
+    self._over:wait(left)
+  end
+  return true
+end
+
+-- Handles what has come until the deadline, gives back the rest, and closes.
+local function drain(self, deadline)
   for _, runner in ipairs(self.runners) do
     runner:stop()
     if runner.disposal.stop then runner.disposal:stop() end
@@ -365,10 +403,38 @@ function App:stop(deadline)
     if consumer.channel:is_open() then consumer.channel:close(5) end
   end
   close_all(self, 5)
-  over(self)
+  turn(self, "stopped")
   if left == 0 then return true end
   return nil, errors.new { kind = "timeout", temporary = true,
     message = ("%d messages were not done in time and have gone back to their queues"):format(left) }
+end
+
+--- Stops: no more messages come, those that have come are handled until the deadline, acks leave, and
+--- the connections close. What is not done by then goes back to its queue: nil, err of kind `timeout`. An app that is
+--- starting does not begin to consume, and its `start` fails; one that somebody else stops is waited for.
+---@param deadline number? seconds; 30 by default
+---@return true|nil, moonrabbit.Error?
+function App:stop(deadline)
+  if deadline ~= nil then options.argument("app:stop", "deadline", deadline, options.seconds) end
+  if self.state == "ready" or self.state == "stopped" then return true end
+  local now = self._runtime.now
+  deadline = now() + math.min(deadline or 30, 1e9)
+  for _, runner in ipairs(self.runners) do
+    if runner:is_caller() then
+      error("app:stop: a handler would wait for itself: moonrabbit.spawn(function() app:stop() end)", 2)
+    end
+  end
+  if not let_come(self, deadline) then
+    return nil, errors.new { kind = "timeout", message = "the app was still " .. self.state }
+  end
+  if self.state ~= "running" then return true end
+  turn(self, "stopping")
+  local whole, ok, err = protect(drain, self, deadline)
+  if not whole then -- its task was cancelled
+    undo(self)
+    error(ok, 0)
+  end
+  return ok, err
 end
 
 --- Starts, and waits until the app is stopped, by `app:stop()` in another task, or because a connection is lost
@@ -385,6 +451,7 @@ end
 --- Waits until the app has stopped: true, or nil, err when a connection was lost for good.
 ---@return true|nil, moonrabbit.Error?
 function App:wait()
+  if not self._over then error("app:wait: the app has not been started", 2) end
   while self.state ~= "stopped" do self._over:wait() end
   if self.reason then return nil, self.reason end
   return true

@@ -5,6 +5,7 @@
 -- queue refuses on every channel; so channels are left ever more seldom.
 -- @module moonrabbit.app.outgoing
 
+local errors = require "moonrabbit.errors"
 local Renewal = require "moonrabbit.publisher.renewal"
 
 -- Seconds for which a channel that was left waits for the outcome of what is under way on it.
@@ -21,9 +22,13 @@ Outgoing.__index = Outgoing
 ---@param connection moonrabbit.Connection
 function Outgoing.new(runtime, connection)
   return setmetatable({
-    runtime = runtime, connection = connection, channels = {}, renewals = {},
+    runtime = runtime, connection = connection, channels = {}, renewals = {}, closed = false,
     refusals = {}, refused_at = {}, -- of the present channels: how many, and when last
   }, Outgoing)
+end
+
+local function over()
+  return errors.new { kind = "closed", message = "the app is not running", temporary = false }
 end
 
 --- The channel for a purpose.
@@ -32,8 +37,13 @@ end
 function Outgoing:channel(purpose)
   local channel = self.channels[purpose]
   if channel and channel:is_open() then return channel end
+  if self.closed then return nil, over() end
   local opened, err = self.connection:channel { confirm = true }
   if not opened then return nil, err end
+  if self.closed then -- meanwhile
+    opened:close()
+    return nil, over()
+  end
   channel = self.channels[purpose]
   if channel and channel:is_open() then -- another task was faster
     opened:close()
@@ -66,8 +76,9 @@ function Outgoing:heard(purpose, channel, ok, err)
   self.runtime.spawn(retire, channel)
 end
 
---- Closes them all.
+--- Closes them all, for good.
 function Outgoing:close(timeout)
+  self.closed = true
   for _, channel in pairs(self.channels) do
     if channel:is_open() then channel:close(timeout) end
   end

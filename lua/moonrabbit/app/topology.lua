@@ -59,6 +59,14 @@ local methods = {
   exchange = "exchange_declare", queue = "queue_declare", bind_exchange = "exchange_bind", bind_queue = "queue_bind",
 }
 
+-- An error that says what it is about; the given one may be its connection's, which others are told too.
+local function about(err, step)
+  local own = {}
+  for name, value in pairs(err) do own[name] = value end
+  own.message = ("%s '%s': %s"):format(step[1]:gsub("_", " "), step[2], err.message)
+  return setmetatable(own, getmetatable(err))
+end
+
 --- Declares them.
 ---@param channel moonrabbit.Channel
 ---@param steps table[]
@@ -66,10 +74,7 @@ local methods = {
 function topology.declare(channel, steps)
   for _, step in ipairs(steps) do
     local ok, err = channel[methods[step[1]]](channel, step[2], step[3], step[4], step[5])
-    if not ok then
-      err.message = ("%s '%s': %s"):format(step[1]:gsub("_", " "), step[2], err.message)
-      return nil, err
-    end
+    if not ok then return nil, about(err, step) end
   end
   return true
 end

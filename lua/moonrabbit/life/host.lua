@@ -11,6 +11,7 @@ local errors = require "moonrabbit.errors"
 local notify = require "moonrabbit.life.notify"
 local protect = require "moonrabbit.protect"
 local telemetry = require "moonrabbit.life.telemetry"
+local text_of = require "moonrabbit.app.failure".text
 
 ---@class moonrabbit.life.HostOptions
 ---@field runtime table
@@ -114,17 +115,20 @@ local function connect(self)
   return true
 end
 
-local function start(self)
-  local ok, err = connect(self)
-  if ok then ok, err = self.app:start(self.connections) end
-  return ok, err
+-- What a script does as its app starts may throw: nil, the error, and true.
+local function start(self, app)
+  local whole, ok, err = protect(app.start, app, self.connections)
+  if whole then return ok, err end
+  return nil, "starting the app threw: " .. text_of(ok), true
 end
 
 local function bring_up(self)
   while self.phase == "starting" do
-    local ok, err = start(self)
+    local threw
+    local ok, err = connect(self)
+    if ok then ok, err, threw = start(self, self.app) end
     if ok then break end
-    if is_final(err) then return finish(self, nil, err) end
+    if threw or is_final(err) then return finish(self, nil, err) end
     if not pause(self, err) then return end
   end
   if self.phase ~= "starting" then return end
@@ -146,7 +150,8 @@ local function drain(self)
   local now = self.runtime.now
   local deadline = now() + math.min(self.drain, 1e9)
   while self.reloading and now() < deadline do self.changed:wait(deadline - now()) end
-  local ok, err = self.app:stop(math.max(0, deadline - now()))
+  local whole, ok, err = protect(self.app.stop, self.app, math.max(0, deadline - now()))
+  if not whole then ok, err = nil, "stopping threw: " .. text_of(ok) end
   while self.retiring > 0 and now() < deadline do self.changed:wait(deadline - now()) end
   if ok and self.retiring > 0 then
     ok, err = nil, errors.new { kind = "timeout", message = "messages of the old script were not done in time" }
@@ -172,16 +177,19 @@ local function store_of(consumer)
   return dedupe and (dedupe.store or dedupe)
 end
 
--- A store in memory goes on itself: both scripts use it until the old one is done.
+-- A store in memory goes on itself: both scripts use it until the old one is done. A function that undoes that.
 local function keep_stores(old, new)
-  local before = {}
+  local before, undo = {}, {}
   for _, consumer in ipairs(old.plan.consumers) do before[consumer.queue] = consumer end
   for _, consumer in ipairs(new.plan.consumers) do
     local kept, store = store_of(before[consumer.queue]), store_of(consumer)
     if kept and store and kept.take_place_of and getmetatable(kept) == getmetatable(store) then
-      kept:take_place_of(store)
+      undo[#undo + 1] = kept:take_place_of(store)
       if consumer.dedupe.store then consumer.dedupe.store = kept else consumer.dedupe = kept end
     end
+  end
+  return function()
+    for i = #undo, 1, -1 do undo[i]() end
   end
 end
 
@@ -206,28 +214,41 @@ local function retire_beside(self, old)
   end)
 end
 
+local function start_again(self, old)
+  local ok, err = start(self, old)
+  if not ok then finish(self, nil, err) end
+end
+
 -- One after the other; when the new one does not start, the old one does again.
 local function swap_in_order(self, old, new)
   retire(self, old)
-  local ok, err = new:start(self.connections)
+  local state = old:save()
+  new:restore(state)
+  local ok, err = start(self, new)
   if ok then
     self.app = new
     return true
   end
-  local again, why = old:start(self.connections)
-  if not again then finish(self, nil, why) end
+  old:restore(state)
+  start_again(self, old)
   return nil, err
 end
 
-local function swap(self, old, new)
-  keep_stores(old, new)
+local function swap_beside(self, old, new)
   new:restore(old:save())
-  if keeps_order(old) or keeps_order(new) then return swap_in_order(self, old, new) end
-  local ok, err = new:start(self.connections)
+  local ok, err = start(self, new)
   if not ok then return nil, err end
   self.app = new
   retire_beside(self, old)
   return true
+end
+
+local function swap(self, old, new)
+  local undo = keep_stores(old, new)
+  local way = (keeps_order(old) or keeps_order(new)) and swap_in_order or swap_beside
+  local ok, err = way(self, old, new)
+  if not ok then undo() end
+  return ok, err
 end
 
 local function reload_all(self)
@@ -259,8 +280,9 @@ function Host:reload()
   self.runtime.spawn(function()
     local whole, err = protect(reload_all, self)
     if not whole then
-      self.log("error", "reloading threw: " .. tostring(err))
-      self.on_reloaded(false, err)
+      self.log("error", "reloading threw: " .. text_of(err))
+      self.on_reloaded(false, text_of(err))
+      if self.phase == "running" and self.app.state == "stopped" then start_again(self, self.app) end
     end
     self.reloading = false
     if self.phase == "running" then notify.send("READY=1", "STATUS=running") end
@@ -285,7 +307,12 @@ function Host:run(app)
   self.telemetry:observe(app)
   local every = notify.watchdog()
   if every then self.runtime.spawn(keep_alive, self, every) end
-  self.runtime.spawn(bring_up, self)
+  self.runtime.spawn(function()
+    local whole, err = protect(bring_up, self)
+    if whole then return end
+    self.log("error", "starting threw: " .. text_of(err))
+    if self.phase == "starting" then finish(self, nil, "starting threw: " .. text_of(err)) end
+  end)
   while self.phase ~= "stopped" do self.changed:wait() end
   return self.ok, self.err
 end

@@ -246,8 +246,11 @@ end
 --- Goes on in the place of another store, with that one's limits. So a reload keeps this store while messages of the
 --- old script are still being handled: what they claim, commit or give up is known to the new one.
 ---@param other moonrabbit.dedupe.Memory
+---@return fun() undo its own limits hold again
 function Store:take_place_of(other)
+  local ttl, max = self.ttl, self.max
   self.ttl, self.max = other.ttl, other.max
+  return function() self.ttl, self.max = ttl, max end
 end
 
 --- Takes over what another store knew; the age of each key counts on with this one's `ttl` from its commit.

@@ -462,6 +462,16 @@ function Runner:drained(deadline)
   return true
 end
 
+--- Whether the task that calls runs one of its handlers.
+---@return boolean
+function Runner:is_caller()
+  local task = self.current()
+  for job in pairs(self.jobs) do
+    if task ~= nil and job.task == task and not job.over then return true end
+  end
+  return false
+end
+
 --- Ends what is left: handlers are cancelled where that can be, messages go back.
 function Runner:abort()
   self.stopping, self.stopped = true, true

@@ -1,0 +1,280 @@
+-- How an app begins and ends on two connections, against brokers that follow a script: what it leaves behind, and
+-- what happens meanwhile.
+local moonrabbit = require "moonrabbit"
+local native = require "moonrabbit.runtime.native"
+local fake = require "support.fake_broker"
+local scripted = require "support.scripted"
+
+local short, u32 = fake.short, fake.u32
+
+describe("an app on connections of its user's", function()
+  local consuming, publishing, conns
+
+  local function open()
+    local other = scripted.start()
+    other.answers["50.10"] = function(frame) -- queue.declare
+      local name = frame.args:sub(4, 3 + frame.args:byte(3))
+      return fake.method(frame.channel, 50, 11, short(name) .. u32(0) .. u32(0))
+    end
+    other.answers["60.30"] = function(frame) -- basic.cancel
+      return fake.method(frame.channel, 60, 31, frame.args:sub(1, 1 + frame.args:byte(1)))
+    end
+    local conn = assert(moonrabbit.connect { uri = "amqp://guest:guest@127.0.0.1/", runtime = other.runtime,
+      log = function() end, reconnect = false })
+    return other, conn
+  end
+
+  before_each(function()
+    conns = {}
+    consuming, conns.consume = open()
+    publishing, conns.publish = open()
+  end)
+
+  after_each(function()
+    conns.consume:close(1)
+    conns.publish:close(1)
+  end)
+
+  local function app_of(fields, more)
+    local consumer = { queue = "q", dead_letter = false, in_process = true, handler = function() end }
+    for name, value in pairs(fields or {}) do consumer[name] = value end
+    local spec = { name = "x", log = function() end, queues = { q = {} }, consumers = { consumer } }
+    for name, value in pairs(more or {}) do spec[name] = value end
+    return moonrabbit.app(spec)
+  end
+
+  local function times(other, id)
+    local n = 0
+    for _, each in ipairs(other.heard) do n = n + (each == id and 1 or 0) end
+    return n
+  end
+
+  local function eventually(fn)
+    local deadline = native.now() + 5
+    while not fn() do
+      assert(native.now() < deadline, "did not happen in time")
+      moonrabbit.sleep(0.002)
+    end
+  end
+
+  local function tag_of(frame)
+    local queue = frame.args:byte(3)
+    return frame.args:sub(5 + queue, 4 + queue + frame.args:byte(4 + queue))
+  end
+
+  -- The n-th message of the consumer that was started last.
+  local consumer_channel, consumer_tag
+  local function consumes()
+    consuming.answers["60.20"] = function(frame)
+      consumer_channel, consumer_tag = frame.channel, tag_of(frame)
+      return fake.method(frame.channel, 60, 21, short(consumer_tag))
+    end
+  end
+  local function deliver(n, body) consuming:say(fake.deliver(consumer_channel, consumer_tag, n, body or "x")) end
+
+  it("leaves no listener there when it stops", function()
+    local app = app_of()
+    for _ = 1, 3 do
+      assert(app:start(conns))
+      assert(app:stop(1))
+    end
+    assert.same({ 0, 0 }, { #conns.consume._listeners.closed, #conns.publish._listeners.closed })
+  end)
+
+  it("does not start where the connection to publish ended for good meanwhile", function()
+    local app = app_of()
+    consuming.answers["50.10"] = false
+    local ok, err
+    moonrabbit.run(function()
+      moonrabbit.spawn(function() ok, err = app:start(conns) end)
+      eventually(function() return times(consuming, "50.10") == 1 end)
+      conns.publish:close(1)
+      consuming:say(fake.method(1, 50, 11, short "q" .. u32(0) .. u32(0)))
+      eventually(function() return app.state ~= "starting" end)
+      eventually(function() return err end)
+    end)
+    assert.is_nil(ok)
+    assert.equal("closed", err.kind)
+    assert.equal("stopped", app.state)
+  end)
+
+  it("takes no more from the other one when one is lost for good", function()
+    consumes()
+    local app = app_of()
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      publishing:cut()
+      eventually(function() return app.state == "stopped" end)
+      assert.equal("closed", app.reason.kind)
+      eventually(function() return times(consuming, "20.40") == 2 end) -- the channel of its declarations, and this one
+    end)
+  end)
+
+  it("publishes nothing once it has stopped, and opens no channel for that", function()
+    local app = app_of()
+    assert(app:start(conns))
+    assert(app:stop(1))
+    local opened = times(publishing, "20.10")
+    local ok, err = app:publish("late", { routing_key = "q" })
+    assert.is_nil(ok)
+    assert.equal("the app is not running", err.message)
+    assert.equal(opened, times(publishing, "20.10"))
+  end)
+
+  it("leaves no channel to a handler that publishes just as it ends", function()
+    consumes()
+    local answer
+    local app = app_of { handler = function(_, app)
+      pcall(moonrabbit.sleep, 5) -- until it is cancelled
+      answer = { app:publish("late", { routing_key = "q" }) }
+    end }
+    publishing.answers["20.10"], publishing.answers["85.10"] = false, false
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      deliver(1)
+      moonrabbit.sleep(0.01)
+      app:stop(0.05)
+      assert.equal("stopped", app.state)
+      publishing:say(fake.method(1, 20, 11, fake.long "") .. fake.method(1, 85, 11))
+      eventually(function() return answer end)
+      assert.is_nil(answer[1])
+      eventually(function() return times(publishing, "20.10") == times(publishing, "20.40") end)
+    end)
+  end)
+
+  it("that is told to stop while it starts consumes nothing", function()
+    local app, declared = app_of(), consuming.answers["50.10"]
+    consuming.answers["50.10"] = false
+    local ok, err
+    moonrabbit.run(function()
+      moonrabbit.spawn(function() ok, err = app:start(conns) end)
+      eventually(function() return times(consuming, "50.10") == 1 end)
+      assert.is_true(app:stop(1))
+      consuming:say(fake.method(1, 50, 11, short "q" .. u32(0) .. u32(0)))
+      eventually(function() return err end)
+    end)
+    assert.is_nil(ok)
+    assert.equal("stopped", app.state)
+    assert.equal(0, times(consuming, "60.20"))
+    consuming.answers["50.10"] = declared
+    assert(app:start(conns))
+    assert(app:stop(1))
+  end)
+
+  it("that is told to stop while the second of its consumers starts handles what the first has", function()
+    local said, done, second = 0, false, nil
+    consuming.answers["60.20"] = function(frame)
+      local started = fake.method(frame.channel, 60, 21, short(tag_of(frame)))
+      said = said + 1
+      if said == 1 then return started .. fake.deliver(frame.channel, tag_of(frame), 1, "x") end
+      second = started
+      return ""
+    end
+    local app = moonrabbit.app { name = "x", log = function() end, queues = { q = {}, r = {} }, consumers = {
+      { queue = "q", dead_letter = false, in_process = true, handler = function()
+        moonrabbit.sleep(0.05)
+        done = true
+      end },
+      { queue = "r", dead_letter = false, in_process = true, handler = function() end },
+    } }
+    moonrabbit.run(function()
+      moonrabbit.spawn(function() app:start(conns) end)
+      eventually(function() return said == 2 end)
+      moonrabbit.spawn(function()
+        moonrabbit.sleep(0.01)
+        consuming:say(second)
+      end)
+      assert.is_true(app:stop(5))
+    end)
+    assert.equal("stopped", app.state)
+    assert.is_true(done)
+    assert.equal(1, times(consuming, "60.80"))
+  end)
+
+  it("has stopped when a second stop returns", function()
+    consumes()
+    local app = app_of { handler = function() moonrabbit.sleep(0.05) end }
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      deliver(1)
+      moonrabbit.sleep(0.01)
+      moonrabbit.spawn(function() app:stop(5) end)
+      moonrabbit.sleep(0)
+      local ok, err = app:stop(0.01)
+      assert.is_nil(ok)
+      assert.equal("timeout", err.kind)
+      assert.is_true(app:stop(5))
+      assert.equal("stopped", app.state)
+    end)
+  end)
+
+  it("is not stopped by one of its handlers, which would wait for itself", function()
+    consumes()
+    local problem
+    local app = app_of { handler = function(_, app)
+      local ok, err = moonrabbit.pcall(app.stop, app, 5)
+      problem = not ok and err
+      moonrabbit.spawn(function() app:stop(5) end)
+    end }
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      deliver(1)
+      assert.is_true(app:wait())
+    end)
+    assert.truthy(problem:find("wait for itself", 1, true))
+    assert.equal(1, times(consuming, "60.80"))
+  end)
+
+  it("is stopped though the task that stops it is cancelled", function()
+    consumes()
+    local app = app_of { handler = function() moonrabbit.sleep(60) end }
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      deliver(1)
+      moonrabbit.sleep(0.01)
+      local task = moonrabbit.spawn(function() app:stop(60) end)
+      moonrabbit.sleep(0.01)
+      assert.equal("stopping", app.state)
+      native.cancel(task)
+      assert.is_true(app:wait())
+      eventually(function() return times(consuming, "20.40") == 2 end)
+    end)
+  end)
+
+  it("says that it was not started to whoever waits for it", function()
+    local app = app_of()
+    local ok, err = pcall(function() app:wait() end)
+    assert.is_false(ok)
+    assert.truthy(err:find("app_life_spec.lua:%d+: app:wait: the app has not been started"), err)
+  end)
+
+  it("goes on where its log throws", function()
+    consumes()
+    local handled = 0
+    local app = app_of({ concurrency = 1, handler = function(msg)
+      handled = handled + 1
+      msg:ack() -- which is logged
+    end }, { log = function() error "the log is full" end })
+    local stderr = io.stderr
+    io.stderr = { write = function() end } -- luacheck: ignore 122
+    finally(function() io.stderr = stderr end) -- luacheck: ignore 122
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      for n = 1, 3 do deliver(n) end
+      eventually(function() return handled == 3 end)
+      assert.equal(0, app.runners[1].in_flight)
+      assert.is_true(app:stop(1))
+    end)
+  end)
+
+  it("says which declaration failed, and leaves the error of the connection as it was", function()
+    local app = app_of()
+    consuming.answers["50.10"] = function() consuming:cut() return "" end
+    local ok, err
+    moonrabbit.run(function() ok, err = app:start(conns) end)
+    assert.is_nil(ok)
+    assert.truthy(err.message:find("^queue 'q': "), err.message)
+    local _, reason = conns.consume:state()
+    assert.is_nil(reason.message:find("queue 'q'", 1, true), reason.message)
+  end)
+end)
