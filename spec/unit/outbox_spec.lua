@@ -2,6 +2,7 @@
 local core = require "moonrabbit.core"
 local process = require "support.process"
 local native = require "moonrabbit.runtime.native"
+local timers = require "moonrabbit.runtime.native.timers"
 local Outbox = require "moonrabbit.publisher.outbox"
 local Memory = require "moonrabbit.outbox.memory"
 local Sqlite = require "moonrabbit.outbox.sqlite"
@@ -43,6 +44,22 @@ local stores = { memory = function() return assert(Memory.open()) end }
 if there then stores.sqlite = function() return assert(Sqlite.open { path = path() }) end end
 
 describe("an outbox", function()
+  it("leaves no task behind that waits for its time", function()
+    local before = timers.count()
+    local outbox = assert(Outbox.open({ kind = "memory", interval = 3600 }, "publisher", 1, native, function() end))
+    outbox:failed(assert(outbox:add(record "x")))
+    local remove = outbox.store.remove
+    outbox.store.remove = function() return nil, "not now" end
+    outbox:done(assert(outbox:add(record "y")))
+    native.run(function()
+      while not outbox._flushing or timers.count() < before + 2 do native.sleep(0.001) end
+      outbox.store.remove = remove
+      outbox:close()
+      native.sleep(0)
+    end)
+    assert.equal(before, timers.count())
+  end)
+
   it("tries again to delete what it could not, also where that throws", function()
     local outbox = assert(Outbox.open("memory", "publisher", 1, native, function() end))
     local row = assert(outbox:add(record "x"))

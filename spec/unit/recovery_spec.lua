@@ -367,6 +367,18 @@ describe("a connection that comes back", function()
     end)
   end)
 
+  it("leaves no task behind that waits for the time of a repair", function()
+    connect { reconnect = { first = 60, max = 60 } }
+    assert(assert(conn:channel()):consume("q", { prefetch = 5, tag = "c" }))
+    moonrabbit.run(function()
+      other:say(fake.method(1, 60, 30, short "c" .. u8(1)))
+      eventually(function() return next(conn._repairs.items) end)
+      assert.is_true(conn._repairs.running)
+      conn:close(1)
+      eventually(function() return not conn._repairs.running end)
+    end)
+  end)
+
   -- ---- What throws ----------------------------------------------------------------------------------
 
   it("begins anew when restoring throws behind its being open", function()

@@ -167,6 +167,7 @@ function Connection:_lost(err)
   if self._state == "closing" or not self._policy then
     if self._state == "open" then self._source:lost(self._target, err) end -- for the connection after this one
     self:_fire("ended", err)
+    self._repairs:stop()
     self._source:close()
     self._channels = {}
     return

@@ -82,7 +82,7 @@ function Outbox.open(given, what, level, runtime, log)
     store = store, count = count, backlog = count > 0,
     _most = opts.most, _interval = opts.interval, _runtime = runtime, _log = log,
     _at = 0, _read = count == 0, _done = {}, _failed = {}, _again = {}, _next = 1,
-    _closed = false,
+    _closed = false, _closing = runtime.condition(),
   }, Outbox)
 end
 
@@ -121,7 +121,7 @@ local function flush_later(self)
   self._runtime.spawn(function()
     local pause = GATHER_SECONDS
     while #self._done > 0 and not self._closed do
-      self._runtime.sleep(pause)
+      self._closing:wait(pause)
       if not self:flush() then pause = self._interval end
     end
     self._flushing = false
@@ -141,7 +141,7 @@ end
 -- Calls fn when the interval has passed, unless the outbox is closed by then.
 local function later(self, fn)
   self._runtime.spawn(function()
-    self._runtime.sleep(self._interval)
+    self._closing:wait(self._interval)
     if self._closed then return end
     fn()
     self.backlog = true
@@ -229,6 +229,7 @@ function Outbox:close()
   if self._closed then return end
   self:flush()
   self._closed = true
+  self._closing:broadcast() -- who waits for a time would keep the loop
   self.store:close()
 end
 
