@@ -382,17 +382,17 @@ describe("network", function()
       local mine = other
       other.answers["85.10"] = function(frame)
         moonrabbit.spawn(function()
-          moonrabbit.sleep(0.9)
+          moonrabbit.sleep(1)
           mine:say(fake.method(frame.channel, 85, 11))
         end)
         return ""
       end
       other.answers["60.20"] = false
       local started = native.now()
-      local reply, err = conn:call("x", { routing_key = "q", timeout = 1 })
+      local reply, err = conn:call("x", { routing_key = "q", timeout = 2 })
       assert.is_nil(reply)
       assert.equal("timeout", err.kind)
-      assert.truthy(native.now() - started < 1.8) -- two would be 1.9 s
+      assert.truthy(native.now() - started < 2.9) -- two would be 3 s
     end)
 
     it("forgets a request that could not be made", function()
@@ -405,7 +405,10 @@ describe("network", function()
 
     it("reports a turn that is too long for the heartbeat, and where", function()
       local logged
-      local conn = connect { heartbeat = 1, log = function(level, text) if level == "warn" then logged = text end end }
+      local conn = connect { heartbeat = 1, log = function(level, text)
+        -- Where the machine stops this process, other turns may be long too.
+        if level == "warn" and text:find "network_spec.lua:%d+" then logged = text end
+      end }
       conn._session.heartbeat = 0.4
       assert.is_nil(logged)
       moonrabbit.run(function()
@@ -413,10 +416,9 @@ describe("network", function()
           local till = native.now() + 0.3
           repeat until native.now() > till
         end)
-        broker.eventually(function() return logged end, 2)
+        broker.eventually(function() return logged end)
       end)
       assert.matches("stood still", logged)
-      assert.matches("network_spec.lua:%d+", logged)
       ok(conn:close(5))
       assert.is_nil(native.long_turn)
     end)

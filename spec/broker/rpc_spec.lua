@@ -51,15 +51,23 @@ describe("rpc", function()
   end)
 
   it("times out, and drops the late reply", function()
+    local asked, given_up, late
     serve(function(message)
-      moonrabbit.sleep(message.body == "slow" and 0.3 or 0)
+      if message.body == "slow" then
+        asked = true
+        broker.eventually(function() return given_up end, 20)
+      end
       message:reply(message.body)
       message:ack()
+      late = message.body == "slow"
     end)
+    ok(client:call("first", { routing_key = queue })) -- the consumer of replies is there
     local reply, err = client:call("slow", { routing_key = queue, timeout = 0.1 })
     assert.is_nil(reply)
     assert.equal("timeout", err.kind)
-    moonrabbit.sleep(0.4)
+    broker.eventually(function() return asked end)
+    given_up = true
+    broker.eventually(function() return late end)
     assert.equal("quick", ok(client:call("quick", { routing_key = queue })).body)
   end)
 

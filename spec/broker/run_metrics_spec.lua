@@ -170,9 +170,10 @@ describe("moonrabbit run", function()
   end)
 
   describe("--log-format json", function()
+    -- Those that are written whole.
     local function lines(running)
       local all = {}
-      for line in running:err():gmatch "[^\n]+" do all[#all + 1] = assert(json.decode(line), line) end
+      for line in running:err():gmatch "([^\n]+)\n" do all[#all + 1] = assert(json.decode(line), line) end
       return all
     end
 

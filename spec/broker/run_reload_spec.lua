@@ -115,6 +115,9 @@ describe("a reload of moonrabbit run under load", function()
     reload(running, fields "two")
     some(60)
     life.said(running, "reloaded")
+    broker.eventually(function() -- the old one is given no more
+      return broker.ok(bench.channel:queue_declare(bench.queue, { passive = true })).consumer_count == 1
+    end)
     some(60)
     broker.eventually(function() return seen "one" + seen "two" + before == total end, 20, "all by the stable version")
     assert.truthy(seen "two" >= 60)

@@ -284,7 +284,7 @@ describe("moonrabbit run", function()
       end, 20, wanted)
     end
     bench:write("app.lua", text("one"))
-    local running = bench:start({}, { NOTIFY_SOCKET = path, WATCHDOG_USEC = "200000" })
+    local running = bench:start({}, { NOTIFY_SOCKET = path, WATCHDOG_USEC = "2000000" }) -- few: the socket holds ten
     hears "READY=1"
     hears "WATCHDOG=1"
     running:signal "HUP"

@@ -333,7 +333,7 @@ describe("a connection that is lost again and again", function()
     assert.truthy(math.abs(descriptors() - open) <= 6)
     local started = native.now()
     ok(conn:close())
-    assert.truthy(native.now() - started < 1)
+    assert.truthy(native.now() - started < 10) -- the timeout is 15 s
     line:stop()
     moonrabbit.sleep(0)
   end)

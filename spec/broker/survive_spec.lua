@@ -191,7 +191,7 @@ describe("a connection that survives", function()
     local one, two = ok(ch:consume(queue)), ok(ok(conn:channel()):consume(queue))
     ok(one:cancel())
     cut()
-    assert.is_true(exists(queue))
+    eventually(function() return exists(queue) end)
     ok(two.channel:close())
     assert.is_nil(conn._record.queues[queue])
     assert.is_nil(next(conn._record.bindings))
@@ -413,6 +413,7 @@ describe("a connection that survives", function()
         ok(ch:publish("1", { routing_key = queue }))
         ok(ch:publish("slow", { routing_key = work }))
         eventually(function() return #bodies == 1 and begun end)
+        ok(ch:queue_declare(queue, { passive = true })) -- behind the ack: the broker has it
         cut()
         hold = false
         eventually(function() return late end)
@@ -439,9 +440,11 @@ describe("a connection that survives", function()
       through.held = false
       recovered()
       assert.equal("cancelled", mine:reason().kind)
-      assert.equal(0, outside(function(channel)
-        return ok(channel:queue_declare(queue, { passive = true })).consumer_count
-      end))
+      -- The broker may still see those of the connection that was cut.
+      outside(function(channel)
+        eventually(function() return ok(channel:queue_declare(queue, { passive = true })).consumer_count == 0 end)
+        return true
+      end)
       assert.is_nil(next(conn._channels))
       ch = ok(conn:channel { confirm = true })
     end)
@@ -467,7 +470,7 @@ describe("a connection that survives", function()
 
     it("come back when the broker has waited too long for an ack", function()
       if not broker.name then pending "the broker is not ours" return end
-      look_at_consumers(200, 300)
+      look_at_consumers(200, 2000) -- time enough to ack the second
       finally(be_patient_again)
       local slow = ok(conn:channel { confirm = true })
       local consumer = ok(slow:consume(queue, { prefetch = 1 }))
@@ -613,7 +616,7 @@ describe("a connection that survives", function()
     -- And close works at once.
     local started = native.now()
     assert.is_true(ok(conn:close()))
-    assert.truthy(native.now() - started < 1)
+    assert.truthy(native.now() - started < 10) -- the next attempt is 600 s away
     assert.equal("closed", (conn:state()))
     eventually(function() return #seen.states == 2 end)
     assert.same({ "recovering", "closed" }, seen.states)
@@ -685,7 +688,7 @@ describe("a connection that survives", function()
     connect()
     local ch = ok(conn:channel { confirm = true })
     local queue = unique "again"
-    ok(ch:queue_declare(queue, { exclusive = true }))
+    ok(ch:queue_declare(queue, {})) -- the broker may hold an exclusive one for the lost connection for a moment
     through.silent = true
     local confirmation = ok(ch:publish_async("lost", { routing_key = queue }))
     through.held = true
@@ -702,6 +705,7 @@ describe("a connection that survives", function()
     assert.is_true(ok(ch:wait_for_confirms(1)))
     ok(ch:publish("x", { routing_key = queue }))
     assert.is_true(ok(ch:wait_for_confirms(1)))
+    ok(ch:queue_delete(queue))
   end)
 
   it("calls again after a reconnect, and ends those in flight", function()
@@ -836,8 +840,10 @@ describe("a connection that survives", function()
   it("waits until it is open again", function()
     connect()
     assert.is_true(ok(conn:wait_open()))
+    through.held = true
     through:cut()
     eventually(function() return (conn:state()) == "recovering" end)
+    through.held = false
     assert.is_true(ok(conn:wait_open(10)))
     conn:close()
     local open, err = conn:wait_open()

@@ -88,7 +88,11 @@ describe("moonrabbit run --workers", function()
     return count, processes
   end
 
-  local function left() return broker.ok(bench.channel:queue_declare(bench.queue, { passive = true })).message_count end
+  local function declared() return broker.ok(bench.channel:queue_declare(bench.queue, { passive = true })) end
+
+  local function left() return declared().message_count end
+
+  local function consumers() return declared().consumer_count end
 
   local function start(count, words, env)
     local all = { "--workers", tostring(count), "--metrics", "127.0.0.1:0" }
@@ -210,6 +214,7 @@ describe("moonrabbit run --workers", function()
     running:signal "HUP"
     publish(101, 200)
     life.said(running, "2 workers have reloaded")
+    broker.eventually(function() return consumers() == 2 end) -- the old ones are given no more
     publish(201, 300)
     broker.eventually(function() return (seen "done") + (seen "new") == 300 end, 30, "all handled")
     assert.truthy((seen "new") >= 100)
@@ -234,7 +239,7 @@ describe("moonrabbit run --workers", function()
     running:signal "KILL"
     life.ended(running)
     none_is_left()
-    assert.equal(50, (seen "done") + left())
+    broker.eventually(function() return (seen "done") + left() == 50 end)
   end)
 
   it("says once what is wrong with the script or the password, and ends as a process alone does", function()

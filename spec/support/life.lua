@@ -59,7 +59,8 @@ end
 --- Waits until stderr holds a text.
 function life.said(running, text)
   return broker.eventually(function()
-    return running:err():find(text, 1, true) or running:code() and error("it ended: " .. running:err(), 0)
+    local ended = running:code() -- asked first: it may say it and end between the two
+    return running:err():find(text, 1, true) or ended and error("it ended: " .. running:err(), 0)
   end, 20, text)
 end
 

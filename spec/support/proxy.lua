@@ -16,13 +16,13 @@ local function copy(self, from, to, back)
     if swallowed then self.swallowed = self.swallowed + 1 end
     if not swallowed and not to:write(bytes) then break end
   end
-  while self.stuck do native.sleep(0.02) end
+  while self.stuck or back and self.silent do native.sleep(0.02) end
   from:close()
   to:close()
 end
 
---- Starts one; proxy.port is where it listens: `at`, or a free port. `silent = true` swallows everything,
---- `stuck = true` reads and closes nothing, so that the sockets before it become full, `swallows(bytes)` is asked of what the
+--- Starts one; proxy.port is where it listens: `at`, or a free port. `silent = true` swallows everything, the broker's
+--- hanging up too, `stuck = true` reads and closes nothing, so that the sockets before it become full, `swallows(bytes)` is asked of what the
 --- broker says. `swallowed` counts what it has swallowed.
 function proxy.start(host, port, at)
   local server = assert(native.listen("127.0.0.1", at or 0))
@@ -58,7 +58,7 @@ function Proxy:cut()
 end
 
 function Proxy:stop()
-  self.stuck = false
+  self.stuck, self.silent = false, false
   self:cut()
   self.server:close()
 end
