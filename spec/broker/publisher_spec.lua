@@ -492,11 +492,11 @@ describe("publisher", function()
     local line = proxy.start(to.host, to.port)
     local outbox = { kind = "sqlite", path = path }
     local conn = connect { uri = broker.uri { host = "127.0.0.1", port = line.port } }
-    local p = ok(conn:publisher { routing_key = name, outbox = outbox, timeout = 0.2 })
+    local p = ok(conn:publisher { routing_key = name, outbox = outbox })
     moonrabbit.run(function()
       line.silent = true
       for i = 1, 5 do ok(p:send_async(tostring(i))) end
-      local none, err = p:send "6"
+      local none, err = p:send("6", { timeout = 0.2 })
       assert.is_nil(none)
       assert.same({ "timeout" }, { err.kind, err.unsent }) -- it is stored: it will be sent
       assert.equal(6, p:stats().stored)

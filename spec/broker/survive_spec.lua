@@ -633,7 +633,8 @@ describe("a connection that survives", function()
     local queue = unique "silence"
     ok(ch:queue_declare(queue, { exclusive = true }))
     local consumer, other = ok(ch:consume(queue)), ok(ch:consume(queue))
-    local narrow = ok(conn:publisher { routing_key = queue, max_kept = 1, timeout = 0.2 })
+    local narrow = ok(conn:publisher { routing_key = queue, max_kept = 1 })
+    narrow.timeout = 0.2 -- not that of its start
     local publisher = ok(conn:publisher { routing_key = queue })
     local own = { timeout = 0.2 }
     local function publishing() return { routing_key = queue, timeout = 0.2 } end
