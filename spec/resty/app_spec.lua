@@ -347,7 +347,7 @@ describe("an app in nginx #resty", function()
     line.silent = true
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 6)
+    nginx.gone(pids, 12)
   end)
 
   it("does not stay behind when the broker falls silent before the connection that publishes is there", function()
@@ -363,7 +363,7 @@ describe("an app in nginx #resty", function()
     broker.eventually(function() return #line.lines > lines end, 10, "the next connection begins")
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 6)
+    nginx.gone(pids, 12)
   end)
 
   it("says what is wrong with a script, with its line, and goes on without it", function()

@@ -123,7 +123,7 @@ describe("moonrabbit in Kong and APISIX #resty", function()
     end, 10, "the publish is on the page")
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 5)
+    nginx.gone(pids, 8)
     local bodies = {}
     for _ = 1, 2 do bodies[#bodies + 1] = ok(channel:get(queue, { no_ack = true })).body end
     table.sort(bodies)

@@ -462,7 +462,7 @@ describe("a worker of nginx #resty", function()
     broker.eventually(function() return ((server:request "/timers") or ""):find " 1\n" end, 10, "one timer is left")
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 5)
+    nginx.gone(pids, 8)
   end)
 
   it("leaves though nginx has run too many timers to tell it so", function()
@@ -700,7 +700,7 @@ describe("a worker of nginx #resty", function()
       local old = server:reload()
       broker.eventually(function() return answer end)
       assert.equal("ok open\n", answer, server:log())
-      nginx.gone(old, 5)
+      nginx.gone(old, 8)
     end)
     local seen = taken()
     assert.equal(1, seen.late)
@@ -752,7 +752,7 @@ describe("a worker of nginx #resty", function()
       server:signal "QUIT"
       broker.eventually(function() return answer end)
       assert.matches("^shutdown the worker has left", answer)
-      nginx.gone(pids, 5)
+      nginx.gone(pids, 10)
     end)
     server:logged "3 messages were not confirmed when the worker had to leave"
   end)
@@ -765,7 +765,7 @@ describe("a worker of nginx #resty", function()
     line.silent = true
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 5)
+    nginx.gone(pids, 10)
   end)
 
   it("leaves in time though it is saying goodbye to a broker that is silent", function()
@@ -781,7 +781,7 @@ describe("a worker of nginx #resty", function()
     broker.eventually(function() return stats().reason end, 10, "what is set up has failed")
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 6)
+    nginx.gone(pids, 12)
   end)
 
   it("sends again, and runs, what a session left that has ended by a mistake of its own", function()
@@ -832,7 +832,7 @@ describe("a worker of nginx #resty", function()
     assert.equal("ok\n", (publish "before"))
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 5)
+    nginx.gone(pids, 10)
     server:logged "a worker leaves: [^\n]*a mistake"
   end)
 
@@ -878,7 +878,7 @@ describe("a worker of nginx #resty", function()
       broker.eventually(function() return #silent[1].lines + #silent[2].lines == 4 end, 10, "two connections begin")
       local pids = server:workers()
       server:signal "QUIT"
-      nginx.gone(pids, 5)
+      nginx.gone(pids, 12)
     end)
   end
 
@@ -896,7 +896,7 @@ describe("a worker of nginx #resty", function()
     broker.eventually(function() return #dns.asked == 1 end, 10, "it is asked")
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 5)
+    nginx.gone(pids, 12)
   end)
 
   it("gives a look at the management API up when it leaves, though that is silent", function()
@@ -913,7 +913,7 @@ describe("a worker of nginx #resty", function()
     broker.eventually(function() return #silent[1].lines + #silent[2].lines == 4 end, 10, "both are asked")
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 5)
+    nginx.gone(pids, 12)
   end)
 
   it("stays no longer than it may for an attempt that is needed, however many brokers are silent", function()
@@ -921,7 +921,7 @@ describe("a worker of nginx #resty", function()
     open_silent(ports)
     server = nginx.start {
       http = ([[init_worker_by_lua_block {
-        require "moonrabbit.resty".start { %s connect_timeout = 5, exit_timeout = 1 }
+        require "moonrabbit.resty".start { %s connect_timeout = 40, exit_timeout = 1 }
       }]]):format(endpoints),
       server = locations,
     }
@@ -930,7 +930,7 @@ describe("a worker of nginx #resty", function()
     server:request(("/async?n=3&body=a&queue=%s"):format(queue))
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 4)
+    nginx.gone(pids, 12)
     server:logged "3 messages were not confirmed when the worker had to leave"
   end)
 
@@ -938,7 +938,8 @@ describe("a worker of nginx #resty", function()
     local ports, endpoints = free_ports(8)
     server = nginx.start {
       http = ([[init_worker_by_lua_block {
-        require "moonrabbit.resty".start { %s exit_timeout = 2.5, reconnect = { first = 1, max = 1, jitter = 0 } }
+        require "moonrabbit.resty".start { %s connect_timeout = 40, exit_timeout = 2.5,
+          reconnect = { first = 1, max = 1, jitter = 0 } }
       }]]):format(endpoints),
       server = locations,
     }
@@ -948,7 +949,7 @@ describe("a worker of nginx #resty", function()
     server:request(("/async?n=3&body=a&queue=%s"):format(queue))
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 6)
+    nginx.gone(pids, 12)
     server:logged "3 messages were not confirmed when the worker had to leave"
   end)
 
@@ -966,7 +967,7 @@ describe("a worker of nginx #resty", function()
     server:request "/free"
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 6)
+    nginx.gone(pids, 12)
     server:logged "3 messages were not confirmed when the worker had to leave"
   end)
 
@@ -1001,7 +1002,7 @@ describe("a worker of nginx #resty", function()
       server:signal "QUIT"
       broker.eventually(function() return answer end)
       assert.matches("^shutdown the worker has left", answer)
-      nginx.gone(pids, 5)
+      nginx.gone(pids, 10)
     end)
   end)
 
@@ -1023,7 +1024,7 @@ describe("a worker of nginx #resty", function()
     broker.eventually(function() return not nginx.alive(pid) and publish("two") == "ok\n" end)
     local pids = server:workers()
     server:signal "TERM"
-    nginx.gone(pids, 3)
+    nginx.gone(pids, 6)
     local seen = taken()
     assert.equal(1, seen.one)
     assert.truthy(seen.two)

@@ -219,7 +219,7 @@ describe("the other phases of nginx #resty", function()
   it("a worker that is gone but for its last phase takes nothing", function()
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 5)
+    nginx.gone(pids, 8)
     server:logged "in exit_worker: nil shutdown [^\n]* end"
     server:logged "publish in exit_worker: [^\n]*waits, which is impossible in exit_worker_by_lua%*"
     assert.is_false(channel:get(queue, { no_ack = true }))

@@ -471,7 +471,7 @@ describe("the queue of a worker #resty", function()
     -- Nor does the worker stay for anything.
     local pids = server:workers()
     server:signal "QUIT"
-    nginx.gone(pids, 5)
+    nginx.gone(pids, 8)
   end)
 end)
 
