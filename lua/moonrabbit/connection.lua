@@ -46,7 +46,9 @@ local function hooks_of(self)
     connection = self,
     emit = function(event, ...) self:_event(event, ...) end,
     move = function(why) self:_move(why) end,
-    dial_primary = function() return Connection.connect(cluster.probe_options(self._opts)) end,
+    dial_primary = function()
+      return Connection.connect(cluster.probe_options(self._opts), nil, { secrets = self._secrets })
+    end,
   }
 end
 
@@ -73,7 +75,6 @@ function Connection.connect(given, level, heritage)
   local runtime = runtimes.find(opts.runtime, level)
   local log = connection_options.log(opts.log, runtime)
   local source = cluster.source(opts, { runtime = runtime, log = log, past = heritage and heritage.source }, level)
-  if heritage then heritage.source = source end
   local health
   if opts.health then
     local heartbeat = math.huge
@@ -89,10 +90,11 @@ function Connection.connect(given, level, heritage)
     _record = policy and recover.topology and Record.new() or nil,
     _state = "connecting", _changed = runtime.condition(), _nudge = runtime.condition(),
     _channels = {}, -- those that survive, as keys
-    _secrets = {},  -- user -> what update_secret told the broker
+    _secrets = heritage and heritage.secrets or {},  -- user -> what update_secret told the broker
     _listeners = {}, _events = {}, _first = 1, _last = 0, _event_bytes = 0,
   }, Connection)
   self._repairs = Repairs.new(self)
+  if heritage then heritage.source, heritage.secrets = source, self._secrets end
   source:attach(hooks_of(self))
   local whole, connected, err = protect(self._start, self)
   if not whole then -- the task was cancelled

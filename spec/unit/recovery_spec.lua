@@ -179,6 +179,30 @@ describe("a connection that comes back", function()
     assert.equal("standby", conn:site())
   end)
 
+  it("looks at the primary site with the secret that the broker was told last", function()
+    local ports, open, logins, back = {}, other.runtime.open, {}, false
+    other.runtime.open = function(endpoint)
+      ports[#ports + 1] = endpoint.port
+      if endpoint.port == 5001 and not back then return nil, "refused", "nobody listens", true end
+      return open(endpoint)
+    end
+    local tune = fake.method(0, 10, 30, u16(0) .. u32(131072) .. u16(60))
+    other.answers["10.11"] = function(frame)
+      logins[#logins + 1] = ports[#ports] .. " " .. (frame.args:match "%z(%w+)\5en_US$" or "?")
+      return tune
+    end
+    other.answers["10.70"] = function() return fake.method(0, 10, 71) end
+    connect { password = "first", sites = { probe = 0.01, primary = { uri = "amqp://127.0.0.1:5001" },
+      standby = { uri = "amqp://127.0.0.1:5002" } } }
+    assert(conn:update_secret "rotated")
+    back = true
+    moonrabbit.run(function()
+      eventually(function() return #logins > 1 end)
+    end)
+    assert.equal("5002 first", logins[1])
+    assert.equal("5001 rotated", logins[#logins])
+  end)
+
   it("goes on at another endpoint when one takes it and then falls silent", function()
     local ports = ports_asked_for()
     other.answers["50.10"] = declared
