@@ -164,7 +164,28 @@ describe("what is in flight", function()
     assert.same({ "4", "0" }, { page() })
   end)
 
-  it("goes with what an app publishes publishes", function()
+  it("goes with breakers, which end with their runners", function()
+    local m = metrics.new()
+    local function runner(state)
+      local made = { queue = "q", in_flight = 0, stuck = 0, stopping = false, breaker = state and { state = state } }
+      m:observer().runner(made)
+      return made
+    end
+    local function open() return m:text():match 'breaker_open{queue="q"} (%d+)' end
+    local old = runner "open"
+    m:observer().event("breaker_open", { queue = "q" })
+    assert.equal("1", open())
+    local new = runner "open" -- as it was carried over
+    old.stopping = true
+    old.breaker.state = "closed"
+    m:observer().event("breaker_closed", { queue = "q" })
+    assert.equal("1", open())
+    new.stopping = true
+    runner(nil) -- a script without one
+    assert.equal("0", open())
+  end)
+
+  it("goes with what an app publishes", function()
     local m = metrics.new()
     local o = m:observer()
     o.published("shop", 0.01)

@@ -59,19 +59,30 @@ local function version_series(families, route)
   end)
 end
 
---- What is in flight and stuck is looked at when the page is written, and costs a message nothing. One for all
---- observers of a registry, for several runners may consume one queue: after a reload the old one drains.
+-- Whether its breaker holds back what comes: one that stops takes nothing any more.
+local function is_held(runner)
+  local breaker = runner.breaker
+  return breaker and not runner.stopping and breaker.state ~= "closed"
+end
+
+--- What is in flight and stuck, and which breakers are open, is looked at when the page is written, and costs a message
+--- nothing. One for all observers of a registry, for several runners may consume one queue: after a reload the old one
+--- drains, and the new one may have no breaker.
 ---@param families table<string, moonrabbit.metrics.Family>
 ---@param registry moonrabbit.metrics.Registry
 ---@return fun(runner: moonrabbit.app.Runner) watch
 function observer.runners(families, registry)
   local runners, queues = setmetatable({}, { __mode = "k" }), {}
   registry:collect(function()
-    for _, series in pairs(queues) do series.in_flight.value, series.stuck.value = 0, 0 end
+    for _, series in pairs(queues) do
+      series.in_flight.value, series.stuck.value = 0, 0
+      if series.breaker then series.breaker:set(0) end
+    end
     for runner in pairs(runners) do
       local series = queues[runner.queue]
       series.in_flight:inc(runner.in_flight)
       series.stuck:inc(runner.stuck)
+      if is_held(runner) then series.breaker:set(1) end
     end
   end)
   return function(runner)
@@ -79,6 +90,7 @@ function observer.runners(families, registry)
     runners[runner] = true
     queues[queue] = queues[queue] or
       { in_flight = families.messages_in_flight:with(queue), stuck = families.handlers_stuck:with(queue) }
+    if runner.breaker then queues[queue].breaker = families.breaker_open:with(queue) end
   end
 end
 
