@@ -181,6 +181,14 @@ describe("two sites", function()
     assert.is_nil(events[4])
   end)
 
+  it("look after the primary whatever a check throws", function()
+    dialled = true
+    on_standby { hold = 0, standby = { check = function() error(setmetatable({}, { __tostring = error })) end } }
+    turn()
+    assert.matches("held .*__tostring fails", events[2])
+    assert.matches("primary", moved)
+  end)
+
   it("hold again on a second failover", function()
     local sites = on_standby { standby = { check = function() return false end }, after = 0 }
     sites:release()

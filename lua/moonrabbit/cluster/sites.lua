@@ -112,11 +112,11 @@ local function passes(self, name, connection)
   local whole, fit, why = protect(check, connection)
   if not whole then
     if fit ~= nil and fit == self.runtime.cancelled then error(fit, 0) end
-    self.log("error", ("the check of site '%s' threw: %s"):format(name, tostring(fit)))
-    return nil, tostring(fit)
+    self.log("error", ("the check of site '%s' threw: %s"):format(name, described(fit)))
+    return nil, described(fit)
   end
   if fit then return true end
-  return nil, why and tostring(why) or "the check did not say yes"
+  return nil, why and described(why) or "the check did not say yes"
 end
 
 local function ask_for_release(self)
