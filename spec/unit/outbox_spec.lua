@@ -169,6 +169,27 @@ describe("an outbox in a file", function()
     end
   end)
 
+  it("says so when a row cannot be read, and does not take that for the end of all", function()
+    local store = assert(Sqlite.open { path = path() })
+    local row = assert(store:add(record "one"))
+    local db, closed = store._db, 0
+    store._db = { execute = function()
+      return { fetch = function() return nil, "LuaSQL: disk I/O error" end, close = function() closed = closed + 1 end }
+    end }
+    local function unread(problem)
+      assert.truthy(problem)
+      assert.equal("outbox", problem.kind)
+      assert.matches("disk cannot be written or read", problem.message)
+    end
+    unread(select(3, store:after(0)))
+    unread(select(2, store:get(row)))
+    unread(select(2, store:count()))
+    assert.equal(3, closed)
+    store._db = db
+    assert.equal("one", select(2, store:after(0)).body)
+    store:close()
+  end)
+
   it("belongs to one at a time, in this process and in others", function()
     local name = path()
     local store = assert(Sqlite.open { path = name })

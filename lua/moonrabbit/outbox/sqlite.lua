@@ -47,27 +47,30 @@ local function failure(path, text)
   return errors.new { kind = "outbox", message = ("outbox '%s': %s"):format(path, message), temporary = temporary }
 end
 
--- Runs a statement: its rows (arrays of values) or the number of rows it changed; nil, err.
+-- The rows of a cursor, as arrays of values. LuaSQL ends them with nil, and with nil and a text where reading failed.
+local function rows_of(cursor)
+  local rows = {}
+  local row, problem = cursor:fetch({}, "n")
+  while row do
+    rows[#rows + 1] = row
+    row, problem = cursor:fetch({}, "n")
+  end
+  if problem then error(problem, 0) end
+  cursor:close()
+  return rows
+end
+
+-- Runs a statement: its rows or the number of rows it changed; nil, err.
 local function run(self, statement)
   if not self._db then return nil, failure(self._path, "it is closed") end
   local whole, result, err = pcall(self._db.execute, self._db, statement)
   if not whole then return nil, failure(self._path, result) end
   if not result then return nil, failure(self._path, err) end
   if type(result) == "number" then return result end
-  local rows = {}
-  local fetched, problem = pcall(function()
-    local row = result:fetch({}, "n")
-    while row do
-      rows[#rows + 1] = row
-      row = result:fetch({}, "n")
-    end
-    result:close()
-  end)
-  if not fetched then
-    pcall(result.close, result)
-    return nil, failure(self._path, problem)
-  end
-  return rows
+  local fetched, rows = pcall(rows_of, result)
+  if fetched then return rows end
+  pcall(result.close, result)
+  return nil, failure(self._path, rows)
 end
 
 local function one(self, statement)
