@@ -61,7 +61,7 @@ local function delete_queues(run)
       local quiet = 0
       assert(world.eventually(function()
         quiet = assert(channel:queue_declare(queue, { passive = true })).message_count == 0 and quiet + 1 or 0
-        return quiet > 5
+        return quiet > 20
       end, 30), queue .. " was never empty")
       assert(channel:queue_delete(queue))
     end
@@ -155,9 +155,12 @@ return {
     end },
   { name = "control: no confirms, network swallows", careless = true, loses = true, via = "links", hold = 1,
     quick = true,
-    inject = function() world.link "swallow 2" end,
+    -- All links: the clients may be on another than the first.
+    inject = function() each_node(function(node) world.link("swallow " .. node) end) end,
     heal = function()
-      world.link "cut 2"
-      world.link "pass 2"
+      each_node(function(node)
+        world.link("cut " .. node)
+        world.link("pass " .. node)
+      end)
     end },
 }

@@ -3,6 +3,7 @@
 -- Blocking, on purpose: what is under test runs in processes of its own. Only what was started here is ended.
 local moonrabbit = require "moonrabbit"
 local native = require "moonrabbit.runtime.native"
+local free_port = require("support.ports").free
 local process = require "support.process"
 local ledger = require "chaos.ledger"
 
@@ -154,13 +155,6 @@ end
 
 local balancer
 
-local function free_port()
-  local server = assert(native.listen("127.0.0.1", 0))
-  local port = server:port()
-  server:close()
-  return port
-end
-
 --- Starts HAProxy in front of the nodes.
 function world.start_balancer()
   local port = balancer and balancer.port or free_port()
@@ -189,7 +183,7 @@ listen amqp
     local stream = native.open({ host = "127.0.0.1", port = port }, nil, 1)
     if stream then stream:close() end
     return stream
-  end, 10), "haproxy does not listen: " .. balancer:err())
+  end, 30), "haproxy does not listen: " .. balancer:err())
 end
 
 function world.kill_balancer()

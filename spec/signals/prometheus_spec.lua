@@ -2,7 +2,7 @@
 local broker = require "support.broker"
 local moonrabbit = require "moonrabbit"
 local native = require "moonrabbit.runtime.native"
-local net = require "moonrabbit.net"
+local ports = require "support.ports"
 local process = require "support.process"
 
 local metrics = moonrabbit.metrics
@@ -62,13 +62,6 @@ end)
 describe("Prometheus", function()
   local dir, prometheus, server, port, m, app
 
-  local function free_port()
-    local socket = assert(net.listen("127.0.0.1", 0))
-    local found = socket:port()
-    socket:close()
-    return found
-  end
-
   local function get(path)
     local stream = native.open({ host = "127.0.0.1", port = port }, nil, 2)
     if not stream then return "" end
@@ -114,7 +107,7 @@ describe("Prometheus", function()
     write("prometheus.yml", ("global: { scrape_interval: 1s, evaluation_interval: 1s }\nrule_files: [rules.yml]\n"
       .. "scrape_configs:\n  - job_name: shop\n    static_configs: [{ targets: ['127.0.0.1:%d'] }]\n"):format(
       server:port()))
-    port = free_port()
+    port = ports.free()
     prometheus = process.start({ "prometheus", "--config.file=" .. dir .. "/prometheus.yml",
       "--storage.tsdb.path=" .. dir .. "/data", "--web.listen-address=127.0.0.1:" .. port }, { raw = true })
   end

@@ -135,13 +135,16 @@ describe("dedupe.redis", function()
   it("knows its own claim again that had no answer, and lets one task have it", function()
     local hanging = redis_server.start()
     finally(function() hanging:stop() end)
-    local store, key = new { url = hanging:url(), timeout = 0.3 }, unique()
+    local store, key = new { url = hanging:url() }, unique()
     store.server.password = nil
     assert.equal("new", store:begin("first", 30)) -- connected
     hanging.process:signal "STOP"
+    local patience = store.server.timeout
+    store.server.timeout = 0.3
     local none, err = store:begin(key, 30)
     assert.is_nil(none)
     assert.equal("timeout", err.kind)
+    store.server.timeout = patience
     hanging.process:signal "CONT" -- and does what it was sent before
     local other = new { url = hanging:url() }
     other.server.password = nil
@@ -155,11 +158,13 @@ describe("dedupe.redis", function()
   it("knows it again too where several tasks tried", function()
     local hanging = redis_server.start()
     finally(function() hanging:stop() end)
-    local store, key = new { url = hanging:url(), timeout = 0.3 }, unique()
+    local store, key = new { url = hanging:url() }, unique()
     store.server.password = nil
     moonrabbit.run(function()
       assert.equal("new", store:begin("first", 30))
       hanging.process:signal "STOP"
+      local patience = store.server.timeout
+      store.server.timeout = 0.3
       local left = 3
       for _ = 1, 3 do
         moonrabbit.spawn(function()
@@ -168,6 +173,7 @@ describe("dedupe.redis", function()
         end)
       end
       eventually(function() return left == 0 end)
+      store.server.timeout = patience
       hanging.process:signal "CONT"
       local other = new { url = hanging:url() }
       other.server.password = nil

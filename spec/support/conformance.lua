@@ -437,13 +437,7 @@ end)
 -- ---- Opening --------------------------------------------------------------------------------------------------------
 
 case("a port that nobody listens on refuses", {}, function(t)
-  local port = 1
-  if t.listen then
-    local server = assert(t.rt.listen("127.0.0.1", 0))
-    port = server:port()
-    server:close()
-  end
-  local transport, kind, text, temporary = t.rt.open({ host = "127.0.0.1", port = port }, nil, 5)
+  local transport, kind, text, temporary = t.rt.open({ host = "127.0.0.1", port = 1 }, nil, 5)
   equal(nil, transport)
   equal("refused", kind)
   equal(true, temporary)
@@ -458,7 +452,7 @@ end)
 
 case("a peer that says nothing to a TLS handshake is given up in time", { "peer" }, function(t)
   local peer = new_peer(t)
-  local transport, kind, text, temporary = t.rt.open({ host = "127.0.0.1", port = peer.port }, {}, 0.1)
+  local transport, kind, text, temporary = t.rt.open({ host = "127.0.0.1", port = peer.port }, {}, 1)
   equal(nil, transport)
   equal("timeout", kind)
   equal(true, temporary)
@@ -896,7 +890,9 @@ case("a close sends what was published before", { "broker" }, function(t)
   for _ = 1, 400 do assert(assert(consumer:receive(20)):ack()) end
   assert(conn:close(10)) -- and the acks too
   conn, ch = with_queue(t)
-  equal(600, assert(ch:queue_declare(name, { passive = true })).message_count)
+  eventually(t, "the others are back", function()
+    return assert(ch:queue_declare(name, { passive = true })).message_count == 600
+  end)
   assert(ch:queue_delete(name))
   assert(conn:close(10))
 end)
@@ -911,7 +907,7 @@ case("a connection that the broker closes ends what waits; another one works", {
   equal(540, err and err.code)
   eventually(t, "the consumer ended", function() return ended end)
   equal(540, ended.code)
-  equal("closed", conn:state())
+  eventually(t, "it is closed", function() return conn:state() == "closed" end)
   conn = with_queue(t)
   assert(conn:close(10))
 end)
@@ -965,7 +961,7 @@ case("a broker that does not read holds publishers back within their timeouts, a
     local body, accepted = ("x"):rep(65536), 0
     local sent, err
     repeat
-      sent, err = ch:publish_async(body, { routing_key = queue, timeout = 0.5 })
+      sent, err = ch:publish_async(body, { routing_key = queue, timeout = 1.5 })
       if sent then accepted = accepted + 1 end
     until not sent or accepted == 4096
     over = true
@@ -1094,7 +1090,8 @@ for _, one in ipairs(ways) do
     { "broker", "lines" }, function(t)
       local line, states = new_line(t), {}
       local conn = assert(t.moonrabbit.connect(options(t, {
-        uri = line.url, reconnect = { first = 0.01 }, heartbeat = 1, name = "conformance",
+        uri = line.url, reconnect = { first = 0.01 }, heartbeat = way == "falls silent" and 1 or 30,
+        name = "conformance",
       })))
       conn:on("state", function(state) states[#states + 1] = state end)
       local queue = "conformance-" .. tostring({}):gsub("%W", "") .. "-" .. t.rt.name
@@ -1132,7 +1129,8 @@ for _, one in ipairs(ways) do
       end))
       assert(consumer:cancel())
       assert(publisher:send "handled")
-      eventually(t, "a handler runs", function() return handled[1] or #taken == 4 end)
+      eventually(t, "a handler runs", function() return handled[1] == "handled" end)
+      equal(3, #taken)
       assert(conn:channel()):queue_delete(queue)
       assert(conn:close(10))
       equal("closed", conn:state())

@@ -36,8 +36,12 @@ local function accept(self, server)
   while true do
     local client = server:accept()
     if not client then break end
+    local cuts = self.cuts
     local upstream = not self.is_peer and native.open({ host = host, port = port }, nil, 10)
-    if self.is_peer then
+    if self.cuts ~= cuts then -- just as this one was made
+      client:close()
+      if upstream then upstream:close() end
+    elseif self.is_peer then
       self.ends[#self.ends + 1] = client
       if self.echoing then native.spawn(copy, self, client, client) end
     elseif upstream then
@@ -93,6 +97,7 @@ function Line:ended()
 end
 
 function Line:cut()
+  self.cuts = self.cuts + 1
   for _, one in ipairs(self.ends) do one:close() end
   self.ends = {}
   self:thaw()
@@ -100,7 +105,8 @@ end
 
 local function line(control)
   local self = setmetatable({
-    servers = {}, ends = {}, frozen = false, thawed = native.condition(), passed = 0, is_peer = false, echoing = false,
+    servers = {}, ends = {}, frozen = false, thawed = native.condition(), passed = 0, cuts = 0, is_peer = false,
+    echoing = false,
   }, Line)
   control:write(listen(self, "127.0.0.1", 0) .. "\n")
   while true do

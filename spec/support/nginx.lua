@@ -1,6 +1,7 @@
 -- nginx with ngx_lua for specs: in a folder and on a port of its own, ended by its pid.
 local broker = require "support.broker"
 local native = require "moonrabbit.runtime.native"
+local ports = require "support.ports"
 local ok = broker.ok
 
 local MODULES = os.getenv "NGINX_MODULES" or "/usr/lib/nginx/modules"
@@ -44,13 +45,7 @@ nginx.here = shell "pwd"
 local build = os.getenv "MOONRABBIT_BUILD" or "./build"
 if build:sub(1, 1) ~= "/" then build = nginx.here .. "/" .. build end
 
---- A port that is free now.
-function nginx.free_port()
-  local probe = assert(native.listen("127.0.0.1", 0))
-  local port = probe:port()
-  probe:close()
-  return port
-end
+nginx.free_port = ports.free
 
 ---@class support.Nginx
 local Nginx = {}

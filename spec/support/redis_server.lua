@@ -1,16 +1,9 @@
 -- A real Redis on a free port of loopback, or on a unix socket, for as long as a spec file runs.
-local net = require "moonrabbit.net"
+local ports = require "support.ports"
 local process = require "support.process"
 
 local Server = {}
 Server.__index = Server
-
-local function free_port()
-  local probe = assert(net.listen("127.0.0.1", 0))
-  local port = probe:port()
-  probe:close()
-  return port
-end
 
 local function words(self)
   local list = { "redis-server", "--port", tostring(self.port), "--bind", "127.0.0.1", "--save", "",
@@ -43,7 +36,7 @@ local M = {}
 
 --- Starts one. options: password.
 function M.start(options)
-  local self = setmetatable({ port = free_port(), path = os.tmpname() .. ".sock",
+  local self = setmetatable({ port = ports.free(), path = os.tmpname() .. ".sock",
     password = options and options.password }, Server)
   self:start()
   return self

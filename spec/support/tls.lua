@@ -1,6 +1,6 @@
 --- Certificates made by openssl in a folder of their own, and `openssl s_server` to speak to.
 
-local net = require "moonrabbit.net"
+local ports = require "support.ports"
 
 local M = {}
 
@@ -49,20 +49,13 @@ function M.remove(folder)
   execute("rm -rf " .. folder)
 end
 
-local function free_port()
-  local server = assert(net.listen("127.0.0.1", 0))
-  local port = server:port()
-  server:close()
-  return port
-end
-
 --- Starts an s_server that sends every line back reversed.
 ---@param folder string of `certificates`
 ---@param certificate string "server" or "other"
 ---@param options string? more arguments
 ---@return { port: integer, line: fun(): string?, stop: function }
 function M.server(folder, certificate, options)
-  local port = free_port()
+  local port = ports.free()
   local pipe = assert(io.popen(("echo $$; cd %s && exec timeout -k 1 120 openssl s_server -accept 127.0.0.1:%d "
     .. "-cert %s.pem -key %s.key -rev %s 2>&1 </dev/null"):format(folder, port, certificate,
     certificate, options or "")))

@@ -1,6 +1,7 @@
 local rt = require "moonrabbit.runtime.native"
 local timers = require "moonrabbit.runtime.native.timers"
 local yieldable = require "moonrabbit.runtime.pcall"
+local ports = require "support.ports"
 local tls_support = require "support.tls"
 
 --- Yields until the condition holds.
@@ -220,9 +221,10 @@ describe("the native runtime", function()
     it("forget who timed out", function()
       local condition, woken = rt.condition(), {}
       rt.run(function()
-        rt.spawn(function() condition:wait(0.001) end)
+        local gave_up
+        rt.spawn(function() gave_up = not condition:wait(0.001) end)
         rt.spawn(function() woken[1] = condition:wait(20) end)
-        rt.sleep(0.02)
+        eventually(function() return gave_up end)
         condition:signal()
         rt.sleep(0)
         assert.same({ true }, woken)
@@ -262,16 +264,20 @@ describe("the native runtime", function()
 
   describe("timers", function()
     it("come in the order of their time", function()
-      local order = {}
+      local order, late
       rt.run(function()
-        local began = rt.now()
-        for _, i in ipairs { 5, 1, 4, 2, 3, 6 } do
-          rt.spawn(function()
-            rt.sleep(began + 0.02 + i * 0.005 - rt.now()) -- whenever the task has its turn
-            order[#order + 1] = i
-          end)
-        end
-        eventually(function() return #order == 6 end)
+        repeat -- until each has its turn before the first one's time
+          order, late = {}, false
+          local began = rt.now()
+          for _, i in ipairs { 5, 1, 4, 2, 3, 6 } do
+            rt.spawn(function()
+              late = late or rt.now() > began + 0.02
+              rt.sleep(began + 0.02 + i * 0.005 - rt.now())
+              order[#order + 1] = i
+            end)
+          end
+          eventually(function() return #order == 6 end)
+        until not late
       end)
       assert.same({ 1, 2, 3, 4, 5, 6 }, order)
     end)
@@ -511,10 +517,11 @@ describe("the native runtime", function()
         while rt.now() < deadline do end -- luacheck: ignore
         rt.sleep(0)
       end)
-      assert.is_true(#reports >= 1)
-      assert.is_true(reports[1][1] >= 0.03)
-      local line = debug.getinfo(1, "l").currentline - 4
-      assert.matches("native_spec%.lua:" .. line .. "$", reports[1][2])
+      local line, found = debug.getinfo(1, "l").currentline - 2, nil
+      for _, report in ipairs(reports) do -- there are others where the machine stood still
+        if report[1] >= 0.03 and report[2]:match("native_spec%.lua:" .. line .. "$") then found = report end
+      end
+      assert.truthy(found)
       assert.equal(reports[#reports][2], rt.turn_source())
     end)
 
@@ -781,7 +788,7 @@ describe("the native runtime", function()
         while client:fill(engine) do end -- luacheck: ignore
       end)
       rt.sleep(0)
-      assert.same({ nil, "again" }, { fill_alone(0.05) })
+      assert.same({ nil, "again" }, { fill_alone(0.6) })
       assert.is_nil(fill_alone(0))
       peer:write "AMQP"
       assert.equal(4, fill_alone(20))
@@ -790,7 +797,7 @@ describe("the native runtime", function()
       assert.is_nil(fill_alone(20)) -- that one wants to run
       rt.sleep(0)
       assert.is_true(ran)
-      local sleeper = rt.spawn(function() rt.sleep(0.1) end)
+      local sleeper = rt.spawn(function() rt.sleep(0.6) end)
       rt.sleep(0)
       assert.same({ nil, "again" }, { fill_alone(20) }) -- until the sleeper's time
       rt.run(function() assert.is_nil(fill_alone(20)) end)
@@ -851,15 +858,8 @@ describe("the native runtime", function()
   end)
 
   describe("open", function()
-    local function closed_port()
-      local server = assert(rt.listen("127.0.0.1", 0))
-      local port = server:port()
-      server:close()
-      return port
-    end
-
     it("tells why each address failed", function()
-      local port = closed_port()
+      local port = ports.free()
       local none, kind, text, temporary = rt.open({ host = "localhost", port = port }, nil, 20)
       assert.is_nil(none)
       assert.equal("refused", kind)
@@ -940,7 +940,7 @@ describe("the native runtime", function()
     end)
 
     it("keeps no context of files for those who name none, nor the other way round", function()
-      local endpoint = { host = "127.0.0.1", port = closed_port() }
+      local endpoint = { host = "127.0.0.1", port = ports.free() }
       assert.equal("refused", select(2, rt.open(endpoint, { verify = false }, 20)))
       for _, option in ipairs { "cert", "key" } do -- an authority is read where it is asked only
         local _, kind = rt.open(endpoint, { verify = false, [option] = "/there/is/none" }, 20)
@@ -969,7 +969,7 @@ describe("the native runtime", function()
       -- An address that never answers takes its share of the time only.
       local silent = rt.listen("::1", server.port)
       if silent then
-        assert(rt.open(endpoint, { ca = folder .. "/ca.pem" }, 2)):close()
+        assert(rt.open(endpoint, { ca = folder .. "/ca.pem" }, 4)):close()
         silent:close()
       end
       _, kind, text, temporary = rt.open(endpoint, { ca = folder .. "/missing" }, 20)

@@ -1,4 +1,5 @@
 local net = require "moonrabbit.net"
+local ports = require "support.ports"
 local process = require "support.process"
 local tls_support = require "support.tls"
 
@@ -160,9 +161,7 @@ describe("moonrabbit.net", function()
     end)
 
     it("are refused where nobody listens", function()
-      local server = assert(net.listen("127.0.0.1", 0))
-      local address = resolve("127.0.0.1", server:port())[1]
-      server:close()
+      local address = resolve("127.0.0.1", ports.free())[1]
       local stream, kind, text, temporary = net.connect(address)
       if stream then
         local _
@@ -220,14 +219,14 @@ describe("moonrabbit.net", function()
     it("send small writes at once", function()
       local client, peer = pair()
       local began = net.now()
-      for _ = 1, 100 do
+      for _ = 1, 200 do
         write_all(client, "a")
         write_all(client, "b")
         assert.equal("ab", read_all(peer, 2))
         write_all(peer, "c")
         assert.equal("c", read_all(client, 1))
       end
-      assert.is_true(net.now() - began < 2)
+      assert.is_true(net.now() - began < 6) -- and not 200 times 40 ms
       client:close()
       peer:close()
     end)

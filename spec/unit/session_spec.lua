@@ -366,7 +366,7 @@ describe("a connection", function()
   end)
 
   it("consumes again though the answer to an earlier attempt comes after all", function()
-    connect { timeout = 0.2, reconnect = { first = 0.01, max = 0.05 } }
+    connect { timeout = 1, reconnect = { first = 0.01, max = 0.05 } }
     local ch = assert(conn:channel())
     local consumer = assert(ch:consume("q", { prefetch = 5, tag = "c" }))
     moonrabbit.run(function()
