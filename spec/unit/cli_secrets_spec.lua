@@ -66,7 +66,7 @@ describe("secrets of the command line", function()
 
   local function hides(text)
     assert.truthy(text:find("wrong password *** or ***", 1, true), text)
-    assert.is_nil(text:find("4711", 1, true), text)
+    assert.is_nil(text:find("hush", 1, true), text) -- its digits may be in a port
   end
 
   it("are in no complaint, whether the URL, the environment or a file says them", function()
