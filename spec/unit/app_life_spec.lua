@@ -10,7 +10,7 @@ local short, u32 = fake.short, fake.u32
 describe("an app on connections of its user's", function()
   local consuming, publishing, conns
 
-  local function open()
+  local function open(more)
     local other = scripted.start()
     other.answers["50.10"] = function(frame) -- queue.declare
       local name = frame.args:sub(4, 3 + frame.args:byte(3))
@@ -19,9 +19,10 @@ describe("an app on connections of its user's", function()
     other.answers["60.30"] = function(frame) -- basic.cancel
       return fake.method(frame.channel, 60, 31, frame.args:sub(1, 1 + frame.args:byte(1)))
     end
-    local conn = assert(moonrabbit.connect { uri = "amqp://guest:guest@127.0.0.1/", runtime = other.runtime,
-      log = function() end, reconnect = false })
-    return other, conn
+    local opts = { uri = "amqp://guest:guest@127.0.0.1/", runtime = other.runtime, log = function() end,
+      reconnect = false }
+    for name, value in pairs(more or {}) do opts[name] = value end
+    return other, assert(moonrabbit.connect(opts))
   end
 
   before_each(function()
@@ -108,6 +109,43 @@ describe("an app on connections of its user's", function()
       assert.equal("closed", app.reason.kind)
       eventually(function() return times(consuming, "20.40") == 2 end) -- the channel of its declarations, and this one
     end)
+  end)
+
+  it("ends where a consumer does not come back with its connection", function()
+    conns.consume:close(1)
+    consuming, conns.consume = open { reconnect = { first = 0.01, max = 0.05 }, recover = false }
+    consumes()
+    local logged
+    local app = app_of({}, { log = function(level, text) logged = level == "error" and text or logged end })
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      consuming:cut()
+      eventually(function() return app.state == "stopped" end)
+      local ok, err = app:wait()
+      assert.is_nil(ok)
+      assert.equal("closed", err.kind)
+      assert.truthy(logged:find("the app 'x' has lost the consumer of 'q'", 1, true), logged)
+    end)
+  end)
+
+  it("does not start where a consumer has ended right behind its start", function()
+    local app
+    local spec = { name = "x", log = function() end, queues = { q = {}, r = {} }, consumers = {
+      { queue = "q", dead_letter = false, in_process = true, handler = function() end },
+      { queue = "r", dead_letter = false, in_process = true, handler = function() end },
+    } }
+    local first
+    consuming.answers["60.20"] = function(frame)
+      local behind = first and fake.method(first, 20, 40, fake.u16(406) .. short "GONE" .. fake.u16(60) .. fake.u16(20))
+      first = first or frame.channel
+      return (behind or "") .. fake.method(frame.channel, 60, 21, short(tag_of(frame)))
+    end
+    app = moonrabbit.app(spec)
+    local ok, err
+    moonrabbit.run(function() ok, err = app:start(conns) end)
+    assert.is_nil(ok)
+    assert.equal(406, err.code)
+    assert.equal("stopped", app.state)
   end)
 
   it("publishes nothing once it has stopped, and opens no channel for that", function()

@@ -10,11 +10,12 @@ local short, u16, u32 = fake.short, fake.u16, fake.u32
 local route = moonrabbit.route
 
 describe("a host", function()
-  local brokers, runtime, log, host
+  local brokers, runtime, log, host, recover, reconnect
 
   -- The first connection is that to consume, the second that to publish.
   before_each(function()
-    brokers, log = { scripted.start(), scripted.start() }, {}
+    brokers, log, host = { scripted.start(), scripted.start() }, {}, nil
+    recover, reconnect = true, false
     local opened = 0
     runtime = setmetatable({ open = function(...)
       opened = opened + 1
@@ -54,7 +55,7 @@ describe("a host", function()
   local function run(first, second, fn)
     local reloads = {}
     host = Host.new {
-      runtime = native, connect = { uri = "amqp://guest:guest@127.0.0.1/", runtime = runtime, reconnect = false },
+      runtime = native, connect = { uri = "amqp://guest:guest@127.0.0.1/", runtime = runtime, reconnect = reconnect, recover = recover },
       load = function() return type(second) == "function" and second() or second end, drain = 5,
       log = function(level, text) log[#log + 1] = level .. " " .. text end,
       reloaded = function(ok, problem) reloads[#reloads + 1] = { ok, tostring(problem) } end,
@@ -152,6 +153,22 @@ describe("a host", function()
       assert.is_true((reload()))
       assert.same({ 5, 3 }, { store.ttl, store.max })
     end)
+  end)
+
+  it("ends where a consumer does not come back with its connection", function()
+    consumes()
+    recover, reconnect = false, { first = 0.01, max = 0.05 }
+    local err
+    local third = scripted.start()
+    brokers[3] = third
+    moonrabbit.run(function()
+      moonrabbit.spawn(function()
+        eventually(function() return host and host.phase == "running" end)
+        brokers[1]:cut()
+      end)
+    end)
+    err = select(2, run(app_of()))
+    assert.equal("closed", err.kind)
   end)
 
   it("ends where connecting throws", function()

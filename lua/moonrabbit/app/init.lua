@@ -225,7 +225,7 @@ local function subscribe(self, runner)
   }, function(message) return runner:handle(message) end)
 end
 
--- Why the start is not to go on: it was told to stop, or a connection has ended for good.
+-- Why the start is not to go on: it was told to stop, or a connection or a consumer has ended for good.
 local function objection(self)
   if self._unwanted then
     return errors.new { kind = "closed", temporary = false, message = "the app was stopped while it started" }
@@ -233,6 +233,9 @@ local function objection(self)
   for _, connection in ipairs { self._consuming, self._publishing } do
     local state, reason = connection:state()
     if state == "closed" then return reason end
+  end
+  for _, consumer in ipairs(self._consumers) do
+    if consumer:reason() then return consumer:reason() end
   end
 end
 
@@ -289,17 +292,32 @@ local function give_up(self, timeout)
   close_all(self, timeout)
 end
 
-local function watch_connections(self)
-  for i, connection in ipairs { self._consuming, self._publishing } do
-    self._offs[i] = connection:on("closed", function(err)
-      if self.state ~= "running" then return end
-      self._log("error", ("the app '%s' has lost its connection: %s"):format(self.name, tostring(err)))
-      abort(self)
-      self.reason = err
-      turn(self, "stopped")
-      give_up(self, 1)
+local function lost(self, what, err)
+  if self.state ~= "running" then return end
+  self._log("error", ("the app '%s' has lost %s: %s"):format(self.name, what, tostring(err)))
+  abort(self)
+  self.reason = err
+  turn(self, "stopped")
+  give_up(self, 1)
+end
+
+-- A consumer ends with its connection, too: then that is told.
+local function watch_consumer(self, consumer)
+  consumer._at_end = function(err)
+    if self.state ~= "running" then return end
+    self._runtime.spawn(function()
+      if self._consuming:state() == "closed" then return end
+      lost(self, ("the consumer of '%s'"):format(consumer.queue), err)
     end)
   end
+  self._offs[#self._offs + 1] = function() consumer._at_end = nil end
+end
+
+local function watch_all(self)
+  for _, connection in ipairs { self._consuming, self._publishing } do
+    self._offs[#self._offs + 1] = connection:on("closed", function(err) lost(self, "its connection", err) end)
+  end
+  for _, consumer in ipairs(self._consumers) do watch_consumer(self, consumer) end
 end
 
 local function runtime_of(where, spec)
@@ -340,7 +358,7 @@ function App:start(where)
     if not whole then error(ok, 0) end
     return nil, err
   end
-  watch_connections(self)
+  watch_all(self)
   turn(self, "running")
   return true
 end
@@ -437,8 +455,8 @@ function App:stop(deadline)
   return ok, err
 end
 
---- Starts, and waits until the app is stopped, by `app:stop()` in another task, or because a connection is lost
---- for good: nil, err.
+--- Starts, and waits until the app is stopped, by `app:stop()` in another task, or because a connection or a consumer is
+--- lost for good: nil, err.
 ---@param where (string|moonrabbit.ConnectOptions|table)? as for start
 ---@return true|nil, moonrabbit.Error?
 function App:run(where)
@@ -448,7 +466,7 @@ function App:run(where)
   return ok, err
 end
 
---- Waits until the app has stopped: true, or nil, err when a connection was lost for good.
+--- Waits until the app has stopped: true, or nil, err when a connection or a consumer was lost for good.
 ---@return true|nil, moonrabbit.Error?
 function App:wait()
   if not self._over then error("app:wait: the app has not been started", 2) end

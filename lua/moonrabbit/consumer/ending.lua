@@ -16,7 +16,8 @@ function Consumer:_discard()
   self._session:touch()
 end
 
---- Ends it. `keep`: what has arrived may still be taken.
+--- Ends it. `keep`: what has arrived may still be taken. `_at_end`, where somebody has put it there, is told why; it
+--- must not wait.
 ---@package
 function Consumer:_finish(err, keep)
   if self._ended then return end
@@ -28,6 +29,7 @@ function Consumer:_finish(err, keep)
   self._ready:broadcast()
   self.connection:_ring()
   if self._handler and keep and self:buffered() > 0 then self:_wake_worker() end
+  if self._at_end then self._at_end(err) end
 end
 
 ---@class moonrabbit.CancelOptions

@@ -115,11 +115,18 @@ local function connect(self)
   return true
 end
 
+-- It may lose a consumer for good, though both connections go on.
+local function watch(self, app)
+  local ok, err = app:wait()
+  if not ok and self.app == app and self.phase == "running" then finish(self, nil, err) end
+end
+
 -- What a script does as its app starts may throw: nil, the error, and true.
 local function start(self, app)
   local whole, ok, err = protect(app.start, app, self.connections)
-  if whole then return ok, err end
-  return nil, "starting the app threw: " .. text_of(ok), true
+  if not whole then return nil, "starting the app threw: " .. text_of(ok), true end
+  if ok then self.runtime.spawn(watch, self, app) end
+  return ok, err
 end
 
 local function bring_up(self)
