@@ -152,6 +152,30 @@ function options.check(what, given, valid, level)
   return given
 end
 
+--- How many places a list has, those before a gap and behind it; other keys do not count.
+---@param list table
+---@return integer count
+---@return integer others how many other keys it has
+function options.places(list)
+  local count, others = 0, 0
+  for key in pairs(list) do
+    if type(key) == "number" then count = count + 1 else others = others + 1 end
+  end
+  return count, others
+end
+
+--- Whether a value is a list without gaps and other keys.
+---@param value any
+---@return boolean
+function options.is_list(value)
+  if type(value) ~= "table" then return false end
+  local count, others = options.places(value)
+  for i = 1, count do
+    if value[i] == nil then return false end
+  end
+  return others == 0
+end
+
 --- Throws unless an argument is of a kind.
 ---@param what string
 ---@param name string

@@ -74,7 +74,15 @@ describe("mr.app", function()
     mistake("the limit is missing", nil, { rate = { burst = 5 } })
     mistake("the store has no function 'commit'", nil, { dedupe = { begin = h } })
     mistake("'away' must be", nil, { dedupe = { store = { begin = h, commit = h, abort = h }, away = "panic" } })
+    local store = { begin = h, commit = h, abort = h }
+    mistake('"message_id", "header:NAME" or a function', nil, { dedupe = { store = store, key = "order" } })
+    mistake('"message_id", "header:NAME" or a function', nil, { dedupe = { store = store, key = "header:" } })
+    for _, key in ipairs { "message_id", "header:order", h } do app(nil, { dedupe = { store = store, key = key } }) end
     mistake("one of header and property", nil, { partitions = { count = 2, by = {} } })
+    mistake("consumers[2]: the queue 'q' is not there: consumers[1] has put partitions in its place",
+      { consumers = { { queue = "q", partitions = 2, handler = h }, { queue = "q", handler = h } } })
+    mistake("consumers[1]: the queue 'q' is not there: consumers[2] has put",
+      { consumers = { { queue = "q", handler = h }, { queue = "q", partitions = 2, handler = h } } })
     mistake("cannot be partitioned", { queues = { q = { exclusive = true } } }, { partitions = 2 })
   end)
 
@@ -111,6 +119,14 @@ describe("mr.app", function()
     app(round(route.forward("e", nil, { set = { seen = true } })))
   end)
 
+  it("checks what is to be told", function()
+    mistake("observer: unknown option 'setled' (did you mean 'settled'?)", { observer = { setled = h } })
+    mistake("observer: option 'event' must be a function, not a table", { observer = { event = {} } })
+    app { observer = { delivered = h, settled = h, failed = h, published = h, in_flight = h, runner = h, canary = h,
+      event = h } }
+    app { observer = require("moonrabbit.metrics").new():observer() }
+  end)
+
   it("checks the ladder and the options of the connection, before anything is connected", function()
     mistake("the app.ladder: unknown option 'mod' (did you mean 'mode'?)", { ladder = { mod = "existing" } })
     mistake("1 to 200 bytes", { ladder = ("x"):rep(201) })
@@ -118,6 +134,8 @@ describe("mr.app", function()
     mistake("consumers[1].ladder: option 'steps' must be a list of delays, the shortest first", nil,
       { ladder = { steps = { 5, 1 } } })
     mistake("a list of delays, each more than 0 s", nil, { ladder = { steps = { -1 } } })
+    mistake("'steps' must be a list of delays", nil, { ladder = { steps = { 1, nil, 60 } } })
+    mistake("'steps' must be a list of delays", nil, { ladder = { steps = { 1, most = 60 } } })
     mistake("connect: unknown option 'hearbeat' (did you mean 'heartbeat'?)", { connect = { hearbeat = 5 } })
     mistake("entry 1 has an unknown field 'argument'",
       { queues = { q = { bind = { { "amq.topic", argument = {} } } } } })

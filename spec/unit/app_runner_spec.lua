@@ -722,6 +722,40 @@ describe("a runner", function()
       assert.same({}, s.calls)
     end)
 
+    it("gives the key back during a wait that its lease does not outlast, and looks again afterwards", function()
+      local memory = require "moonrabbit.app.dedupe.memory"
+      local runs = 0
+      local r = handler(function(msg)
+        runs = runs + 1
+        if msg.fails then return nil, "no" end
+      end, { dedupe = memory.new(), timeout = 30, retry = function() return 400 end })
+      function r.disposal.in_process() return true end
+      local first = id "a"
+      first.fails = true
+      r:handle(first, 350)
+      assert.equal("ack", r:handle(id "a").done) -- published twice, and handled
+      r.runtime.advance(60)
+      assert.equal("ack", first.done)
+      assert.same({ "retry", "ok", "duplicate" }, r.outcomes)
+      assert.equal(2, runs)
+    end)
+
+    it("has a lease that outlasts the hold of a breaker", function()
+      local memory = require "moonrabbit.app.dedupe.memory"
+      local runs = 0
+      local r
+      r = handler(function(msg)
+        if msg.opens then return nil, "away" end
+        runs = runs + 1
+        r.runtime.sleep(50)
+      end, { dedupe = memory.new(), timeout = 60, breaker = { failures = 1, pause = 280 },
+        retry = function() return 1 end })
+      r:handle { opens = true }
+      local first = r:handle(id "a", 310)
+      local second = r:handle(id "a", 60)
+      assert.same({ "ack", "ack", 1 }, { first.done, second.done, runs })
+    end)
+
     it("retries a key that cannot be made as the policy says, in the process too", function()
       local s, attempts = store(), {}
       local r

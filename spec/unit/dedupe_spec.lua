@@ -183,6 +183,28 @@ describe("dedupe.memory", function()
     assert.equal("done", store:begin("a", 5, 5000))
   end)
 
+  it("of Redis has TLS where its URL says so, and options of TLS that there are", function()
+    local function refuses(text, opts)
+      local ok, err = pcall(dedupe.redis, opts)
+      assert.is_false(ok)
+      assert.truthy(err:find(text, 1, true), err)
+    end
+    refuses("option 'tls' needs a URL that starts with rediss://", { url = "redis://localhost", tls = { ca = "x" } })
+    refuses("dedupe.redis: tls: unknown option 'verfy' (did you mean 'verify'?)",
+      { url = "rediss://localhost", tls = { verfy = false } })
+    refuses("option 'path': there is no TLS over a unix socket", { url = "rediss://localhost", path = "/run/redis" })
+    local store = dedupe.redis { url = "rediss://localhost", tls = { verify = false, ca = "/ca.pem" } }
+    assert.error_matches(function() store:attach { name = "resty" } end, "'tls.ca' has no effect in nginx")
+  end)
+
+  it("of SQLite is a file, and has no user or host", function()
+    for name, value in pairs { user = "me", password = "x", host = "db", port = 5 } do
+      local ok, err = pcall(dedupe.sql, { driver = "sqlite3", source = "x.db", [name] = value })
+      assert.is_false(ok)
+      assert.truthy(err:find(("option '%s' is PostgreSQL's"):format(name), 1, true), err)
+    end
+  end)
+
   it("refuses options that cannot be", function()
     assert.has_error(function() dedupe.memory { ttl = -1 } end)
     assert.has_error(function() dedupe.memory { ttl = 0 } end)
@@ -304,6 +326,10 @@ describe("dedupe.state", function()
     assert.error_matches(function() dedupe.state { transitions = {}, move = fn } end, "'current' is missing")
     assert.error_matches(function() dedupe.state { transitions = { a = "b" }, current = fn, move = fn } end,
       "transitions%['a'%] must be a list")
+    for _, list in ipairs { { paid = true }, { "paid", nil, "cancelled" } } do
+      assert.error_matches(function() dedupe.state { transitions = { a = list }, current = fn, move = fn } end,
+        "transitions%['a'%] must be a list of states, without gaps")
+    end
     assert.error_matches(function() dedupe.state { transitions = { a = { 1 } }, current = fn, move = fn } end,
       "must be a string")
   end)

@@ -55,7 +55,8 @@ describe("a host", function()
   local function run(first, second, fn)
     local reloads = {}
     host = Host.new {
-      runtime = native, connect = { uri = "amqp://guest:guest@127.0.0.1/", runtime = runtime, reconnect = reconnect, recover = recover },
+      runtime = native, connect = { uri = "amqp://guest:guest@127.0.0.1/", runtime = runtime, reconnect = reconnect,
+        recover = recover },
       load = function() return type(second) == "function" and second() or second end, drain = 5,
       log = function(level, text) log[#log + 1] = level .. " " .. text end,
       reloaded = function(ok, problem) reloads[#reloads + 1] = { ok, tostring(problem) } end,

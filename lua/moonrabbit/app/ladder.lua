@@ -42,7 +42,7 @@ local function name_of_ladder(value)
 end
 
 local function step_list(value)
-  if type(value) ~= "table" or #value == 0 then return "a list of delays" end
+  if not options.is_list(value) or #value == 0 then return "a list of delays" end
   for i, seconds in ipairs(value) do
     if type(seconds) ~= "number" or not (seconds > 0 and seconds <= steps.LONGEST) then
       return "a list of delays, each more than 0 s"

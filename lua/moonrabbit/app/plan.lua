@@ -57,6 +57,26 @@ local function check_cycles(spec)
   end
 end
 
+-- One of our own (of metrics) hears more.
+local function check_observer(observer)
+  if observer and not observer.guarded then check("observer", observer, fields.observer) end
+end
+
+-- Partitions are in the place of their queue.
+local function check_partitions(compiled)
+  local by = {}
+  for i, consumer in ipairs(compiled) do
+    if consumer.partitions then by[consumer.queue] = by[consumer.queue] or i end
+  end
+  for i, consumer in ipairs(compiled) do
+    local other = by[consumer.queue]
+    if other and other ~= i then
+      bad("consumers[%d]: the queue '%s' is not there: consumers[%d] has put partitions in its place", i,
+        consumer.queue, other)
+    end
+  end
+end
+
 local function copy(map)
   local all = {}
   for key, value in pairs(map or {}) do all[key] = value end
@@ -68,6 +88,7 @@ local function compile_all(spec)
   if spec.name == nil or spec.name == "" then bad("the name is missing: name = \"orders\"") end
   consumers.check_ladder("the app", spec.ladder, spec.name)
   check_connect(spec.connect)
+  check_observer(spec.observer)
   entities.check_exchanges(spec)
   entities.check_queues(spec)
   local given = spec.consumers
@@ -81,6 +102,7 @@ local function compile_all(spec)
     if given[i] == nil then bad("consumers must be a list, and entry %d is missing", i) end
     compiled[i] = compile_consumer(("consumers[%d]"):format(i), spec, given[i])
   end
+  check_partitions(compiled)
   check_cycles(spec)
   local made = {
     name = spec.name, exchanges = copy(spec.exchanges), queues = copy(spec.queues), consumers = {},

@@ -53,6 +53,7 @@ local check = options.check
 
 local connection_options = {}
 
+--- Of `tls`.
 local tls_options = {
   ca = options.string, cert = options.string, key = options.string, verify = options.boolean,
   server_name = options.string, min_version = options.one_of("1.2", "1.3"),
@@ -94,7 +95,7 @@ local connect_options = options.merge(require("moonrabbit.cluster").options, {
   health = options.either(options.boolean, options.string, options.table),
 })
 
-connection_options.schema = connect_options
+connection_options.schema, connection_options.tls = connect_options, tls_options
 
 --- Checks what moonrabbit.connect was given, at `level` of the caller.
 ---@param given string|moonrabbit.ConnectOptions

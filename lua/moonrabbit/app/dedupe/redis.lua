@@ -67,6 +67,18 @@ local function parse(url)
   }
 end
 
+local function check_tls(opts, server, level)
+  if opts.tls and not server.secure then
+    error("dedupe.redis: option 'tls' needs a URL that starts with rediss://", level + 1)
+  end
+  if opts.path and server.secure then
+    error("dedupe.redis: option 'path': there is no TLS over a unix socket, so no rediss://", level + 1)
+  end
+  if opts.tls then
+    options.check("dedupe.redis: tls", opts.tls, require("moonrabbit.connection.options").tls, level + 1)
+  end
+end
+
 --- Makes one; nothing is connected yet.
 ---@param opts moonrabbit.dedupe.RedisOptions?
 ---@param level integer?
@@ -77,6 +89,7 @@ function redis.new(opts, level)
   local server, problem = parse(opts.url or "redis://")
   if not server then error("dedupe.redis: option 'url': " .. problem, level) end
   if opts.ttl == 0 then error("dedupe.redis: option 'ttl' must be more than 0", level) end
+  check_tls(opts, server, level)
   server.path, server.user = opts.path, opts.user or server.user
   if opts.password ~= nil then server.password = opts.password end
   if server.secure then
@@ -92,10 +105,21 @@ function redis.new(opts, level)
   }, Store)
 end
 
+-- What lua-resty-redis cannot be told.
+local not_in_nginx = {
+  ca = "nginx's directive lua_ssl_trusted_certificate", min_version = "nginx's directive lua_ssl_protocols",
+  cert = "a Redis that asks for none", key = "a Redis that asks for none",
+}
+
 --- Takes the runtime that it is to connect by; called by the app.
 ---@package
 function Store:attach(runtime)
   if self.clients then return end
+  for name, instead in pairs(runtime.name == "resty" and not_in_nginx or {}) do
+    if (self.server.tls or {})[name] then
+      error(("dedupe.redis: option 'tls.%s' has no effect in nginx: use %s"):format(name, instead), 0)
+    end
+  end
   local Clients = require "moonrabbit.app.dedupe.redis_clients"
   self.clients = Clients.new(self.server, runtime, self.connections)
 end

@@ -69,6 +69,11 @@ function sql.new(opts, level)
   if opts.connection and (opts.source or opts.user or opts.password or opts.host or opts.port) then
     error("dedupe.sql: with 'connection' the other options of a connection mean nothing", level)
   end
+  for _, name in ipairs { "user", "password", "host", "port" } do
+    if opts.driver == "sqlite3" and opts[name] ~= nil then
+      error(("dedupe.sql: option '%s' is PostgreSQL's"):format(name), level)
+    end
+  end
   if not opts.connection and not opts.source then error("dedupe.sql: option 'source' is missing", level) end
   if opts.ttl == 0 then error("dedupe.sql: option 'ttl' must be more than 0", level) end
   return setmetatable({

@@ -58,8 +58,8 @@ end
 local function check_transitions(transitions, level)
   for from, list in pairs(transitions) do
     if type(from) ~= "string" then error("dedupe.state: transitions: states are strings", level + 1) end
-    if type(list) ~= "table" then
-      error(("dedupe.state: transitions['%s'] must be a list of states"):format(from), level + 1)
+    if not options.is_list(list) then
+      error(("dedupe.state: transitions['%s'] must be a list of states, without gaps"):format(from), level + 1)
     end
     for _, to in ipairs(list) do
       if type(to) ~= "string" or to == "" then

@@ -10,11 +10,16 @@
 local Breaker = {}
 Breaker.__index = Breaker
 
+--- The seconds for which it holds messages.
+---@param spec moonrabbit.AppBreakerOptions
+---@return number
+function Breaker.hold_of(spec) return spec.hold or 300 end
+
 ---@param spec moonrabbit.AppBreakerOptions
 ---@return moonrabbit.app.Breaker
 function Breaker.new(spec)
   return setmetatable({
-    limit = spec.failures, within = spec.within or 60, pause = spec.pause or 10, hold = spec.hold or 300,
+    limit = spec.failures, within = spec.within or 60, pause = spec.pause or 10, hold = Breaker.hold_of(spec),
     state = "closed", times = {}, next = 1, probe = false, resumes = 0,
   }, Breaker)
 end

@@ -86,6 +86,12 @@ local function callable(value)
   end
 end
 
+local function key_of_dedupe(value)
+  if type(value) == "function" or value == "message_id" then return nil end
+  if type(value) == "string" and value:find "^header:." then return nil end
+  return '"message_id", "header:NAME" or a function'
+end
+
 local function queue_or_false(value)
   if value == false or type(value) == "string" and value ~= "" and #value <= 255 then return nil end
   return "the name of a queue, or false"
@@ -116,6 +122,11 @@ fields.app = {
   log = options.callback, observer = options.table, trace = boolean,
 }
 
+fields.observer = {}
+for _, name in ipairs { "delivered", "settled", "failed", "published", "in_flight", "runner", "canary", "event" } do
+  fields.observer[name] = options.callback
+end
+
 fields.exchange = {
   type = shortstr, durable = boolean, auto_delete = boolean, internal = boolean, alternate = shortstr,
   bind = list_of_bindings, arguments = options.table, passive = boolean,
@@ -145,7 +156,7 @@ fields.breaker = {
 fields.partition = { count = integer(1, 1000), by = options.table, exchange = shortstr }
 fields.by = { header = shortstr, property = options.one_of("message_id", "correlation_id", "timestamp") }
 fields.dedupe = {
-  store = options.table, key = options.either(shortstr, options.callback), lease = seconds_over_zero,
+  store = options.table, key = key_of_dedupe, lease = seconds_over_zero,
   away = options.one_of("wait", "go_on"), missing = options.one_of("handle", "fail"),
 }
 

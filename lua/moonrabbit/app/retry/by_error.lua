@@ -52,7 +52,10 @@ function by_error.new(retry, rules, level)
       error(("retry.by_error: unknown field '%s' (valid: otherwise, and a list of rules)"):format(tostring(key)), level)
     end
   end
-  for i, rule in ipairs(rules) do check_rule(retry, i, rule, level) end
+  for i = 1, (options.places(rules)) do
+    if rules[i] == nil then error(("retry.by_error: rule %d is missing (nil)"):format(i), level) end
+    check_rule(retry, i, rules[i], level)
+  end
   if rules.otherwise ~= nil and not retry.is_policy(rules.otherwise) then
     error("retry.by_error: 'otherwise' must be a policy", level)
   end

@@ -146,7 +146,9 @@ local function delay_list(given)
   for key, value in pairs(given) do
     if type(key) ~= "number" then named[key] = value end
   end
-  for i, seconds in ipairs(given) do
+  for i = 1, (options.places(given)) do
+    local seconds = given[i]
+    if seconds == nil then error(("retry.steps: delay %d is missing (nil)"):format(i), 3) end
     local expected = delay(seconds)
     if expected then
       error(("retry.steps: delay %d must be %s, not %s"):format(i, expected, tostring(seconds)), 3)

@@ -127,7 +127,7 @@ end
 
 -- It runs again after `delay` seconds, in this process.
 local function run_again(self, job, delay, seconds, failed)
-  if self.dedupe then self.dedupe:pause(job) end
+  if self.dedupe then self.dedupe:pause(job, delay) end
   job.attempt = job.attempt + 1
   ended(self, job, "retry", seconds, delay, failed)
   return delay

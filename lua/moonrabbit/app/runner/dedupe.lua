@@ -6,7 +6,7 @@
 -- | --- | --- |
 -- | `store` | `begin(self, key, lease) -> "new" | "running" | "done" | "refused", err | nil, err`, `commit(self, key)`, `abort(self, key)`, maybe `attach(self, runtime)` |
 -- | `key` | "message_id" (the default), "header:NAME", or a function of the message |
--- | `lease` | seconds after which the claim of a process that died is void; 300 and at least the timeout and a minute by default |
+-- | `lease` | seconds after which the claim of a process that died is void; 300 and at least the timeout and a minute by default, and a breaker's `hold` besides |
 -- | `away` | what to do while the store cannot be reached: "wait" (the default) until it can, or "go_on" without it |
 -- | `missing` | of a message without a key: "handle" (the default) it, or "fail" it for good |
 --
@@ -21,6 +21,7 @@
 -- process its transaction is rolled back.
 -- @module moonrabbit.app.runner.dedupe
 
+local Breaker = require "moonrabbit.app.flow.breaker"
 local failure = require "moonrabbit.app.failure"
 local protect = require "moonrabbit.protect"
 
@@ -43,7 +44,13 @@ end
 local function key_function(key)
   if type(key) == "function" then return key end
   if key == nil or key == "message_id" then return by_message_id end
-  return by_header(key:match "^header:(.+)$" or key)
+  return by_header(key:match "^header:(.+)$")
+end
+
+-- A breaker may hold a message that has its key.
+local function default_lease(consumer)
+  local breaker = consumer.breaker
+  return math.max(300, (consumer.timeout or 0) + 60) + (breaker and Breaker.hold_of(breaker) or 0)
 end
 
 ---@param consumer table compiled
@@ -57,7 +64,7 @@ function Dedupe.new(consumer, runner)
   local key = key_function(plain.key)
   return setmetatable({
     store = store, runner = runner, key = key,
-    lease = plain.lease or math.max(300, (consumer.timeout or 0) + 60),
+    lease = plain.lease or default_lease(consumer), timeout = consumer.timeout,
     go_on = plain.away == "go_on", missing = plain.missing or "handle", joined = store.joined or false,
     quick = store.quick == true and key == by_message_id, -- nothing of it throws or waits
   }, Dedupe)
@@ -138,7 +145,7 @@ function Dedupe:claim(job, ok, key, state, err)
   while true do
     if not ok then key, state, err = explain(self, job.message, key) end
     if state == "new" then
-      job.claim = key
+      job.claim, job.claimed = key, self.runner.now()
       if self.said then back_again(self) end
       return "go"
     end
@@ -166,7 +173,7 @@ local function undone(self, job, problem)
     local ok, key, state, err = self:ask(job.message)
     if ok and state == "done" then return nil end -- the answer was lost, and not the commit
     if ok and state == "new" then
-      job.claim = key
+      job.claim, job.claimed = key, self.runner.now()
       if self.said then back_again(self) end
       if away then return "again" end
       self:abort(job)
@@ -213,11 +220,17 @@ function Dedupe:commit(job, now)
   end
 end
 
---- The job waits to run again in this process. Its claim stays, unless it holds a transaction open; what is given back
---- is claimed again then.
+-- Whether a claim holds until the job has waited and run once more.
+local function outlasts(self, job, delay)
+  return self.runner.now() + delay + (self.timeout or 0) <= job.claimed + self.lease
+end
+
+--- The job waits to run again in this process. Its claim stays, unless it holds a transaction open, or would end
+--- meanwhile; what is given back is claimed again then.
 ---@param job table
-function Dedupe:pause(job)
-  if job.claim and not self.joined then return end
+---@param delay number seconds
+function Dedupe:pause(job, delay)
+  if job.claim and not self.joined and outlasts(self, job, delay) then return end
   self:abort(job)
   job.reclaim = true
 end

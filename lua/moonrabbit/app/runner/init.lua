@@ -164,7 +164,7 @@ function Runner:job(message)
     job = {
       message = false, target = false, trials = nil, claim = false, attempt = nil, slot = false, started = 0,
       expired = false, abandoned = false, over = true, task = false, serial = 0, batch = false, of = false,
-      first = false, reclaim = false, spare = false,
+      first = false, reclaim = false, spare = false, claimed = 0,
     }
     self.jobs[job] = true
   end
@@ -414,7 +414,7 @@ local function single(self, message, waited, problem)
   if dedupe then
     local ok, key, state, err = dedupe:ask(message, now)
     if ok and state == "new" and not dedupe.said then
-      job.claim = key
+      job.claim, job.claimed = key, now
     elseif not claimed(self, job, ok, key, state, err) then
       return
     end
