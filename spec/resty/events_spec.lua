@@ -16,19 +16,23 @@ describe("events of the examples #resty", function()
     examples.close(at)
   end)
 
+  local function publish(body, key)
+    ok(at.channel:publish(body, { exchange = "events", routing_key = key or "news" }))
+  end
+
+  -- The worker's queue is there once something that is published comes through.
+  local function publish_first(body, key)
+    ok(at.channel:exchange_declare("events", { type = "topic", durable = true }))
+    local route = { exchange = "events", routing_key = key }
+    broker.eventually(function() return at.channel:publish(body, route) end, 10, "a queue is bound")
+  end
+
   local function start(what)
     what = what or {}
     what.workers = what.workers or 1
     local server = examples.start(at, "events", what)
-    ok(at.channel:exchange_declare("events", { type = "topic", durable = true }))
-    -- Its queue is there once something that is published comes through.
-    local route = { exchange = "events", routing_key = "k" }
-    broker.eventually(function() return at.channel:publish("ready?", route) end, 10, "a queue is bound")
+    publish_first("ready?", "k")
     return server
-  end
-
-  local function publish(body, key)
-    ok(at.channel:publish(body, { exchange = "events", routing_key = key or "news" }))
   end
 
   local function watching(n)
@@ -155,7 +159,7 @@ describe("events of the examples #resty", function()
 
     local function story()
       shows("open", 30)
-      publish "hello <b>world</b>"
+      publish_first("hello <b>world</b>", "news")
       shows "open|newshello <b>world</b>"
       publish("two\nlines", "more")
       shows "open|moretwo\nlines|newshello <b>world</b>"
