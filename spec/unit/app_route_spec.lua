@@ -257,6 +257,18 @@ describe("route", function()
       assert.equal("dead_letter", run({ note "a", route.dead_letter "x" }).action)
     end)
 
+    it("fan out wherever in the list one is chosen by the message", function()
+      for at = 1, 5 do
+        local list, seen = {}, {}
+        for i = 1, 5 do list[i] = function() seen[#seen + 1] = i end end
+        list[at] = route.first { route.key("a", list[at]) }
+        assert.is_true(run(list, { routing_key = "a" }))
+        assert.same({ 1, 2, 3, 4, 5 }, seen)
+        assert.is_true(run(list, { routing_key = "b" }))
+        assert.equal(9, #seen)
+      end
+    end)
+
     it("of route.all are all that hold, or the otherwise", function()
       local seen = {}
       local function note(name) return function() seen[#seen + 1] = name end end

@@ -56,8 +56,8 @@ local Outcome = { __index = {} }
 
 function Outcome.__index:run() return self.outcome end
 
--- Several targets, one after the other, chosen before the first of them runs. The first that fails, or that asks for something else than to be
--- acked, decides; dropped is what all of them drop.
+-- Several targets, one after the other, chosen before the first of them runs. The first that fails, or that asks for
+-- something else than to be acked, decides; dropped is what all of them drop.
 local Fan = { __index = {} }
 
 local function results(...) return select("#", ...), ... end
@@ -92,10 +92,12 @@ local function compile_list(list, context)
   local targets, fan = {}, setmetatable({}, Fan)
   for i = 1, #list do
     targets[i] = compile_target(list[i], context)
-    fan[i] = targets[i].constant
+    fan[#fan + 1] = targets[i].constant
   end
-  context.describe[fan] = "a list of " .. #list .. " targets"
-  if #fan == #list then return { constant = fan } end
+  if #fan == #list then
+    context.describe[fan] = "a list of " .. #list .. " targets"
+    return { constant = fan }
+  end
   return {
     resolve = function(message, job)
       local found = setmetatable({}, Fan)
