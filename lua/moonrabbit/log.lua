@@ -46,12 +46,20 @@ local function value_at(text, at)
   return last and at, last
 end
 
+-- None of these patterns may begin at every letter of a long word: that takes the square of its length.
+
+-- What stands between "://" and the last "@" of "scheme://user:password@host".
+local function redact_authority(authority)
+  local first, at = authority:match "[:@]", authority:match "^.*()@"
+  if first == ":" and at then return "://***" .. authority:sub(at) end
+end
+
 -- "password = x", "token: x", `"secret":"x"`: the value goes. What follows any other word may be a pair itself: "it said
 -- no: token=x".
 local function redact_pairs(text)
   local out, at = {}, 1
   while true do
-    local from, to, word = text:find("([%w_%-]+)[\\\"']*%s*[=:]%s*", at)
+    local from, to, word = text:find("%f[%w_%-]([%w_%-]+)[\\\"']*%s*[=:]%s*", at)
     if not from then break end
     out[#out + 1] = text:sub(at, to)
     at = to + 1
@@ -71,7 +79,7 @@ end
 ---@return string
 function log.redact(text)
   text = secret.blot(text)
-  text = text:gsub("(%a[%w+.-]*://)[^/%s@]*:[^/%s]*@", "%1***@")
+  text = text:gsub("://([^/%s]+)", redact_authority)
   text = text:gsub("([Bb]earer%s+)[%w%-._~+/=]+", "%1***")
   text = text:gsub("([Bb]asic%s+)[%w+/]+=*", function(word) return word .. "***" end)
   return redact_pairs(text)

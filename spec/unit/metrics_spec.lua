@@ -390,6 +390,15 @@ describe("moonrabbit.log", function()
     assert.matches('"n": 1} end\n$', out[2])
   end)
 
+  it("needs no longer for a long word than for many short ones", function()
+    local write, out = lines {}
+    local before = os.clock()
+    write("info", ("a"):rep(30000) .. " password=hunter2 " .. ("b."):rep(15000) .. " amqp://joe:hunter2@h/")
+    assert.is_true(os.clock() - before < 5) -- where it begins at every letter: half a minute
+    assert.falsy(out[1]:find("hunter2", 1, true))
+    assert.truthy(out[1]:find("amqp://***@h/", 1, true))
+  end)
+
   it("writes a line whatever it is given", function()
     local write, out = lines {}
     local bad = setmetatable({}, { __tostring = function() error "no" end })
