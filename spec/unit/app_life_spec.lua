@@ -231,16 +231,21 @@ describe("an app on connections of its user's", function()
 
   it("has stopped when a second stop returns", function()
     consumes()
-    local app = app_of { handler = function() moonrabbit.sleep(0.05) end }
+    local running, go_on = false, false
+    local app = app_of { handler = function()
+      running = true
+      while not go_on do moonrabbit.sleep(0.001) end
+    end }
     moonrabbit.run(function()
       assert(app:start(conns))
       deliver(1)
-      moonrabbit.sleep(0.01)
+      while not running do moonrabbit.sleep(0.001) end
       moonrabbit.spawn(function() app:stop(5) end)
       moonrabbit.sleep(0)
       local ok, err = app:stop(0.01)
       assert.is_nil(ok)
       assert.equal("timeout", err.kind)
+      go_on = true
       assert.is_true(app:stop(5))
       assert.equal("stopped", app.state)
     end)
