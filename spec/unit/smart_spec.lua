@@ -75,6 +75,25 @@ describe("the mode smart", function()
     end)
   end
 
+  it("asks the next API for the leader when one cannot tell, also where it asks for no nodes", function()
+    for _, discover in ipairs { false, true } do
+      two_nodes()
+      local half = http_server.start(function(request)
+        return http_server.response(request.target:find "queues" and 500 or 200,
+          request.target:find "nodes" and '[{"name":"r@one","running":true}]' or "{}")
+      end)
+      for _, first in ipairs { "http://127.0.0.1:1", half.uri } do
+        local smart = new { near = "q", management = { first, server.uri }, smart = { discover = discover } }
+        learn(smart)
+        assert.equal("r@two", smart.leader)
+        for _, each in ipairs(said) do assert.not_matches("^unknown", each) end
+        assert.equal("127.0.0.1:" .. server.port, smart.good.endpoint)
+      end
+      half.stop()
+      server.stop()
+    end
+  end)
+
   it("follows a leader only to a node that it would try", function()
     local smart = new { near = "q", management = two_nodes(), smart = { follow = true, quarantine = { first = 60 } } }
     smart:connected(listed[1])

@@ -144,19 +144,26 @@ local function elsewhere(err)
   return type(err) ~= "table" or not (err.kind == "auth" or err.code == 404)
 end
 
+-- Learns from one API: why not the nodes, and why not the leader.
+local function ask(self, api)
+  local learned, err = true, nil
+  if self.discover then learned, err = learn_nodes(self, api) end
+  if learned then err = nil end
+  if not self.near or err and elsewhere(err) then return err end
+  local leads, why = learn_leader(self, api)
+  return err, not leads and why or nil
+end
+
 local function learn(self)
   local listed = targets.expand(self.targets, self.context) or {}
-  local nodes_err, leader_err
+  local learned, nodes_err, leader_err = false, nil, nil
   for _, api in ipairs(apis(self, listed)) do
     if self.closed then return end
-    local learned, err = true, nil
-    if self.discover then learned, err = learn_nodes(self, api) end
-    nodes_err = not learned and (nodes_err or err) or nil
-    local leads, why = true, nil
-    if self.near and (learned or not elsewhere(err)) then leads, why = learn_leader(self, api) end
-    leader_err = not leads and why or nil
-    if learned and leads then self.good = api end
-    if learned or not elsewhere(err) then break end
+    local err, why = ask(self, api)
+    learned = learned or not err
+    nodes_err, leader_err = not learned and (nodes_err or err) or nil, why
+    if not err and not why then self.good = api end
+    if not (err and elsewhere(err) or why and elsewhere(why)) then break end
   end
   if nodes_err then unknown(self, NODES, nodes_err) end
   if self.near and (leader_err or nodes_err and elsewhere(nodes_err)) then
