@@ -46,8 +46,8 @@ local function hooks_of(self)
     connection = self,
     emit = function(event, ...) self:_event(event, ...) end,
     move = function(why) self:_move(why) end,
-    dial_primary = function()
-      return Connection.connect(cluster.probe_options(self._opts), nil, { secrets = self._secrets })
+    dial_primary = function(source)
+      return Connection.connect(cluster.probe_options(self._opts), nil, { secrets = self._secrets, source = source })
     end,
   }
 end

@@ -95,6 +95,16 @@ describe("a primary and a standby site", function()
     assert.same({ "standby", true }, { conn:site() })
   end)
 
+  it("goes back to nodes that it has learned, where those that are listed stay away", function()
+    line:stop()
+    local conn = connect {
+      primary = { mode = "smart", management = cluster.management, smart = { refresh = 0.2 } }, hold = 0.3, probe = 0.1,
+    }
+    assert.equal("standby", (conn:site()))
+    at(conn, "primary")
+    assert.truthy(cluster.node_of(conn))
+  end)
+
   it("opens publishing by hand", function()
     line:stop()
     local conn = connect { standby = { check = function() return false end }, hold = math.huge }

@@ -94,6 +94,17 @@ describe("the mode smart", function()
     end
   end)
 
+  it("tells what looks at it of the nodes that it has learned", function()
+    listed[2] = nil
+    local smart = new { management = two_nodes() }
+    learn(smart)
+    local source = require("moonrabbit.cluster").source({ uri = "amqp://guest:guest@127.0.0.1:5001/" },
+      { runtime = native, log = function() end, past = smart }, 2)
+    local ports = {}
+    for i, target in ipairs(source:round()) do ports[i] = target.port end
+    assert.same({ 5001, 5002 }, ports)
+  end)
+
   it("follows a leader only to a node that it would try", function()
     local smart = new { near = "q", management = two_nodes(), smart = { follow = true, quarantine = { first = 60 } } }
     smart:connected(listed[1])

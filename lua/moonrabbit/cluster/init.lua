@@ -128,9 +128,12 @@ local function place(what, opts, context, level)
     local smart = require("moonrabbit.cluster.smart").new(listed, opts, context, level)
     return smart
   end
+  -- What looks at a site of mode "smart" has its source, and goes to the nodes that were learned, too.
+  local past = context.past
+  if past and past.known then listed = past:known() end
   local plain = not opts.shuffle
   for _, each in ipairs(listed) do plain = plain and not each.srv end
-  if plain then return Endpoints.new(listed, context.past) end
+  if plain then return Endpoints.new(listed, past) end
   return List.new(listed, opts, context)
 end
 

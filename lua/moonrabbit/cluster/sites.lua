@@ -139,7 +139,7 @@ end
 -- A connection to the primary; nil, err. Closing the source ends this wait.
 local function dial(self)
   self.dialling = true
-  local whole, connection, err = protect(self.dial_primary)
+  local whole, connection, err = protect(self.dial_primary, self.sources.primary)
   self.dialling = false
   if not whole then error(connection, 0) end
   return connection, err
@@ -236,7 +236,7 @@ function Sites:close()
 end
 
 --- The connection that it serves.
----@param hooks { emit: function, move: function, connection: table, dial_primary: fun(): table|nil, moonrabbit.Error? }
+---@param hooks { emit: function, move: function, connection: table, dial_primary: fun(source: table): table|nil, moonrabbit.Error? }
 function Sites:attach(hooks)
   self.emit, self.move, self.connection, self.dial_primary = hooks.emit, hooks.move, hooks.connection,
     hooks.dial_primary

@@ -244,9 +244,15 @@ local function everyone(self, listed)
       add(target, name)
     end
   end
-  self.quarantine:keep(keys)
-  self.keys = nodes
-  return all
+  return all, keys, nodes
+end
+
+--- The listed targets and the learned ones, for who looks whether the cluster is there.
+---@return table[]
+function Smart:known()
+  local list = {}
+  for i, each in ipairs((everyone(self, self.targets))) do list[i] = each.target end
+  return list
 end
 
 -- The smaller, the sooner it is tried.
@@ -287,7 +293,9 @@ function Smart:round()
       self.learned:wait(math.max(0, deadline - self.runtime.now()))
     end
   end
-  local all = everyone(self, listed or {})
+  local all, keys, nodes = everyone(self, listed or {})
+  self.quarantine:keep(keys)
+  self.keys = nodes
   if #all == 0 then return nil, err end
   self.partial = err ~= nil and err.temporary
   return in_order(self, all)
