@@ -24,13 +24,6 @@ local function desk()
   return folder
 end
 
-local function free_port()
-  local server = assert(require("moonrabbit.runtime.native").listen("127.0.0.1", 0))
-  local port = server:port()
-  server:close()
-  return port
-end
-
 local reason = broker.not_ours()
 local it_runs = broker.it_unless(it, pending, reason)
 
@@ -55,7 +48,7 @@ describe("the guide", function()
   setup(function()
     if reason then return end
     clean()
-    folder, port = desk(), free_port()
+    folder, port = desk(), require("support.ports").free()
   end)
 
   teardown(function()

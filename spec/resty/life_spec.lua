@@ -4,7 +4,6 @@ local broker = require "support.broker"
 local cjson = require "cjson.safe"
 local dns_server = require "support.dns_server"
 local fake = require "support.fake_broker"
-local native = require "moonrabbit.runtime.native"
 local nginx = require "support.nginx"
 local proxy = require "support.proxy"
 local ok = broker.ok
@@ -852,13 +851,11 @@ describe("a worker of nginx #resty", function()
   end)
 
   local function free_ports(n)
-    local list, uris, probes = {}, {}, {}
-    for i = 1, n do -- all are open at once, so that no port comes twice
-      probes[i] = assert(native.listen("127.0.0.1", 0))
-      list[i] = probes[i]:port()
+    local list, uris = {}, {}
+    for i = 1, n do
+      list[i] = nginx.free_port()
       uris[i] = ("%q"):format(broker.uri { host = "127.0.0.1", port = list[i] })
     end
-    for _, probe in ipairs(probes) do probe:close() end
     return list, "endpoints = { " .. table.concat(uris, ", ") .. " }, "
   end
 
