@@ -423,6 +423,7 @@ describe("moonrabbit doctor", function()
       pending "needs the management plugin of a private broker"
       return
     end
+    finally(function() management("DELETE", "/api/users/spec-nobody") end)
     local own = ("amqp://spec-nobody:%s@%s:%d/"):format(SECRET, host, port)
     fails(4, "vhost", "vhost", "set_permissions", doctor("--url", own))
     management("PUT", "/api/permissions/%2f/spec-nobody", '{"configure":"^amq.gen","write":"","read":".*"}')
@@ -430,7 +431,6 @@ describe("moonrabbit doctor", function()
     management("PUT", "/api/permissions/%2f/spec-nobody", '{"configure":"","write":"","read":""}')
     fails(4, "permissions", "no permission to configure, write", "set_permissions", doctor("--url", own))
     one_line(4, "ACCESS_REFUSED", moonrabbit("declare", "queue", "x", "--url", own))
-    management("DELETE", "/api/users/spec-nobody")
   end)
 
   describe("with TLS", function()

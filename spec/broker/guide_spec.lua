@@ -66,6 +66,7 @@ describe("the guide", function()
     running:stop()
     running = nil
     assert.equal(0, code, said)
+    assert.falsy(said:find("not reloaded", 1, true), said)
   end
 
   local function first_terminal(command)
