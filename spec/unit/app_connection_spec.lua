@@ -168,6 +168,35 @@ describe("the connection of an app that a command runs", function()
 end)
 
 describe("moonrabbit run", function()
+  it("takes its pid file away, and not that of the process that has taken its place", function()
+    local native = require "moonrabbit.runtime.native"
+    local path, pid = process.file("return require 'moonrabbit'.app { name = 'a', connect = 'amqp://127.0.0.1:1/',"
+      .. " queues = { q = {} }, consumers = { { queue = 'q', handler = print } } }"), os.tmpname()
+    finally(function()
+      os.remove(path)
+      os.remove(pid)
+    end)
+    local function eventually(fn)
+      local deadline = native.now() + 10
+      repeat native.sleep(0.02) until fn() or native.now() > deadline
+      assert.truthy(fn())
+    end
+    for _, other in ipairs { false, "17" } do
+      os.remove(pid)
+      local running = process.start { "bin/moonrabbit", "run", path, "--pid-file", pid }
+      eventually(function() return running:err():find("trying again", 1, true) end)
+      assert.equal(tostring(running.pid), process.slurp(pid):match "%d+")
+      if other then
+        local file = assert(io.open(pid, "w"))
+        file:write(other, "\n")
+        file:close()
+      end
+      running:signal "TERM"
+      eventually(function() return running:code() end)
+      assert.equal(other and other .. "\n" or nil, process.slurp(pid))
+    end
+  end)
+
   it("keeps the script's options when AMQP_URL says where", function()
     local native = require "moonrabbit.runtime.native"
     local server = assert(native.listen("127.0.0.1", 0))

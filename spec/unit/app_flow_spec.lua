@@ -190,6 +190,26 @@ describe("batch", function()
     assert.equal(15, #r.outcomes)
   end)
 
+  it("leaves out what the broker has taken back while it was gathered, or waited for a place", function()
+    local seen = {}
+    local r, batches = gather { concurrency = 1, handler = function(list, r)
+      for _, msg in ipairs(list) do seen[#seen + 1] = msg.i end
+      r.runtime.sleep(5)
+    end }
+    local list = {}
+    for i = 1, 6 do list[i] = r:give { i = i } end
+    r.runtime.advance(1)
+    for i = 3, 6 do list[i].gone = i ~= 5 end -- the first three are being handled
+    list[7] = r:give { i = 7 }
+    r.runtime.advance(0)
+    list[7].gone = true -- alone in its batch
+    r.runtime.advance(20)
+    assert.same({ 1, 2, 3, 5 }, seen)
+    assert.same({ "ack", nil, "ack", nil }, { list[1].done, list[4].done, list[5].done, list[7].done })
+    assert.same({ 3, 1 }, batches)
+    assert.same({ 0, 0 }, { r.runner.in_flight, r.runner.running })
+  end)
+
   it("retries a message in the process as a batch of its own", function()
     local n = 0
     local r, batches = gather { retry = function() return 5 end, handler = function(list)

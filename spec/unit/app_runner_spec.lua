@@ -346,6 +346,43 @@ describe("a runner", function()
     assert.same({ 0, 0 }, { r.runner.in_flight, r.runner.running })
   end)
 
+  it("does not handle what the broker has taken back while it waited for a place", function()
+    local r
+    local handled = {}
+    r = handler(function(msg)
+      handled[#handled + 1] = msg.i
+      r.runtime.sleep(5)
+    end, { concurrency = 1 })
+    r:give { i = 1 }
+    local second = r:give { i = 2 }
+    r:give { i = 3 }
+    r.runtime.advance(1)
+    second.gone = true
+    r.runtime.advance(20)
+    assert.same({ 1, 3 }, handled)
+    assert.same({ "ok", "requeue", "ok" }, r.outcomes)
+    assert.same({ 0, 0 }, { r.runner.in_flight, r.runner.running })
+  end)
+
+  it("says why a message went back", function()
+    local r = handler(function(msg)
+      if msg.opens then return nil, "away" end
+    end, { breaker = { failures = 1, pause = 100, hold = 30 }, retry = function() return 1 end })
+    r:handle { opens = true }
+    r:handle({}, 31)
+    assert.equal("the breaker has held it for 30 s", r.detail)
+    local gone = r:give()
+    r.runtime.advance(1)
+    gone.gone = true
+    r.runtime.advance(30)
+    assert.equal("closed", r.detail)
+    r:give()
+    r.runtime.advance(1)
+    r.runner:stop()
+    r.runtime.advance(0)
+    assert.equal("stopping", r.detail)
+  end)
+
   describe("concurrency", function()
     it("bounds the handlers that run, in the order in which messages came", function()
       local running, most, order = 0, 0, {}

@@ -65,6 +65,15 @@ local function write_pid(path)
   return true
 end
 
+-- Another process may have taken this one's place, and written its own.
+local function remove_pid(path)
+  local file = path and io.open(path, "r")
+  if not file then return end
+  local pid = file:read "*l"
+  file:close()
+  if tonumber(pid) == require "moonrabbit.net".pid() then os.remove(path) end
+end
+
 local function wrong(problem)
   output.complain(problem)
   return exit.usage
@@ -83,7 +92,7 @@ local function with_pid_file(args, fn, ...)
   local written, problem = write_pid(args.pid_file)
   if not written then return wrong(problem) end
   local code = fn(args, ...)
-  if args.pid_file then os.remove(args.pid_file) end
+  remove_pid(args.pid_file)
   return code
 end
 

@@ -68,7 +68,7 @@ local function conclude(runner, job, failed, asked)
   local again = runner:conclude(job, failed, asked)
   if not again then return runner:finish(job) end
   if not runner:rest(job, again) then
-    runner:give_back(job, "stopping")
+    runner:put_back(job)
     return runner:finish(job)
   end
   if job.reclaim and not runner:reclaimed(job) then return end
@@ -94,19 +94,35 @@ local function leave(runner, run)
   runner:release()
 end
 
-function execute(runner, jobs)
-  local messages = {}
-  for i, job in ipairs(jobs) do messages[i] = job.message end
-  local run = { message = messages, batch = jobs, slot = true, serial = 0, n = 0, over = true }
+-- The jobs whose messages the broker has not taken back meanwhile, as a run; nil: none is left.
+local function run_of(runner, jobs)
+  local messages, left = {}, {}
+  for _, job in ipairs(jobs) do
+    if runner.settle.outstanding(job.message) then
+      messages[#messages + 1], left[#left + 1] = job.message, job
+    else
+      runner:put_back(job)
+      runner:finish(job)
+    end
+  end
+  if #left == 0 then return nil end
+  local run = { message = messages, batch = left, slot = true, serial = 0, n = 0, over = true }
   runner.jobs[run] = true
-  for i = 1, #jobs do jobs[i].of = run end
+  for i = 1, #left do left[i].of = run end
+  return run, left
+end
+
+function execute(runner, jobs)
   runner:acquire()
+  local run
+  run, jobs = run_of(runner, jobs)
+  if not run then return runner:release() end
   local ok, thrown = runner:attempt(run, #jobs)
   if ok == runner.LEFT then return end
   leave(runner, run)
   if ok == runner.STOPPED or (not ok and thrown == runner.runtime.cancelled and thrown ~= nil and not run.expired) then
     for _, job in ipairs(jobs) do
-      runner:give_back(job, "stopping")
+      runner:put_back(job)
       runner:finish(job)
     end
     return

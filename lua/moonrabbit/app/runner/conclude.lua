@@ -53,6 +53,20 @@ function Runner:give_back(job, why, kind)
   ended(self, job, "requeue", 0, why)
 end
 
+-- Why a message does not run, or does not run on.
+local function why_not(self, job)
+  if self.stopping then return "stopping" end
+  local outstanding, gone = self.settle.outstanding(job.message)
+  if not outstanding then return gone end
+  local breaker = self.breaker
+  if breaker and breaker.state ~= "closed" then return ("the breaker has held it for %g s"):format(breaker.hold) end
+  return "its handler's task was cancelled"
+end
+
+--- Gives back what has not run, or not to its end.
+---@package
+function Runner:put_back(job) self:give_back(job, why_not(self, job)) end
+
 -- ---- Copies -----------------------------------------------------------------------------------------
 
 local function copy_failed(self, job, what, err)

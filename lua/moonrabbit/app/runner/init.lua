@@ -343,7 +343,7 @@ function Runner:go_on(job, failed, asked)
   while true do
     if failed == LEFT then return end
     if failed == STOPPED then
-      self:give_back(job, "stopping")
+      self:put_back(job)
       return self:finish(job)
     end
     local again = self:conclude(job, failed, asked)
@@ -365,12 +365,12 @@ local function claimed(self, job, ...)
   if state == "duplicate" then
     self:duplicate(job)
   elseif state == "stopped" then
-    self:give_back(job, "stopping")
+    self:put_back(job)
   else
     job.started = self.now()
     local again = self:conclude(job, state)
     if again and self:rest(job, again) then return self:reclaimed(job) end
-    if again then self:give_back(job, "stopping") end
+    if again then self:put_back(job) end
   end
   self:finish(job)
   return false
@@ -397,7 +397,7 @@ local function without_order(self, job, problem)
     job.started = self.now()
     again = self:conclude(job, failure.new("error", problem))
     if again and not self:rest(job, again) then
-      self:give_back(job, "stopping")
+      self:put_back(job)
       again = nil
     end
   until not again
@@ -406,7 +406,12 @@ end
 
 local function single(self, message, waited, problem)
   local job = self:job(message)
-  if self.running < self.limit then self.running = self.running + 1 else self:acquire() end
+  if self.running < self.limit then
+    self.running = self.running + 1
+  else
+    self:acquire()
+    waited = true
+  end
   job.slot = true
   if waited and not self.settle.outstanding(message) then return self:go_on(job, STOPPED) end
   if problem then return without_order(self, job, problem) end
