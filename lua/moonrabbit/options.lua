@@ -176,6 +176,20 @@ function options.is_list(value)
   return others == 0
 end
 
+--- A kind: a list, without gaps, whose every entry is of a kind.
+---@param kind function
+---@param what string     "a list of URIs"
+---@param least integer?  entries
+---@return function
+function options.list_of(kind, what, least)
+  return function(value)
+    if not options.is_list(value) or #value < (least or 0) then return what end
+    for i = 1, #value do
+      if kind(value[i]) then return what end
+    end
+  end
+end
+
 --- Throws unless an argument is of a kind.
 ---@param what string
 ---@param name string

@@ -61,12 +61,7 @@ local places = {
 --- The options of a connection that are about this.
 cluster.options = options.merge(places, { sites = options.table })
 
-local function endpoint_list(value)
-  if type(value) ~= "table" or #value == 0 then return "a list of URIs" end
-  for i = 1, #value do
-    if type(value[i]) ~= "string" then return "a list of URIs" end
-  end
-end
+local endpoint_list = options.list_of(options.string, "a list of URIs", 1)
 
 local site_options = options.merge(places, {
   uri = options.string, endpoints = endpoint_list, vhost = options.shortstr, user = options.string,

@@ -20,16 +20,6 @@ local MOST_SERVERS = 3
 ---@field search string[]?   domains to try after a name that is not found; those of /etc/resolv.conf by default
 ---@field timeout number?    seconds that a server may take; 3 by default
 
-local function list_of_strings(value)
-  if type(value) ~= "table" then return "a list of strings" end
-  for i = 1, #value do
-    if type(value[i]) ~= "string" then return "a list of strings" end
-  end
-end
-
---- What the option `dns` may say.
-resolver.options = { servers = list_of_strings, search = list_of_strings, timeout = options.seconds }
-
 -- ---- Configuration ----------------------------------------------------------------------------------
 
 --- Address and port of a server, or nil.
@@ -43,6 +33,16 @@ function resolver.server(text)
   if port < 1 or port > 65535 then return nil end
   return { host = host, port = port }
 end
+
+local function server_kind(value)
+  if type(value) ~= "string" or not resolver.server(value) then return "an address" end
+end
+
+--- What the option `dns` may say.
+resolver.options = {
+  servers = options.list_of(server_kind, 'a list of addresses of name servers, such as "10.0.0.2" or "[::1]:53"', 1),
+  search = options.list_of(options.string, "a list of domains"), timeout = options.seconds,
+}
 
 --- Reads the text of a resolv.conf.
 ---@package

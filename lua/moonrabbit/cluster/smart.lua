@@ -8,6 +8,7 @@
 
 local described = require "moonrabbit.described"
 local management = require "moonrabbit.management"
+local options = require "moonrabbit.options"
 local protect = require "moonrabbit.protect"
 local Quarantine = require "moonrabbit.cluster.quarantine"
 local discovery = require "moonrabbit.cluster.discovery"
@@ -333,6 +334,7 @@ end
 local function given_apis(given, listed, context, level)
   if given == nil then return nil end
   if type(given) == "string" or given[1] == nil then given = { given } end
+  if not options.is_list(given) then error("connect: option 'management': a list without gaps expected", level + 1) end
   local list = {}
   for i, one in ipairs(given) do
     if type(one) ~= "string" and type(one) ~= "table" then

@@ -59,12 +59,7 @@ local tls_options = {
   server_name = options.string, min_version = options.one_of("1.2", "1.3"),
 }
 
-local function endpoint_list(value)
-  if type(value) ~= "table" or #value == 0 then return "a list of URIs" end
-  for i = 1, #value do
-    if type(value[i]) ~= "string" then return "a list of URIs" end
-  end
-end
+local endpoint_list = options.list_of(options.string, "a list of URIs", 1)
 
 local recovery_options = {
   topology = options.boolean, consumers = options.boolean, filter = options.callback,

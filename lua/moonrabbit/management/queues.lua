@@ -9,12 +9,7 @@ local shortstr, text = options.shortstr, options.string
 ---@class moonrabbit.Management
 local Management = {}
 
-local function list_of_strings(value)
-  if type(value) ~= "table" or #value == 0 then return "a list of strings" end
-  for i = 1, #value do
-    if type(value[i]) ~= "string" then return "a list of strings" end
-  end
-end
+local list_of_strings = options.list_of(text, "a list of strings", 1)
 
 ---@class moonrabbit.ManagementQueuesOptions
 ---@field vhost string?      of one vhost; of all that the user may see by default
