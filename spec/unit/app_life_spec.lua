@@ -229,6 +229,86 @@ describe("an app on connections of its user's", function()
     assert.equal(1, times(consuming, "60.80"))
   end)
 
+  -- Starts an app whose last consumer is not answered until `answer()`; fn(app, answer), and what start says then.
+  local function nearly_started(app, fn)
+    local frame, started
+    consuming.answers["60.20"] = function(asked)
+      frame = asked
+      return ""
+    end
+    moonrabbit.run(function()
+      moonrabbit.spawn(function() started = { app:start(conns) } end)
+      eventually(function() return frame end)
+      fn(function(more)
+        local channel, tag = frame.channel, tag_of(frame)
+        consuming:say(fake.method(channel, 60, 21, short(tag)) .. (more and fake.deliver(channel, tag, 1, "x") or ""))
+      end)
+      eventually(function() return started end)
+    end)
+    assert.is_nil(started[1])
+    assert.truthy(started[2].message:find("stopped while it started", 1, true), started[2].message)
+    assert.equal("stopped", app.state)
+    assert.equal(2, times(consuming, "20.40")) -- the channel of its declarations, and its consumer's
+  end
+
+  it("that is told to stop at once as its last consumer starts does not run on", function()
+    local app = app_of()
+    nearly_started(app, function(answer)
+      local ok, err = app:stop(0)
+      assert.is_nil(ok)
+      assert.equal("the app was still starting", err.message)
+      answer()
+    end)
+  end)
+
+  it("does not run on where the task is cancelled that has told it to stop while it starts", function()
+    local app = app_of()
+    nearly_started(app, function(answer)
+      local task = moonrabbit.spawn(function() app:stop(60) end)
+      moonrabbit.sleep(0)
+      native.cancel(task)
+      moonrabbit.sleep(0)
+      answer()
+    end)
+  end)
+
+  it("tells who has stopped it while it started what was not done", function()
+    local app = app_of { handler = function() moonrabbit.sleep(60) end }
+    nearly_started(app, function(answer)
+      local ok, err
+      moonrabbit.spawn(function() ok, err = app:stop(0.05) end)
+      moonrabbit.sleep(0)
+      answer(true)
+      eventually(function() return err end)
+      assert.is_nil(ok)
+      assert.truthy(err.message:find "^1 messages were not done in time", err.message)
+      assert.equal("stopped", app.state)
+    end)
+  end)
+
+  it("may be started again as soon as it has ended, whatever else it still closes", function()
+    consuming.answers["60.30"] = false
+    local app, again = app_of(), {}
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      publishing:cut()
+      assert.is_nil((app:wait()))
+      eventually(function() return times(consuming, "60.30") == 1 end) -- it waits for that
+      local _
+      _, again.consume = open()
+      _, again.publish = open()
+      assert(app:start(again))
+      eventually(function() return times(consuming, "20.40") == 2 end) -- and now it does not
+      moonrabbit.sleep(0)
+      assert.is_false(app._outgoing.closed)
+      assert.same({ 0, 1, 1 },
+        { #conns.consume._listeners.closed, #again.consume._listeners.closed, #again.publish._listeners.closed })
+      again.publish:close(1)
+      eventually(function() return app.state == "stopped" end)
+      again.consume:close(1)
+    end)
+  end)
+
   it("has stopped when a second stop returns", function()
     consumes()
     local running, go_on = false, false

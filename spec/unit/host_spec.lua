@@ -179,6 +179,25 @@ describe("a host", function()
     assert.truthy(tostring(err):find("no sockets", 1, true), tostring(err))
   end)
 
+  it("ends as it was asked to where that comes while its app begins to consume", function()
+    local frame
+    brokers[1].answers["60.20"] = function(asked)
+      frame = asked
+      return ""
+    end
+    moonrabbit.spawn(function()
+      eventually(function() return frame end)
+      host:stop()
+      moonrabbit.sleep(0)
+      local queue = frame.args:byte(3)
+      local tag = frame.args:sub(5 + queue, 4 + queue + frame.args:byte(4 + queue))
+      brokers[1]:say(fake.method(frame.channel, 60, 21, short(tag)))
+    end)
+    assert.is_true((run(app_of())))
+    assert.is_nil(table.concat(log, "\n"):find("trying again", 1, true))
+    assert.equal("stopped", host.app.state)
+  end)
+
   it("keeps a canary rolled back where the old script had to start again", function()
     consumes()
     local seen = {}

@@ -128,9 +128,7 @@ end
 
 -- The channel for a purpose on the publishing connection.
 function App:_channel(purpose)
-  if not self._outgoing then
-    return nil, errors.new { kind = "closed", message = "the app is not running", temporary = false }
-  end
+  if not self._outgoing then return nil, Outgoing.over() end
   return self._outgoing:channel(purpose)
 end
 
@@ -225,11 +223,8 @@ local function subscribe(self, runner)
   }, function(message) return runner:handle(message) end)
 end
 
--- Why the start is not to go on: it was told to stop, or a connection or a consumer has ended for good.
-local function objection(self)
-  if self._unwanted then
-    return errors.new { kind = "closed", temporary = false, message = "the app was stopped while it started" }
-  end
+-- Why it cannot go on: a connection or a consumer has ended for good.
+local function broken(self)
   for _, connection in ipairs { self._consuming, self._publishing } do
     local state, reason = connection:state()
     if state == "closed" then return reason end
@@ -237,6 +232,19 @@ local function objection(self)
   for _, consumer in ipairs(self._consumers) do
     if consumer:reason() then return consumer:reason() end
   end
+end
+
+-- One after the other, until it is told to stop.
+local function subscribe_all(self)
+  local err = broken(self)
+  for i, runner in ipairs(self.runners) do
+    if err then return nil, err end
+    if self._stop_by then break end
+    self._consumers[i], err = subscribe(self, runner)
+    err = err or broken(self)
+  end
+  if err then return nil, err end
+  return true
 end
 
 local function begin(self, where)
@@ -252,24 +260,22 @@ local function begin(self, where)
   end
   ok, err = set_up(self)
   if not ok then return nil, err end
-  for i, runner in ipairs(self.runners) do
-    err = objection(self)
-    if err then return nil, err end
-    self._consumers[i], err = subscribe(self, runner)
-    if not self._consumers[i] then return nil, err end
-  end
-  err = not self._unwanted and objection(self) or nil
-  if err then return nil, err end
-  return true
+  return subscribe_all(self)
 end
 
-local function close_all(self, timeout)
+-- ---- Ending -----------------------------------------------------------------------------------------
+
+-- Hears no more of what this run has, and returns what closes it: that waits, and the app may start again meanwhile.
+local function closer(self)
+  local consumers, outgoing = self._consumers, self._outgoing
+  local connections = self._owned and { self._publishing, self._consuming } or {}
   for _, off in ipairs(self._offs) do off() end
-  self._offs = {}
-  if self._outgoing then self._outgoing:close(timeout) end
-  if not self._owned then return end
-  for _, name in ipairs { "_publishing", "_consuming" } do
-    if self[name] then self[name]:close(timeout) end
+  return function(timeout)
+    for _, consumer in ipairs(consumers) do
+      if consumer.channel:is_open() then consumer.channel:close(timeout) end
+    end
+    if outgoing then outgoing:close(timeout) end
+    for _, connection in pairs(connections) do connection:close(timeout) end
   end
 end
 
@@ -286,19 +292,21 @@ local function abort(self)
   end
 end
 
--- It does not go on: the other connection may, and would bring message after message.
-local function give_up(self, timeout)
-  for _, consumer in pairs(self._consumers) do consumer:cancel { timeout = timeout } end
-  close_all(self, timeout)
+-- It ends at once, whether it has begun or not. What takes a while comes last: who waits for the end may go on.
+local function undo(self)
+  local close = closer(self)
+  abort(self)
+  turn(self, "stopped")
+  for _, consumer in ipairs(self._consumers) do consumer:cancel { timeout = 1 } end
+  close(1)
 end
 
+-- A connection, say; the other one may go on, and would bring message after message.
 local function lost(self, what, err)
   if self.state ~= "running" then return end
   self._log("error", ("the app '%s' has lost %s: %s"):format(self.name, what, tostring(err)))
-  abort(self)
   self.reason = err
-  turn(self, "stopped")
-  give_up(self, 1)
+  undo(self)
 end
 
 -- A consumer ends with its connection, too: then that is told.
@@ -319,51 +327,6 @@ local function watch_all(self)
   end
   for _, consumer in ipairs(self._consumers) do watch_consumer(self, consumer) end
 end
-
-local function runtime_of(where, spec)
-  where = where == nil and spec.connect or where
-  if type(where) == "table" then
-    local connection = where.consume
-    if type(connection) == "table" and connection._runtime then return connection._runtime end
-    return runtimes.find(where.runtime, 4)
-  end
-  return runtimes.find(nil, 4)
-end
-
--- A failed start, whether it throws or not, leaves nothing behind.
-local function undo(self)
-  turn(self, "stopped")
-  abort(self)
-  give_up(self, 1)
-end
-
---- Connects, declares what the app says, and begins to consume. Nothing is left behind when that fails.
---- With connections of your own they stay open when the app stops.
----@param where (string|moonrabbit.ConnectOptions|{ consume: moonrabbit.Connection, publish: moonrabbit.Connection })?
----@return true|nil, moonrabbit.Error?
-function App:start(where)
-  if self.state ~= "ready" and self.state ~= "stopped" then
-    error("app:start: the app is " .. self.state .. " already", 2)
-  end
-  if where == nil then where = self._spec.connect end
-  check_where(self, where)
-  self._runtime = runtime_of(where, self._spec)
-  self.state, self.reason, self.runners, self._consumers, self._owned = "starting", nil, {}, {}, false
-  self._consuming, self._publishing, self._outgoing, self._offs = nil, nil, nil, {}
-  self._consumes, self._unwanted = false, false -- whether it may have messages, and whether it is to stop
-  self._over = self._runtime.condition()
-  local whole, ok, err = protect(begin, self, where)
-  if not whole or not ok then
-    undo(self)
-    if not whole then error(ok, 0) end
-    return nil, err
-  end
-  watch_all(self)
-  turn(self, "running")
-  return true
-end
-
--- ---- Stopping ---------------------------------------------------------------------------------------
 
 -- Seconds between two looks whether there is more than handlers that nobody can end.
 local LOOK = 0.1
@@ -393,17 +356,6 @@ local function cancel_all(self, deadline)
   end
 end
 
--- While it starts, or somebody else stops it. Whether that is over.
-local function let_come(self, deadline)
-  self._unwanted = true
-  while self.state == "starting" and self._consumes or self.state == "stopping" do
-    local left = deadline - self._runtime.now()
-    if left <= 0 then return false end
-    self._over:wait(left)
-  end
-  return true
-end
-
 -- Handles what has come until the deadline, gives back the rest, and closes.
 local function drain(self, deadline)
   for _, runner in ipairs(self.runners) do
@@ -417,19 +369,94 @@ local function drain(self, deadline)
   end
   for _, runner in ipairs(self.runners) do runner:abort() end
   if left > 0 then self._runtime.sleep(0) end -- what was cancelled gives its messages back
-  for _, consumer in ipairs(self._consumers) do
-    if consumer.channel:is_open() then consumer.channel:close(5) end
+  closer(self)(5)
+  if left > 0 then
+    self._undone = errors.new { kind = "timeout", temporary = true,
+      message = ("%d messages were not done in time and have gone back to their queues"):format(left) }
   end
-  close_all(self, 5)
   turn(self, "stopped")
-  if left == 0 then return true end
-  return nil, errors.new { kind = "timeout", temporary = true,
-    message = ("%d messages were not done in time and have gone back to their queues"):format(left) }
+end
+
+-- The same; it has stopped even where the task that does it is cancelled.
+local function wind_up(self, deadline)
+  self._stop_by = deadline
+  turn(self, "stopping")
+  local whole, problem = protect(drain, self, deadline)
+  if whole then return end
+  undo(self)
+  error(problem, 0)
+end
+
+-- true, or nil and what was not done.
+local function stopped(self)
+  if self._undone then return nil, self._undone end
+  return true
+end
+
+-- It is starting, and that ends now; or somebody else stops it. What gives up by the deadline is waited for as long as that
+-- takes, as who stops it himself does.
+local function let_come(self, deadline)
+  if self.state == "starting" then
+    self._stop_by = math.max(self._stop_by or deadline, deadline)
+    if not self._consumes then return true end
+  end
+  local over, now = self._over, self._runtime.now -- of this run
+  while self._over == over and self.state ~= "stopped" do
+    local ends = self.state == "stopping" and self._stop_by <= deadline
+    if not ends and now() >= deadline then
+      return nil, errors.new { kind = "timeout", message = "the app was still " .. self.state }
+    end
+    over:wait(not ends and deadline - now() or nil)
+  end
+  return stopped(self)
+end
+
+-- ---- Start and stop ---------------------------------------------------------------------------------
+
+local function runtime_of(where, spec)
+  where = where == nil and spec.connect or where
+  if type(where) == "table" then
+    local connection = where.consume
+    if type(connection) == "table" and connection._runtime then return connection._runtime end
+    return runtimes.find(where.runtime, 4)
+  end
+  return runtimes.find(nil, 4)
+end
+
+--- Connects, declares what the app says, and begins to consume. Nothing is left behind when that fails.
+--- With connections of your own they stay open when the app stops.
+---@param where (string|moonrabbit.ConnectOptions|{ consume: moonrabbit.Connection, publish: moonrabbit.Connection })?
+---@return true|nil, moonrabbit.Error?
+function App:start(where)
+  if self.state ~= "ready" and self.state ~= "stopped" then
+    error("app:start: the app is " .. self.state .. " already", 2)
+  end
+  if where == nil then where = self._spec.connect end
+  check_where(self, where)
+  self._runtime = runtime_of(where, self._spec)
+  self.state, self.reason, self.runners, self._consumers, self._owned = "starting", nil, {}, {}, false
+  self._consuming, self._publishing, self._outgoing, self._offs = nil, nil, nil, {}
+  self._consumes, self._stop_by = false, false -- whether it may have messages, and when it is to have stopped
+  self._undone = nil                           -- what was not done by then
+  self._over = self._runtime.condition()
+  local whole, ok, err = protect(begin, self, where)
+  if not whole or not ok then
+    undo(self)
+    if not whole then error(ok, 0) end
+    return nil, err
+  end
+  if self._stop_by then
+    wind_up(self, self._stop_by)
+    return nil, errors.new { kind = "closed", temporary = false, message = "the app was stopped while it started" }
+  end
+  watch_all(self)
+  turn(self, "running")
+  return true
 end
 
 --- Stops: no more messages come, those that have come are handled until the deadline, acks leave, and
 --- the connections close. What is not done by then goes back to its queue: nil, err of kind `timeout`. An app that is
---- starting does not begin to consume, and its `start` fails; one that somebody else stops is waited for.
+--- starting consumes from no further queue, and its `start` fails; one that somebody else stops is waited for.
 ---@param deadline number? seconds; 30 by default
 ---@return true|nil, moonrabbit.Error?
 function App:stop(deadline)
@@ -442,17 +469,9 @@ function App:stop(deadline)
       error("app:stop: a handler would wait for itself: moonrabbit.spawn(function() app:stop() end)", 2)
     end
   end
-  if not let_come(self, deadline) then
-    return nil, errors.new { kind = "timeout", message = "the app was still " .. self.state }
-  end
-  if self.state ~= "running" then return true end
-  turn(self, "stopping")
-  local whole, ok, err = protect(drain, self, deadline)
-  if not whole then -- its task was cancelled
-    undo(self)
-    error(ok, 0)
-  end
-  return ok, err
+  if self.state ~= "running" then return let_come(self, deadline) end
+  wind_up(self, deadline)
+  return stopped(self)
 end
 
 --- Starts, and waits until the app is stopped, by `app:stop()` in another task, or because a connection or a consumer is

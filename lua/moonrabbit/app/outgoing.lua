@@ -27,7 +27,9 @@ function Outgoing.new(runtime, connection)
   }, Outgoing)
 end
 
-local function over()
+--- What there is instead of a channel before an app runs, and after.
+---@return moonrabbit.Error
+function Outgoing.over()
   return errors.new { kind = "closed", message = "the app is not running", temporary = false }
 end
 
@@ -37,12 +39,12 @@ end
 function Outgoing:channel(purpose)
   local channel = self.channels[purpose]
   if channel and channel:is_open() then return channel end
-  if self.closed then return nil, over() end
+  if self.closed then return nil, Outgoing.over() end
   local opened, err = self.connection:channel { confirm = true }
   if not opened then return nil, err end
   if self.closed then -- meanwhile
     opened:close()
-    return nil, over()
+    return nil, Outgoing.over()
   end
   channel = self.channels[purpose]
   if channel and channel:is_open() then -- another task was faster

@@ -131,10 +131,9 @@ end
 
 local function bring_up(self)
   while self.phase == "starting" do
-    local threw
-    local ok, err = connect(self)
-    if ok then ok, err, threw = start(self, self.app) end
-    if ok then break end
+    local ok, err, threw = connect(self)
+    if ok and self.phase == "starting" then ok, err, threw = start(self, self.app) end
+    if ok or self.phase ~= "starting" then break end
     if threw or is_final(err) then return finish(self, nil, err) end
     if not pause(self, err) then return end
   end
