@@ -128,6 +128,34 @@ describe("an app on connections of its user's", function()
     end)
   end)
 
+  it("handles what the others have when a consumer is lost", function()
+    conns.consume:close(1)
+    consuming, conns.consume = open { recover = false }
+    local tags, done = {}, false
+    consuming.answers["60.20"] = function(frame)
+      tags[#tags + 1] = { frame.channel, tag_of(frame) }
+      return fake.method(frame.channel, 60, 21, short(tag_of(frame)))
+    end
+    local app = moonrabbit.app { name = "x", log = function() end, queues = { q = {}, r = {} }, consumers = {
+      { queue = "q", dead_letter = false, in_process = true, handler = function()
+        moonrabbit.sleep(0.05)
+        done = true
+      end },
+      { queue = "r", dead_letter = false, in_process = true, handler = function() end },
+    } }
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      consuming:say(fake.deliver(tags[1][1], tags[1][2], 1, "x"))
+      moonrabbit.sleep(0.01)
+      consuming:say(fake.method(tags[2][1], 60, 30, short(tags[2][2]) .. "\1")) -- its queue was deleted
+      local ok, err = app:wait()
+      assert.is_nil(ok)
+      assert.equal("cancelled", err.kind)
+    end)
+    assert.is_true(done)
+    assert.equal(1, times(consuming, "60.80"))
+  end)
+
   it("does not start where a consumer has ended right behind its start", function()
     local app
     local spec = { name = "x", log = function() end, queues = { q = {}, r = {} }, consumers = {

@@ -301,33 +301,8 @@ local function undo(self)
   close(1)
 end
 
--- A connection, say; the other one may go on, and would bring message after message.
-local function lost(self, what, err)
-  if self.state ~= "running" then return end
-  self._log("error", ("the app '%s' has lost %s: %s"):format(self.name, what, tostring(err)))
-  self.reason = err
-  undo(self)
-end
-
--- A consumer ends with its connection, too: then that is told.
-local function watch_consumer(self, consumer)
-  consumer._at_end = function(err)
-    if self.state ~= "running" then return end
-    self._runtime.spawn(function()
-      if self._consuming:state() == "closed" then return end
-      lost(self, ("the consumer of '%s'"):format(consumer.queue), err)
-    end)
-  end
-  self._offs[#self._offs + 1] = function() consumer._at_end = nil end
-end
-
-local function watch_all(self)
-  for _, connection in ipairs { self._consuming, self._publishing } do
-    self._offs[#self._offs + 1] = connection:on("closed", function(err) lost(self, "its connection", err) end)
-  end
-  for _, consumer in ipairs(self._consumers) do watch_consumer(self, consumer) end
-end
-
+-- Seconds that what has come may take, unless somebody says otherwise.
+local PATIENCE = 30
 -- Seconds between two looks whether there is more than handlers that nobody can end.
 local LOOK = 0.1
 
@@ -385,6 +360,39 @@ local function wind_up(self, deadline)
   if whole then return end
   undo(self)
   error(problem, 0)
+end
+
+local function log_loss(self, what, err)
+  self._log("error", ("the app '%s' has lost %s: %s"):format(self.name, what, tostring(err)))
+  self.reason = err
+end
+
+-- The other connection may go on, and would bring message after message.
+local function lost_connection(self, err)
+  if self.state ~= "running" then return end
+  log_loss(self, "its connection", err)
+  undo(self)
+end
+
+-- Its connection goes on: what has come can be handled, and acked. One that ends with its connection is not told of.
+local function lost_consumer(self, consumer, err)
+  if self.state ~= "running" or self._consuming:state() == "closed" then return end
+  log_loss(self, ("the consumer of '%s'"):format(consumer.queue), err)
+  wind_up(self, self._runtime.now() + PATIENCE)
+end
+
+local function watch_consumer(self, consumer)
+  consumer._at_end = function(err)
+    if self.state == "running" then self._runtime.spawn(lost_consumer, self, consumer, err) end
+  end
+  self._offs[#self._offs + 1] = function() consumer._at_end = nil end
+end
+
+local function watch_all(self)
+  for _, connection in ipairs { self._consuming, self._publishing } do
+    self._offs[#self._offs + 1] = connection:on("closed", function(err) lost_connection(self, err) end)
+  end
+  for _, consumer in ipairs(self._consumers) do watch_consumer(self, consumer) end
 end
 
 -- true, or nil and what was not done.
@@ -463,7 +471,7 @@ function App:stop(deadline)
   if deadline ~= nil then options.argument("app:stop", "deadline", deadline, options.seconds) end
   if self.state == "ready" or self.state == "stopped" then return true end
   local now = self._runtime.now
-  deadline = now() + math.min(deadline or 30, 1e9)
+  deadline = now() + math.min(deadline or PATIENCE, 1e9)
   for _, runner in ipairs(self.runners) do
     if runner:is_caller() then
       error("app:stop: a handler would wait for itself: moonrabbit.spawn(function() app:stop() end)", 2)
