@@ -297,7 +297,6 @@ local function undo(self)
   local close = closer(self)
   abort(self)
   turn(self, "stopped")
-  for _, consumer in ipairs(self._consumers) do consumer:cancel { timeout = 1 } end
   close(1)
 end
 
