@@ -496,7 +496,8 @@ end
 ---@return true|nil, moonrabbit.Error?
 function App:wait()
   if not self._over then error("app:wait: the app has not been started", 2) end
-  while self.state ~= "stopped" do self._over:wait() end
+  local over = self._over -- of this run
+  while self._over == over and self.state ~= "stopped" do over:wait() end
   if self.reason then return nil, self.reason end
   return true
 end
