@@ -90,6 +90,7 @@ function Connection.connect(given, level, heritage)
     _record = policy and recover.topology and Record.new() or nil,
     _state = "connecting", _changed = runtime.condition(), _nudge = runtime.condition(),
     _channels = {}, -- those that survive, as keys
+    _heritage = heritage,
     _secrets = heritage and heritage.secrets or {},  -- user -> what update_secret told the broker
     _listeners = {}, _events = {}, _first = 1, _last = 0, _event_bytes = 0,
   }, Connection)

@@ -16,10 +16,10 @@ describe("a pool of connections to two sites", function()
   end)
   after_each(function() pool:close(1) end)
 
-  local function new(sites)
+  local function new(sites, connections)
     sites.primary, sites.standby = { uri = "amqp://127.0.0.1:5001" }, sites.standby or {}
     sites.standby.uri, sites.hold = "amqp://127.0.0.1:5002", math.huge
-    pool = moonrabbit.pool { connect = { sites = sites, runtime = other.runtime, log = function() end } }
+    pool = moonrabbit.pool { connections = connections, channels = 1, connect = { sites = sites, runtime = other.runtime, log = function() end } }
     return pool
   end
 
@@ -58,5 +58,20 @@ describe("a pool of connections to two sites", function()
     lose(channel)
     local site, released = assert(pool:acquire()).connection:site()
     assert.same({ "standby", true }, { site, released })
+  end)
+
+  it("goes back to the primary with the connection that moves, though another one at the standby is younger", function()
+    down[5001] = true
+    new({ after = 0 }, 2)
+    local older = assert(pool:acquire())
+    assert(pool:acquire())
+    down[5001] = nil
+    local connection = older.connection
+    connection._source.wanted = "primary" -- as what looks at the primary does before it moves the connection
+    other.answers["10.50"] = false
+    connection:_move "the primary site is healthy again"
+    other.answers["10.50"] = nil
+    pool:release(older)
+    assert.equal("primary", assert(pool:acquire()).connection:site())
   end)
 end)

@@ -50,10 +50,10 @@ describe("two sites", function()
     }
   end
 
-  local function new(opts)
+  local function new(opts, past)
     opts.primary, opts.standby = opts.primary or {}, opts.standby or {}
     local sites = Sites.new({ primary = source "primary", standby = source "standby" }, opts,
-      { runtime = runtime(), log = function(level, text) logged[#logged + 1] = level .. ": " .. text end })
+      { runtime = runtime(), log = function(level, text) logged[#logged + 1] = level .. ": " .. text end, past = past })
     sites:attach {
       connection = { wait_open = function() return true end },
       emit = function(...) events[#events + 1] = table.concat({ ... }, " ") end,
@@ -109,6 +109,21 @@ describe("two sites", function()
     assert.same({ "site standby primary" }, events)
     assert.is_nil(held) -- there is no check
     assert.is_true(sites.released)
+  end)
+
+  it("look at the primary first where a connection takes the place of one that was lost long ago", function()
+    local first = new { after = 30 }
+    round(first)
+    first:connected(targets.primary, session())
+    first:lost(targets.primary, {})
+    time = 29
+    assert.equal("primary", round(new({ after = 30 }, first)))
+    time = 31
+    local second = new({ after = 30 }, first)
+    assert.equal("primary standby", round(second))
+    fail(second, "primary")
+    time = 43
+    assert.equal("standby primary", round(new({ after = 30 }, second)))
   end)
 
   it("stay when the primary comes back before that", function()

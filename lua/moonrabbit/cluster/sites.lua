@@ -14,6 +14,9 @@ local random = require "moonrabbit.random"
 -- Connections that lost a primary together come to the standby within so much of `after`.
 local SPREAD = 0.1
 
+-- A connection that takes another's place believes it that the primary is down if it was seen so within these seconds.
+local UNSEEN = 15
+
 ---@class moonrabbit.cluster.Sites
 local Sites = {}
 Sites.__index = Sites
@@ -34,13 +37,19 @@ local function outage(self)
   return self.down_since and self.runtime.now() - self.down_since or 0
 end
 
+local function is_down(self)
+  local now = self.runtime.now()
+  self.down_since, self.seen_down, self.unseen = self.down_since or now, now, nil
+end
+
 -- The sites to try, in their order. On the first connect there is nothing to wait for. Who has been on the standby and
--- lost it takes whichever is there.
+-- lost it takes whichever is there. The primary may be back where nobody has tried it for some time.
 local function order(self)
   if self.wanted then return { self.wanted } end
   if self.current == "standby" then return { "standby", "primary" } end
   if self.current == nil then return { "primary", "standby" } end
   if outage(self) < self.after then return { "primary" } end
+  if self.unseen then return { "primary", "standby" } end
   return { "standby", "primary" }
 end
 
@@ -52,7 +61,7 @@ function Sites:round()
   end
   self.wanted, self.partial = nil, #sites < 2 or err ~= nil and err.temporary
   if #list == 0 then
-    if self.current ~= "standby" then self.down_since = self.down_since or self.runtime.now() end
+    if self.current ~= "standby" then is_down(self) end
     if err then err.temporary = true end -- the other site has its turn
     return nil, err
   end
@@ -68,7 +77,7 @@ end
 
 function Sites:failed(target, err)
   local name = self.site_of[target]
-  if name == "primary" then self.down_since = self.down_since or self.runtime.now() end
+  if name == "primary" then is_down(self) end
   self.sources[name]:failed(target, err)
   -- A site that refuses us for good is one that is down, as long as there is another: the round must not end everything.
   if self.partial then err.temporary = true end
@@ -77,7 +86,10 @@ end
 function Sites:lost(target, err, unrestored)
   local name = self.site_of[target]
   -- A site that takes connections and lets nothing be restored is as unreachable as it was before.
-  if name == "primary" then self.down_since = unrestored and self.was_down or self.runtime.now() end
+  if name == "primary" then
+    self.down_since = unrestored and self.was_down or nil
+    is_down(self)
+  end
   self.sources[name]:lost(target, err, unrestored)
   self.session = nil
   self.changed:broadcast()
@@ -247,16 +259,18 @@ end
 ---@param opts moonrabbit.SitesOptions
 ---@param context table { runtime, log, past }
 function Sites.new(sources, opts, context)
-  local past = context.past or {}
+  local past, after = context.past or {}, opts.after or 30
+  local seen_down = past.seen_down
   local all = {} -- what both list, whose heartbeats a detector asks for
   for _, name in ipairs { "primary", "standby" } do
     for _, target in ipairs(sources[name].targets) do all[#all + 1] = target end
   end
   return setmetatable({
     sources = sources, targets = all, runtime = context.runtime, log = context.log,
-    after = opts.after or 30, hold = opts.hold or 60, every = opts.probe or 5, probe_timeout = 5,
+    after = after, hold = opts.hold or 60, every = opts.probe or 5, probe_timeout = 5,
     checks = { primary = opts.primary.check, standby = opts.standby.check },
     current = past.current, released = past.released, down_since = past.down_since, wanted = past.wanted,
+    seen_down = seen_down, unseen = seen_down and context.runtime.now() - seen_down > math.min(after, UNSEEN) or nil,
     site_of = setmetatable({}, { __mode = "k" }), changed = context.runtime.condition(),
     emit = function() end, move = function() end,
   }, Sites)

@@ -161,11 +161,17 @@ local function guarded(self, err)
   end
 end
 
+-- The connection after this one begins with what this one had learned, whichever was made last.
+local function bequeath(self, err)
+  self._source:lost(self._target, err)
+  if self._heritage then self._heritage.source = self._source end
+end
+
 --- The current session has ended.
 ---@package
 function Connection:_lost(err)
   if self._state == "closing" or not self._policy then
-    if self._state == "open" then self._source:lost(self._target, err) end -- for the connection after this one
+    if self._state == "open" then bequeath(self, err) end
     self:_fire("ended", err)
     self._repairs:stop()
     self._source:close()
