@@ -48,10 +48,10 @@ end
 
 -- None of these patterns may begin at every letter of a long word: that takes the square of its length.
 
--- What stands between "://" and the last "@" of "scheme://user:password@host".
+-- What stands between "//" and the last "@" of "scheme://user:password@host".
 local function redact_authority(authority)
   local first, at = authority:match "[:@]", authority:match "^.*()@"
-  if first == ":" and at then return "://***" .. authority:sub(at) end
+  if first == ":" and at then return "//***" .. authority:sub(at) end
 end
 
 -- "password = x", "token: x", `"secret":"x"`: the value goes. What follows any other word may be a pair itself: "it said
@@ -79,7 +79,7 @@ end
 ---@return string
 function log.redact(text)
   text = secret.blot(text)
-  text = text:gsub("://([^/%s]+)", redact_authority)
+  text = text:gsub("//([^/%s]+)", redact_authority) -- without its ":", which ends the authority before it: "a://h,b://u:p@h"
   text = text:gsub("([Bb]earer%s+)[%w%-._~+/=]+", "%1***")
   text = text:gsub("([Bb]asic%s+)[%w+/]+=*", function(word) return word .. "***" end)
   return redact_pairs(text)

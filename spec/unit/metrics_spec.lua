@@ -399,6 +399,14 @@ describe("moonrabbit.log", function()
     assert.truthy(out[1]:find("amqp://***@h/", 1, true))
   end)
 
+  it("blots the password out of each URI of a list, whatever stands before it", function()
+    local write, out = lines {}
+    write("info", "amqp://joe:hunter2@h1:5671,amqp://joe:hunter3@h2 amqp://h1:5671,amqp://joe:hunter4@h2,"
+      .. "amqp://joe@h3,amqp://joe:hunter5@h4/v")
+    assert.falsy(out[1]:find "hunter")
+    for host = 1, 4 do assert.truthy(out[1]:find("h" .. host, 1, true)) end
+  end)
+
   it("writes a line whatever it is given", function()
     local write, out = lines {}
     local bad = setmetatable({}, { __tostring = function() error "no" end })

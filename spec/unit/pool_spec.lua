@@ -19,7 +19,8 @@ describe("a pool of connections to two sites", function()
   local function new(sites, connections)
     sites.primary, sites.standby = { uri = "amqp://127.0.0.1:5001" }, sites.standby or {}
     sites.standby.uri, sites.hold = "amqp://127.0.0.1:5002", math.huge
-    pool = moonrabbit.pool { connections = connections, channels = 1, connect = { sites = sites, runtime = other.runtime, log = function() end } }
+    pool = moonrabbit.pool { connections = connections, channels = 1,
+      connect = { sites = sites, runtime = other.runtime, log = function() end } }
     return pool
   end
 

@@ -94,6 +94,15 @@ describe("the mode smart", function()
     end
   end)
 
+  it("says that the leader cannot be learned, also where the API that was asked last is not there", function()
+    server = http_server.start(function(request)
+      return http_server.response(request.target:find "queues" and 500 or 200,
+        request.target:find "nodes" and '[{"name":"r@one","running":true}]' or "{}")
+    end)
+    learn(new { near = "q", management = { server.uri, "http://127.0.0.1:1" } })
+    assert.matches("^unknown .*500", said[#said])
+  end)
+
   it("tells what looks at it of the nodes that it has learned", function()
     listed[2] = nil
     local smart = new { management = two_nodes() }

@@ -145,12 +145,12 @@ local function elsewhere(err)
   return type(err) ~= "table" or not (err.kind == "auth" or err.code == 404)
 end
 
--- Learns from one API: why not the nodes, and why not the leader.
-local function ask(self, api)
+-- Learns from one API: why not the nodes, and why not the leader, or what was known of that before where it is not asked.
+local function ask(self, api, before)
   local learned, err = true, nil
   if self.discover then learned, err = learn_nodes(self, api) end
   if learned then err = nil end
-  if not self.near or err and elsewhere(err) then return err end
+  if not self.near or err and elsewhere(err) then return err, before end
   local leads, why = learn_leader(self, api)
   return err, not leads and why or nil
 end
@@ -160,7 +160,7 @@ local function learn(self)
   local learned, nodes_err, leader_err = false, nil, nil
   for _, api in ipairs(apis(self, listed)) do
     if self.closed then return end
-    local err, why = ask(self, api)
+    local err, why = ask(self, api, leader_err)
     learned = learned or not err
     nodes_err, leader_err = not learned and (nodes_err or err) or nil, why
     if not err and not why then self.good = api end
