@@ -327,7 +327,7 @@ describe("network", function()
           assert(sent < most, sent)
           open = true
           gate:broadcast()
-          broker.eventually(function() return heard == total end)
+          broker.eventually(function() return heard == total end, 60)
         end)
         ok(conn:close(5))
         other = scripted.start()
