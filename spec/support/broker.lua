@@ -70,7 +70,7 @@ end
 --- Waits, with the event loop running, until fn returns something true; throws after `seconds`.
 function broker.eventually(fn, seconds, what)
   local native = require "moonrabbit.runtime.native"
-  local deadline = native.now() + (seconds or 10)
+  local deadline = native.now() + (seconds or 20)
   while true do
     local result = fn()
     if result then return result end
