@@ -2,6 +2,7 @@
 local moonrabbit = require "moonrabbit"
 local broker = require "support.broker"
 local native = require "moonrabbit.runtime.native"
+local ports = require "support.ports"
 local proxy = require "support.proxy"
 local scripted = require "support.scripted"
 local ok = broker.ok
@@ -192,8 +193,8 @@ describe("pool", function()
 
   it("waits through an outage, within its timeout", function()
     local to = broker.parsed()
-    local line = proxy.start(to.host, to.port)
-    local port = line.port
+    local port = ports.free() -- nobody takes it while the line is down
+    local line = proxy.start(to.host, to.port, port)
     pool = moonrabbit.pool { connect = { uri = broker.uri { host = "127.0.0.1", port = port }, log = function() end } }
     moonrabbit.run(function()
       local ch = ok(pool:acquire())
