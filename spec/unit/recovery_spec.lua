@@ -217,6 +217,22 @@ describe("a connection that comes back", function()
     assert.same({ 5001, 5001, 5002 }, ports)
   end)
 
+  it("goes on at another endpoint when one takes it and does not open its channels", function()
+    local ports = ports_asked_for()
+    connect { endpoints = { "amqp://127.0.0.1:5001", "amqp://127.0.0.1:5002" }, timeout = 0.05 }
+    assert(conn:publisher { exchange = "", routing_key = "q" })
+    other.answers["20.10"] = function(frame) return ports[#ports] == 5002 and opened(frame.channel) or "" end
+    other.answers["85.10"] = function(frame)
+      return ports[#ports] == 5002 and fake.method(frame.channel, 85, 11) or ""
+    end
+    moonrabbit.run(function()
+      other:cut()
+      eventually(function() return ports[3] end)
+      assert(conn:wait_open(5))
+    end)
+    assert.same({ 5001, 5001, 5002 }, ports)
+  end)
+
   it("survives a password function that throws", function()
     local asked = 0
     connect { password = function()

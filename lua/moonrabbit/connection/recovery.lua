@@ -147,7 +147,10 @@ function recovery.open_channels(self, session, channels)
   local deadline = session.runtime.now() + self.call_timeout
   for _, each in ipairs(pending) do
     local ok, err = session:await_all(each[2], deadline)
-    if not ok and err.kind == "timeout" then session:fail("the broker does not open channels: " .. err.message) end
+    if not ok and err.kind == "timeout" then
+      session:fail("the broker does not open channels: " .. err.message)
+      return nil, err
+    end
     if session.state ~= "open" then return nil, session.reason end
     if not ok then
       each[1]:_unattach()
