@@ -248,14 +248,14 @@ describe("batch", function()
 end)
 
 describe("a copy that fails", function()
-  it("is waited with no longer when the app stops", function()
+  local function waits_until(what_happens, seconds)
     local disposal = require "moonrabbit.app.disposal"
     local runtime = require("support.virtual_loop").new()
     local errors = require "moonrabbit.errors"
     local d = disposal.new { app = "x", consumer = { queue = "q" },
       publisher = function() return nil, errors.new { kind = "closed", message = "away" } end }
     local message = { headers = {}, properties = {}, exchange = "", routing_key = "q",
-      channel = { _runtime = runtime, is_open = function() return true end } }
+      channel = { _runtime = runtime, is_open = function(self) return not self.lost end } }
     local answers = {}
     for i, what in ipairs { "retry", "dead_letter" } do
       runtime.spawn(function()
@@ -265,9 +265,15 @@ describe("a copy that fails", function()
     end
     runtime.advance(20) -- it tries again after 0.5, 1.5, 3.5, 7.5, 15.5 and 31.5 s
     assert.same({}, answers)
-    d:stop()
-    runtime.advance(0)
+    what_happens(d, message)
+    runtime.advance(seconds)
     assert.same({ "away", "away" }, { answers[1][2].message, answers[2][2].message })
+  end
+
+  it("is waited with no longer when the app stops", function() waits_until(function(d) d:stop() end, 0) end)
+
+  it("is waited with no longer when the broker has taken the original back", function()
+    waits_until(function(_, message) message.channel.lost = true end, 1)
   end)
 end)
 

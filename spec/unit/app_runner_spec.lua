@@ -278,6 +278,32 @@ describe("a runner", function()
       assert.equal("reject", r:handle({}, 1).done)
     end)
 
+    it("keeps no place for a pause where the broker has taken it back meanwhile: both connections were lost", function()
+      for _, what in ipairs { "retry", "dead_letter" } do
+        local r = handler(function() return nil, "no" end, { concurrency = 1,
+          retry = what == "retry" and function() return 5 end or nil })
+        r.disposal[what] = function(_, message)
+          message.gone = true
+          return nil, "the connection was lost"
+        end
+        r:handle()
+        assert.same({ "requeue" }, r.outcomes)
+        assert.equal("closed", r.detail)
+        assert.same({ 0, 0, 0 }, { r.runner.in_flight, r.runner.running, r.runner.bad_copies })
+        assert.same({}, r.log)
+      end
+    end)
+
+    it("keeps no place either where the broker takes it back during that pause", function()
+      local r = handler(function(msg) if not msg.good then return nil, "no" end end, { concurrency = 1,
+        retry = function() return 1 end })
+      r.disposal.fails = "no confirm"
+      for _ = 1, 5 do r:handle({}, 20) end
+      local msg = r:handle({}, 5)
+      msg.gone = true
+      assert.equal("ack", r:handle({ good = true }, 1).done)
+    end)
+
     it("goes back when making its copy throws", function()
       local r = handler(function() return nil, "no" end, { retry = function() return 1 end })
       function r.disposal.retry() error "a bug" end

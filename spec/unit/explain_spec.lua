@@ -163,6 +163,19 @@ describe("loading a script", function()
     assert.truthy(problem:find "no such file")
   end)
 
+  it("leaves a debugger's or a coverage tool's hook as it was", function()
+    local path = write("a.lua", "return require('moonrabbit').app { name = 'x', queues = { q = {} }, "
+      .. "consumers = { { queue = 'q', handler = print } } }\n")
+    local before, mask, count = debug.gethook()
+    finally(function() debug.sethook(before, mask, count) end)
+    local function hook() end
+    debug.sethook(hook, "l", 7)
+    local loaded = script.load(path)
+    local after = { debug.gethook() }
+    assert.truthy(loaded)
+    assert.same({ hook, "l", 7 }, after)
+  end)
+
   it("loads the folder's modules anew, and no others", function()
     write("life_spec_own.lua", "return {}\n")
     local path = write("a.lua", "LIFE_SPEC = require 'life_spec_own'\nreturn require 'moonrabbit'.app { name = 'x', "

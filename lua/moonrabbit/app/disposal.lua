@@ -141,6 +141,9 @@ end
 
 -- ---- Copies that fail -------------------------------------------------------------------------------
 
+-- Seconds between two looks whether somebody still holds the original.
+local LOOK = 1
+
 -- What trying the same copy again cannot mend.
 local hopeless = { [403] = true, [406] = true }
 
@@ -161,21 +164,29 @@ local function is_held(self, msg)
   return not self.stopped and msg.channel:is_open()
 end
 
+-- Waits, until the app stops or the broker has the original again: who waits keeps a place among the `concurrency`.
+local function wait(self, msg, seconds)
+  local runtime = msg.channel._runtime
+  local now = runtime.now
+  local till = now() + seconds
+  self.wake = self.wake or runtime.condition()
+  repeat self.wake:wait(math.max(0, math.min(LOOK, till - now()))) until now() >= till or not is_held(self, msg)
+  return is_held(self, msg)
+end
+
 --- Runs send() until it succeeds, or cannot any more, or `hold` is over: true, or nil, err.
 local function persist(self, msg, what, send)
-  local runtime = msg.channel._runtime
-  local deadline = runtime.now() + self.hold
+  local now = msg.channel._runtime.now
+  local deadline = now() + self.hold
   local pause, told = 0.5, false
   while true do
     local ok, err = send()
     if ok then return true end
     if not told then report(self, what, err) end
     told = true
-    local left = deadline - runtime.now()
+    local left = deadline - now()
     if not can_pass(err) or left <= 0 or not is_held(self, msg) then return nil, err end
-    self.wake = self.wake or runtime.condition()
-    self.wake:wait(math.min(pause, left))
-    if not is_held(self, msg) then return nil, err end
+    if not wait(self, msg, math.min(pause, left)) then return nil, err end
     pause = math.min(pause * 2, 30)
   end
 end

@@ -39,14 +39,17 @@ local function take_out(folder)
   return taken
 end
 
--- `return mr.app { … }` is a tail call, which leaves no line behind: so the line is noted as it goes.
+-- `return mr.app { … }` is a tail call, which leaves no line behind: so the line is noted as it goes. The hook of a
+-- debugger or of a coverage tool has its place again afterwards; one in C could not be given it.
 local function run_noting_line(chunk, path)
   local source, line = "@" .. path, nil
+  local hook, mask, count = debug.gethook()
+  if type(hook) == "string" then return pcall(chunk) end
   debug.sethook(function(_, current)
     if debug.getinfo(2, "S").source == source then line = current end
   end, "l")
   local ok, value = pcall(chunk)
-  debug.sethook()
+  debug.sethook(hook, mask, count)
   return ok, value, line
 end
 

@@ -11,6 +11,8 @@ local Runner = {}
 --- A copy that could not be made gives the original back after so many seconds, and after twice as many each
 --- time that follows.
 local FIRST_DELAY, LONGEST_DELAY = 1, 30
+--- Seconds between two looks whether the original is still to be settled.
+local LOOK = 1
 
 local function ended(self, job, outcome, seconds, detail, failed)
   if self.settled then self.settled(self.queue, outcome, seconds, detail, job.message, failed) end
@@ -69,13 +71,21 @@ function Runner:put_back(job) self:give_back(job, why_not(self, job)) end
 
 -- ---- Copies -----------------------------------------------------------------------------------------
 
+-- The broker may take the message back meanwhile: then nothing is waited for, and its place is free.
+local function pause_while_held(self, job, seconds)
+  local till = self.now() + seconds
+  repeat
+    local goes_on = self:pause(math.min(LOOK, math.max(0, till - self.now())))
+  until not goes_on or self.now() >= till or not self.settle.outstanding(job.message)
+end
+
 local function copy_failed(self, job, what, err)
   self.bad_copies = math.min(self.bad_copies + 1, 10)
   local delay = math.min(LONGEST_DELAY, FIRST_DELAY * 2 ^ (self.bad_copies - 1))
   self.log("error", ("a message of '%s' goes back to its queue in %g s, for it cannot be %s: %s"):format(self.queue,
     delay, what == "retry" and "sent to wait for its retry" or "parked", tostring(err)))
   self:event("copy_failed", { queue = self.queue, what = what, error = tostring(err) })
-  self:pause(delay)
+  pause_while_held(self, job, delay)
   self:give_back(job, tostring(err), "reject")
 end
 
@@ -100,6 +110,8 @@ local function copy(self, job, what, detail, failed, seconds)
     done = nil
   end
   if not done then
+    local outstanding, gone = self.settle.outstanding(job.message)
+    if not outstanding then return self:give_back(job, gone) end
     if what == "retry" and (is_too_large(err) or stays(self, job, detail)) then return detail end
     return copy_failed(self, job, what, err)
   end
