@@ -1,4 +1,5 @@
 local mr = require "moonrabbit"
+local fake = require "support.fake_broker"
 local scripted = require "support.scripted"
 local metrics = require "moonrabbit.metrics"
 local families = require "moonrabbit.metrics.families"
@@ -232,6 +233,18 @@ describe("a watched connection", function()
     closed(conn)
     assert.is_nil(page(m))
     assert.is_nil(next(m._connections.watched))
+  end)
+
+  it("leaves it also where the broker goes in that moment", function()
+    local m = metrics.new()
+    local conn, other = watched(m)
+    other.answers["10.50"] = function()
+      return fake.method(0, 10, 50, fake.u16(320) .. fake.short "CONNECTION_FORCED" .. fake.u32(0))
+    end
+    local _, err = conn:close()
+    assert.equal(320, err.code)
+    closed(conn)
+    assert.is_nil(page(m))
   end)
 
   it("stays on the page, as one that is not up, when it is lost for good", function()

@@ -48,27 +48,31 @@ function connections.new(families, registry)
   return self
 end
 
--- Whether somebody here has closed it: one that could not be brought back stays on the page, as one that is not up.
-local function closed_here(err)
-  return type(err) == "table" and err.kind == "closed" and err.temporary == false
+-- Calls fn when somebody here has closed it, also where the broker went meanwhile: one that could not be brought back
+-- stays on the page, as one that is not up.
+local function when_closed_here(connection, fn)
+  local closing
+  return connection:on("state", function(state, err)
+    if state == "closing" then closing = true end
+    local stopped = type(err) == "table" and err.kind == "closed" and err.temporary == false -- as it was coming back
+    if state == "closed" and (closing or stopped) then fn() end
+  end)
 end
 
 --- Several connections of one name are added up.
 function Connections:watch(connection, name)
-  local offs, off = {}
+  local offs = {}
   for event, fn in pairs(counted) do
     offs[#offs + 1] = connection:on(event, function(...) fn(self.families, name, ...) end)
   end
   self.families.connection_recoveries_total:with(name)
   self.watched[connection] = name
-  function off()
+  local function off()
     self.watched[connection] = nil
     for _, each in ipairs(offs) do each() end
     for _, gauge in ipairs(gauges) do self.families[gauge]:remove(name) end
   end
-  offs[#offs + 1] = connection:on("closed", function(err)
-    if closed_here(err) then off() end
-  end)
+  offs[#offs + 1] = when_closed_here(connection, off)
   return off
 end
 
