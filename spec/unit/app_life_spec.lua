@@ -227,6 +227,34 @@ describe("an app on connections of its user's", function()
     assert(app:stop(1))
   end)
 
+  for name, what in pairs { q = "a queue", ["x.orphans"] = "its ladder", ["x.dead"] = "its dead letters" } do
+    it("leaves no channel where its start is cancelled as it declares " .. what, function()
+      local declared, late = consuming.answers["50.10"], nil
+      consuming.answers["50.10"] = function(frame)
+        if frame.args:sub(4, 3 + frame.args:byte(3)) ~= name then return declared(frame) end
+        late = declared(frame)
+        return ""
+      end
+      consuming.answers["20.40"] = function(frame)
+        local answers = (late or "") .. fake.method(frame.channel, 20, 41)
+        late = nil
+        return answers
+      end
+      consuming.answers["40.10"] = function(frame) return fake.method(frame.channel, 40, 11) end
+      consuming.answers["50.20"] = function(frame) return fake.method(frame.channel, 50, 21) end
+      local app = app_of { in_process = false }
+      app.plan.consumers[1].dead_letter = nil -- the default
+      moonrabbit.run(function()
+        local task = moonrabbit.spawn(function() app:start(conns) end)
+        eventually(function() return late end)
+        native.cancel(task)
+        eventually(function() return app.state == "stopped" end)
+      end)
+      assert.equal("open", (conns.consume:state()))
+      assert.equal(times(consuming, "20.10"), times(consuming, "20.40"))
+    end)
+  end
+
   it("that is told to stop while the second of its consumers starts handles what the first has", function()
     local said, done, second = 0, false, nil
     consuming.answers["60.20"] = function(frame)

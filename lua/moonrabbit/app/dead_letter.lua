@@ -8,6 +8,7 @@
 local headers = require "moonrabbit.app.headers"
 local copy = require "moonrabbit.app.copy"
 local ladder = require "moonrabbit.app.ladder"
+local own_channel = require "moonrabbit.app.own_channel"
 
 local dead_letter = {}
 
@@ -22,12 +23,7 @@ function dead_letter.entity(queue, version)
 end
 
 local function try(connection, queue, opts)
-  local channel, err = connection:channel()
-  if not channel then return nil, err end
-  local ok, problem = channel:queue_declare(queue, opts)
-  channel:close()
-  if ok then return true end
-  return nil, problem
+  return own_channel(connection, function(channel) return channel:queue_declare(queue, opts) end)
 end
 
 --- Sees to it that a parking queue is there. One that exists with other properties, or that this user may not declare,
@@ -40,7 +36,8 @@ function dead_letter.declare(connection, queue, log)
   local server = connection:server()
   local entity = dead_letter.entity(queue, server and server.version)
   local ok, err = try(connection, queue, { durable = true, arguments = entity.arguments })
-  if ok or (err.code ~= 406 and err.code ~= 403) then return ok, err end
+  if ok then return true end
+  if err.code ~= 406 and err.code ~= 403 then return nil, err end
   if not try(connection, queue, { passive = true }) then return nil, err end
   log("info", ("the dead-letter queue '%s' is used as it is: %s"):format(queue, err.message))
   return true

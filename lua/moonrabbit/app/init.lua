@@ -28,6 +28,7 @@ local errors = require "moonrabbit.errors"
 local observers = require "moonrabbit.app.observer"
 local options = require "moonrabbit.options"
 local Outgoing = require "moonrabbit.app.outgoing"
+local own_channel = require "moonrabbit.app.own_channel"
 local plan = require "moonrabbit.app.plan"
 local protect = require "moonrabbit.protect"
 local runtimes = require "moonrabbit.runtime"
@@ -202,15 +203,11 @@ local function make_runner(self, consumer)
   })
 end
 
-local function set_up(self)
-  local channel, err = self._consuming:channel()
-  if not channel then return nil, err end
-  local ok
-  ok, err = topology.declare(channel, topology.steps(self.plan))
+local function declare_all(channel, self)
+  local ok, err = topology.declare(channel, topology.steps(self.plan))
   for i = 1, ok and #self.runners or 0 do
     if ok then ok, err = self.runners[i].disposal:setup(channel) end
   end
-  if channel:is_open() then channel:close() end
   return ok, err
 end
 
@@ -258,7 +255,7 @@ local function begin(self, where)
     local state = self._state and self._state[consumer.queue]
     if state then self.runners[i]:restore(state) end
   end
-  ok, err = set_up(self)
+  ok, err = own_channel(self._consuming, declare_all, self)
   if not ok then return nil, err end
   return subscribe_all(self)
 end

@@ -21,6 +21,7 @@
 
 local errors = require "moonrabbit.errors"
 local options = require "moonrabbit.options"
+local own_channel = require "moonrabbit.app.own_channel"
 local steps = require "moonrabbit.app.steps"
 
 local ladder = {}
@@ -207,14 +208,6 @@ local function declare(channel, entities, passive)
   return true
 end
 
-local function on_own_channel(connection, fn, ...)
-  local channel, err = connection:channel()
-  if not channel then return nil, err end
-  local ok, problem, name = fn(channel, ...)
-  channel:close()
-  return ok, problem, name
-end
-
 local hints = {
   [403] = "this user may not declare it: have it declared (moonrabbit topology apply), and set mode = \"existing\"",
   [404] = "it is not there: have it declared (moonrabbit topology apply)",
@@ -240,11 +233,11 @@ end
 ---@return true|nil, moonrabbit.Error?
 function Ladder:setup(connection, queues)
   local entities = self:entities(queues, {}, version_of(connection))
-  local ok, err, name = on_own_channel(connection, declare, entities, self.mode == "existing")
+  local ok, err, name = own_channel(connection, declare, entities, self.mode == "existing")
   -- The queue of orphans may be an older broker's, or the user's own.
   if not ok and err.code == 406 and name == self.orphans then
     entities.queues = {}
-    ok, err, name = on_own_channel(connection, declare, entities)
+    ok, err, name = own_channel(connection, declare, entities)
   end
   if ok then return true end
   return nil, explain(self, err, name)
@@ -254,10 +247,10 @@ end
 local function declare_step(self, connection, step)
   local existing = self.mode == "existing"
   local quorum = has_at_least_once(version_of(connection))
-  local ok, err, name = on_own_channel(connection, declare, step_entities(self, step, quorum), existing)
+  local ok, err, name = own_channel(connection, declare, step_entities(self, step, quorum), existing)
   if not ok and err.code == 406 and quorum and name == self:wait_name(step) then
     quorum = false
-    local second = on_own_channel(connection, declare, step_entities(self, step, false), existing)
+    local second = own_channel(connection, declare, step_entities(self, step, false), existing)
     if second then ok = true end
   end
   if not ok then return nil, explain(self, err, name) end
