@@ -111,7 +111,7 @@ end
 local function real_disposal(self, consumer)
   local real = disposal.new {
     app = self.app.name, consumer = consumer, publisher = function() return self.channel end,
-    log = function(...) self:_log(...) end, now = self.runtime.wall,
+    log = function(...) self:_log(...) end, now = self.runtime.wall, outstanding = broker.settle.outstanding,
   }
   if real.parking then self.parking[real.parking] = true end
   return real

@@ -176,6 +176,35 @@ describe("an app on connections of its user's", function()
     assert.equal("stopped", app.state)
   end)
 
+  it("makes no copy of what the broker has taken back, though both connections have come back", function()
+    conns.consume:close(1)
+    conns.publish:close(1)
+    local back = { reconnect = { first = 0.01, max = 0.05 } }
+    consuming, conns.consume = open(back)
+    publishing, conns.publish = open(back)
+    consumes()
+    for id, answer in pairs { ["40.10"] = "40.11", ["50.20"] = "50.21" } do
+      local class, method = answer:match "(%d+)%.(%d+)"
+      for _, other in ipairs { consuming, publishing } do
+        other.answers[id] = function(frame) return fake.method(frame.channel, tonumber(class), tonumber(method)) end
+      end
+    end
+    local app = app_of { in_process = false, retry = function() return 5 end,
+      handler = function() return nil, "no" end }
+    moonrabbit.run(function()
+      assert(app:start(conns))
+      deliver(1)
+      eventually(function() return times(publishing, "60.40") == 1 end) -- it is not confirmed
+      consuming:cut()
+      eventually(function() return times(consuming, "60.20") == 2 end)
+      publishing:cut()
+      eventually(function() return app.runners[1].in_flight == 0 end)
+      assert.equal("running", app.state)
+      assert.equal(1, times(publishing, "60.40"))
+      assert.is_true(app:stop(1))
+    end)
+  end)
+
   it("publishes nothing once it has stopped, and opens no channel for that", function()
     local app = app_of()
     assert(app:start(conns))

@@ -48,6 +48,7 @@ local disposal = {}
 ---@field consumer moonrabbit.DisposalConsumer
 ---@field publisher fun(): moonrabbit.Channel|nil, moonrabbit.Error?  a channel with confirms, of the connection that publishes
 ---@field heard fun(channel: moonrabbit.Channel, ok: true?, err: moonrabbit.Error?)?  how a publish on it ended
+---@field outstanding (fun(message: moonrabbit.Message): true?)?  whether an original is still to be settled; always by default
 ---@field log fun(level: string, text: string)?
 ---@field observer table?   event(name, fields) is called for copies that fail
 ---@field now (fun(): number)?  seconds since 1970; os.time by default
@@ -61,7 +62,7 @@ Disposal.__name = "moonrabbit.Disposal"
 
 local disposal_options = {
   app = options.shortstr, consumer = options.table, publisher = options.callback, heard = options.callback,
-  log = options.callback, observer = options.table, now = options.callback,
+  outstanding = options.callback, log = options.callback, observer = options.table, now = options.callback,
 }
 
 local function is_ladder(value)
@@ -90,7 +91,7 @@ function disposal.new(opts)
   if threshold == false then threshold = -1 end
   return setmetatable({
     app = opts.app, queue = consumer.queue, parking = parking, log = log, publisher = opts.publisher,
-    heard = opts.heard or function() end,
+    heard = opts.heard or function() end, outstanding = opts.outstanding or function() return true end,
     observer = opts.observer or {}, now = opts.now or os.time,
     ladder = choose_ladder(consumer.ladder, opts.app, log),
     threshold = threshold or 0.1, hold = consumer.hold or 300,
@@ -159,9 +160,10 @@ local function report(self, what, err)
   end
 end
 
--- Whether somebody still holds the original: if not, the broker has it again.
+-- Whether somebody still holds the original: if not, the broker has it again, and a copy would be a second one. Its channel
+-- may be open again meanwhile.
 local function is_held(self, msg)
-  return not self.stopped and msg.channel:is_open()
+  return not self.stopped and msg.channel:is_open() and self.outstanding(msg) == true
 end
 
 -- Waits, until the app stops or the broker has the original again: who waits keeps a place among the `concurrency`.

@@ -32,6 +32,7 @@ local own_channel = require "moonrabbit.app.own_channel"
 local plan = require "moonrabbit.app.plan"
 local protect = require "moonrabbit.protect"
 local runtimes = require "moonrabbit.runtime"
+local settle = require "moonrabbit.app.runner.settle"
 local topology = require "moonrabbit.app.topology"
 local trace = require "moonrabbit.trace"
 
@@ -192,7 +193,7 @@ local function disposal_for(self, consumer)
   return disposal.new {
     app = self.name, consumer = consumer, log = self._log, observer = self._observer,
     publisher = function() return self:_channel "copies" end,
-    heard = function(...) self:_heard("copies", ...) end,
+    heard = function(...) self:_heard("copies", ...) end, outstanding = settle.outstanding,
   }
 end
 
