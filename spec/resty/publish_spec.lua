@@ -144,7 +144,8 @@ describe("publishing in nginx #resty", function()
               { tls = { min_version = "1.3" } }, { tls = { cert = "/x" } },
               { tls = { cert = "/nowhere.pem", key = "/x" } }, { entries = 0 }, { reconnect = { frist = 1 } },
               { reconnect = { jitter = 2 } }, { runtime = "native" }, { sites = { primary = {} } },
-              { sites = { primary = {}, standby = { uri = "amqps://x/", tls = { ca = "/y" } } } } } do
+              { sites = { primary = {}, standby = { uri = "amqps://x/", tls = { ca = "/y" } } } },
+              { tls = { verfy = false } }, { sites = { primary = { tls = { srever_name = "x" } }, standby = {} } } } do
             options.default = false
             ngx.log(ngx.NOTICE, "start: ", select(2, pcall(rabbit.start, options)), " end")
           end
@@ -371,7 +372,8 @@ describe("publishing in nginx #resty", function()
       "tls.cert: /nowhere.pem: No such file", "'entries' must be", "reconnect: unknown option 'frist'",
       "reconnect: option 'jitter' must be a number from 0 to 1",
       "unknown option 'runtime'", "sites.standby is missing", "consume: [^\n]*option 'handler' is missing",
-      "consume: [^\n]*unknown option 'queue'" } do
+      "consume: [^\n]*unknown option 'queue'", "start: [^\n]*tls: unknown option 'verfy'",
+      "start: [^\n]*sites.primary: tls: unknown option 'srever_name'" } do
       assert.matches(text, server:log())
     end
   end)

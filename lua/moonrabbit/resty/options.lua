@@ -4,6 +4,7 @@
 local Backoff = require "moonrabbit.connection.backoff"
 local Connection = require "moonrabbit.connection"
 local cluster = require "moonrabbit.cluster"
+local connection_options = require "moonrabbit.connection.options"
 local options = require "moonrabbit.options"
 local runtime = require "moonrabbit.runtime.resty"
 local tls = require "moonrabbit.runtime.resty.tls"
@@ -49,6 +50,14 @@ local own_options = {
 
 local start_options = options.merge(Connection.options, own_options)
 
+local function of_connections(given)
+  local all = {}
+  for key, value in pairs(given) do
+    if not own_options[key] then all[key] = value end
+  end
+  return all
+end
+
 --- Throws for what can be known to be wrong before there is a broker.
 ---@param what string who asks
 ---@param given string|moonrabbit.resty.StartOptions?
@@ -62,6 +71,7 @@ function resty_options.check(what, given, level)
   end
   given = check(what, given, start_options, level)
   if given.reconnect then check(what .. ": reconnect", given.reconnect, reconnect_options, level) end
+  connection_options.check(of_connections(given), level)
   local dict = given.metrics
   if dict and not ngx.shared[dict] then
     error(("%s: option 'metrics': there is no dictionary '%s': nginx needs `lua_shared_dict %s 1m;`"):format(what, dict,
@@ -83,10 +93,8 @@ end
 ---@param role string what it is for, in its name
 ---@return moonrabbit.ConnectOptions
 function resty_options.connect(given, role)
-  local all = { runtime = runtime, timeout = 5, connect_timeout = 5 }
-  for key, value in pairs(given) do
-    if not own_options[key] then all[key] = value end
-  end
+  local all = of_connections(given)
+  all.runtime, all.timeout, all.connect_timeout = runtime, all.timeout or 5, all.connect_timeout or 5
   all.name = ("%s (%s)"):format(given.name or ("nginx worker " .. tostring(ngx.worker.id() or 0)), role)
   all.reconnect = false -- keeper.lua does that, in fresh timers
   return all
