@@ -12,13 +12,13 @@ local STUCK = 30
 ---@class moonrabbit.life.Crew
 local methods = {}
 
-local function look_at_all(self)
+local function look_at_all(self, patience)
   local left, done = 0, self.runtime.condition()
   for _, member in ipairs(self.members) do
     if member.pid then
       left = left + 1
       self.runtime.spawn(function()
-        member:look(PATIENCE)
+        member:look(patience or PATIENCE)
         left = left - 1
         done:signal()
       end)
@@ -72,7 +72,8 @@ function methods:watch(watchdog)
   while true do
     self.runtime.sleep(math.min(INTERVAL, watchdog or INTERVAL))
     notify.send "WATCHDOG=1"
-    look_at_all(self)
+    look_at_all(self, math.min(PATIENCE, watchdog or PATIENCE))
+    notify.send "WATCHDOG=1" -- a worker that does not answer is not the parent's end
     for _, member in ipairs(self.members) do
       if watchdog and silent_for(self, member, 2 * watchdog + PATIENCE) then
         self.log("error", ("worker %d does not answer, and is killed"):format(member.number))
