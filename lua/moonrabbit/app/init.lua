@@ -24,6 +24,7 @@ local connection_options = require "moonrabbit.connection.options"
 local copy = require "moonrabbit.app.copy"
 local default_disposal = require "moonrabbit.app.disposal"
 local Runner = require "moonrabbit.app.runner"
+local ending = require "moonrabbit.app.ending"
 local errors = require "moonrabbit.errors"
 local observers = require "moonrabbit.app.observer"
 local options = require "moonrabbit.options"
@@ -261,161 +262,6 @@ local function begin(self, where)
   return subscribe_all(self)
 end
 
--- ---- Ending -----------------------------------------------------------------------------------------
-
--- Hears no more of what this run has, and returns what closes it: that waits, and the app may start again meanwhile.
-local function closer(self)
-  local consumers, outgoing = self._consumers, self._outgoing
-  local connections = self._owned and { self._publishing, self._consuming } or {}
-  for _, off in ipairs(self._offs) do off() end
-  return function(timeout)
-    for _, consumer in ipairs(consumers) do
-      if consumer.channel:is_open() then consumer.channel:close(timeout) end
-    end
-    if outgoing then outgoing:close(timeout) end
-    for _, connection in pairs(connections) do connection:close(timeout) end
-  end
-end
-
-local function turn(self, state)
-  self.state = state
-  self._over:broadcast()
-end
-
--- Nothing is handled any more; what waits goes back.
-local function abort(self)
-  for _, runner in ipairs(self.runners) do
-    runner:abort()
-    if runner.disposal.stop then runner.disposal:stop() end
-  end
-end
-
--- It ends at once, whether it has begun or not. What takes a while comes last: who waits for the end may go on.
-local function undo(self)
-  local close = closer(self)
-  abort(self)
-  turn(self, "stopped")
-  close(1)
-end
-
--- Seconds that what has come may take, unless somebody says otherwise.
-local PATIENCE = 30
--- Seconds between two looks whether there is more than handlers that nobody can end.
-local LOOK = 0.1
-
--- Whether all that runs yet are handlers whose time is over: their messages have their outcome, nobody waits for them.
-local function only_stuck(self)
-  for i, consumer in ipairs(self._consumers) do
-    local runner = self.runners[i]
-    if not consumer:reason() or consumer:buffered() > 0 or runner.in_flight > 0 then return false end
-  end
-  return true
-end
-
--- No more deliveries; what has arrived is handled, until the deadline.
-local function cancel_all(self, deadline)
-  local runtime = self._runtime
-  local left, done = #self._consumers, runtime.condition()
-  for _, consumer in ipairs(self._consumers) do
-    runtime.spawn(function()
-      consumer:cancel { drain = true, timeout = math.max(0, deadline - runtime.now()) }
-      left = left - 1
-      done:signal()
-    end)
-  end
-  while left > 0 and runtime.now() < deadline and not only_stuck(self) do
-    done:wait(math.min(LOOK, math.max(0, deadline - runtime.now())))
-  end
-end
-
--- Handles what has come until the deadline, gives back the rest, and closes.
-local function drain(self, deadline)
-  for _, runner in ipairs(self.runners) do
-    runner:stop()
-    if runner.disposal.stop then runner.disposal:stop() end
-  end
-  cancel_all(self, deadline)
-  local left = 0
-  for _, runner in ipairs(self.runners) do
-    if not runner:drained(deadline) then left = left + runner.in_flight end
-  end
-  for _, runner in ipairs(self.runners) do runner:abort() end
-  if left > 0 then self._runtime.sleep(0) end -- what was cancelled gives its messages back
-  closer(self)(5)
-  if left > 0 then
-    self._undone = errors.new { kind = "timeout", temporary = true,
-      message = ("%d messages were not done in time and have gone back to their queues"):format(left) }
-  end
-  turn(self, "stopped")
-end
-
--- The same; it has stopped even where the task that does it is cancelled.
-local function wind_up(self, deadline)
-  self._stop_by = deadline
-  turn(self, "stopping")
-  local whole, problem = protect(drain, self, deadline)
-  if whole then return end
-  undo(self)
-  error(problem, 0)
-end
-
-local function log_loss(self, what, err)
-  self._log("error", ("the app '%s' has lost %s: %s"):format(self.name, what, tostring(err)))
-  self.reason = err
-end
-
--- The other connection may go on, and would bring message after message.
-local function lost_connection(self, err)
-  if self.state ~= "running" then return end
-  log_loss(self, "its connection", err)
-  undo(self)
-end
-
--- Its connection goes on: what has come can be handled, and acked. One that ends with its connection is not told of.
-local function lost_consumer(self, consumer, err)
-  if self.state ~= "running" or self._consuming:state() == "closed" then return end
-  log_loss(self, ("the consumer of '%s'"):format(consumer.queue), err)
-  wind_up(self, self._runtime.now() + PATIENCE)
-end
-
-local function watch_consumer(self, consumer)
-  consumer._at_end = function(err)
-    if self.state == "running" then self._runtime.spawn(lost_consumer, self, consumer, err) end
-  end
-  self._offs[#self._offs + 1] = function() consumer._at_end = nil end
-end
-
-local function watch_all(self)
-  for _, connection in ipairs { self._consuming, self._publishing } do
-    self._offs[#self._offs + 1] = connection:on("closed", function(err) lost_connection(self, err) end)
-  end
-  for _, consumer in ipairs(self._consumers) do watch_consumer(self, consumer) end
-end
-
--- true, or nil and what was not done.
-local function stopped(self)
-  if self._undone then return nil, self._undone end
-  return true
-end
-
--- It is starting, and that ends now; or somebody else stops it. What gives up by the deadline is waited for as long as that
--- takes, as who stops it himself does.
-local function let_come(self, deadline)
-  if self.state == "starting" then
-    self._stop_by = math.max(self._stop_by or deadline, deadline)
-    if not self._consumes then return true end
-  end
-  local over, now = self._over, self._runtime.now -- of this run
-  while self._over == over and self.state ~= "stopped" do
-    local ends = self.state == "stopping" and self._stop_by <= deadline
-    if not ends and now() >= deadline then
-      return nil, errors.new { kind = "timeout", message = "the app was still " .. self.state }
-    end
-    over:wait(not ends and deadline - now() or nil)
-  end
-  return stopped(self)
-end
-
 -- ---- Start and stop ---------------------------------------------------------------------------------
 
 local function runtime_of(where, spec)
@@ -446,16 +292,16 @@ function App:start(where)
   self._over = self._runtime.condition()
   local whole, ok, err = protect(begin, self, where)
   if not whole or not ok then
-    undo(self)
+    ending.at_once(self)
     if not whole then error(ok, 0) end
     return nil, err
   end
   if self._stop_by then
-    wind_up(self, self._stop_by)
+    ending.by(self, self._stop_by)
     return nil, errors.new { kind = "closed", temporary = false, message = "the app was stopped while it started" }
   end
-  watch_all(self)
-  turn(self, "running")
+  ending.watch(self)
+  ending.turn(self, "running")
   return true
 end
 
@@ -468,15 +314,15 @@ function App:stop(deadline)
   if deadline ~= nil then options.argument("app:stop", "deadline", deadline, options.seconds) end
   if self.state == "ready" or self.state == "stopped" then return true end
   local now = self._runtime.now
-  deadline = now() + math.min(deadline or PATIENCE, 1e9)
+  deadline = now() + math.min(deadline or ending.PATIENCE, 1e9)
   for _, runner in ipairs(self.runners) do
     if runner:is_caller() then
       error("app:stop: a handler would wait for itself: moonrabbit.spawn(function() app:stop() end)", 2)
     end
   end
-  if self.state ~= "running" then return let_come(self, deadline) end
-  wind_up(self, deadline)
-  return stopped(self)
+  if self.state ~= "running" then return ending.wait(self, deadline) end
+  ending.by(self, deadline)
+  return ending.result(self)
 end
 
 --- Starts, and waits until the app is stopped, by `app:stop()` in another task, or because a connection or a consumer is
