@@ -183,7 +183,7 @@ describe("moonrabbit run", function()
     end
     for _, other in ipairs { false, "17" } do
       os.remove(pid)
-      local running = process.start { "bin/moonrabbit", "run", path, "--pid-file", pid }
+      local running = process.start({ "bin/moonrabbit", "run", path, "--pid-file", pid }, { unset = OUTER })
       eventually(function() return running:err():find("trying again", 1, true) end)
       assert.equal(tostring(running.pid), process.slurp(pid):match "%d+")
       if other then
