@@ -33,7 +33,9 @@ local default_settle = require "moonrabbit.app.runner.settle"
 local failure = require "moonrabbit.app.failure"
 local parts = require "moonrabbit.parts"
 local protector = require "moonrabbit.app.protected"
+local stopping = require "moonrabbit.app.runner.stopping"
 local trace = require "moonrabbit.trace"
+local waiting = require "moonrabbit.app.runner.waiting"
 
 local type, select = type, select
 
@@ -45,7 +47,7 @@ local type, select = type, select
 local Runner = {}
 Runner.__index = Runner
 
-parts(Runner, conclude)
+parts(Runner, waiting, conclude, stopping)
 
 --- How long a handler that was cancelled may take to end before it is left to itself.
 local GRACE = 1
@@ -94,63 +96,6 @@ end
 ---@param fields table
 function Runner:event(name, fields)
   if self.on_event then self.on_event(name, fields) end
-end
-
--- ---- Waiting ----------------------------------------------------------------------------------------
-
---- Waits, unless the runner stops.
----@param seconds number
----@param breaker moonrabbit.app.Breaker? it waits no longer than until this one has closed
----@return boolean whether it goes on
-function Runner:pause(seconds, breaker)
-  if self.stopping then return false end
-  local now = self.now
-  local deadline = now() + seconds
-  repeat
-    self.wake:wait(math.max(0, deadline - now()))
-    if self.stopping then return false end
-  until now() >= deadline or breaker and breaker.state == "closed"
-  return true
-end
-
---- Takes a place among the `concurrency`, in the order of those who ask.
----@package
-function Runner:acquire()
-  if self.running < self.limit then
-    self.running = self.running + 1
-    return
-  end
-  self.waiting = self.waiting + 1
-  self.slot:wait() -- the place is handed over
-end
-
----@package
-function Runner:release()
-  if self.waiting > 0 then
-    self.waiting = self.waiting - 1
-    self.slot:signal()
-  else
-    self.running = self.running - 1
-  end
-end
-
---- Waits without a place. False: the runner stops, or the message has gone back to its queue meanwhile.
----@param job table
----@param seconds number
----@param breaker moonrabbit.app.Breaker? as for pause
----@return boolean
-function Runner:rest(job, seconds, breaker)
-  local slot = job.slot
-  if slot then
-    job.slot = false
-    self:release()
-  end
-  local goes_on = self:pause(seconds, breaker)
-  if slot then
-    self:acquire()
-    job.slot = true
-  end
-  return goes_on and (job.batch or self.settle.outstanding(job.message) ~= nil)
 end
 
 -- ---- Jobs -------------------------------------------------------------------------------------------
@@ -443,69 +388,6 @@ function Runner:handle(message)
   if self.order then return self.order:handle(self, message, single) end
   if self.batch then return self.batch:handle(message) end
   return single(self, message)
-end
-
--- ---- Stopping ---------------------------------------------------------------------------------------
-
---- Begins to stop: who waits (for a retry, the rate, the breaker) gives its message back; handlers end.
-function Runner:stop()
-  self.stopping = true
-  self.wake:broadcast()
-  if self.batch then self.batch:flush() end
-end
-
---- Waits until nothing is in flight.
----@param deadline number
----@return boolean
-function Runner:drained(deadline)
-  self.draining = true
-  while self.in_flight > 0 do
-    local seconds = deadline - self.now()
-    if seconds <= 0 then return false end
-    self.quiet:wait(seconds)
-  end
-  return true
-end
-
---- Whether the task that calls runs one of its handlers.
----@return boolean
-function Runner:is_caller()
-  local task = self.current()
-  for job in pairs(self.jobs) do
-    if task ~= nil and job.task == task and not job.over then return true end
-  end
-  return false
-end
-
---- Ends what is left: handlers are cancelled where that can be, messages go back.
-function Runner:abort()
-  self.stopping, self.stopped = true, true
-  self.wake:broadcast()
-  if self.watch then self.watch:stop() end
-  local cancel = self.runtime.cancel
-  if not cancel then return end
-  for job in pairs(self.jobs) do
-    if not job.over and job.task then cancel(job.task) end
-  end
-end
-
---- What a reload carries over: breaker and canaries.
----@return table
-function Runner:state()
-  local canaries = {}
-  for i, canary in ipairs(self.canaries) do canaries[i] = canary:state() end
-  return { breaker = self.breaker and self.breaker:save(), canaries = canaries,
-    dedupe = self.dedupe and self.dedupe:state() }
-end
-
---- Takes it over.
----@param state table
-function Runner:restore(state)
-  if state.breaker and self.breaker then self.breaker:restore(state.breaker) end
-  if state.dedupe and self.dedupe then self.dedupe:restore(state.dedupe) end
-  for _, canary in ipairs(self.canaries) do
-    for _, old in ipairs(state.canaries) do canary:restore(old) end
-  end
 end
 
 Runner.STOPPED, Runner.LEFT = STOPPED, LEFT
