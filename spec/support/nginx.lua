@@ -176,6 +176,8 @@ end
 function nginx.start(what)
   local prefix = nginx.here .. "/build/resty-" .. shell "mktemp -u XXXXXXXX"
   os.execute("mkdir -p " .. prefix .. "/logs " .. prefix .. "/tmp")
+  -- nginx is a daemon, and outlives specs that are killed: scripts/test ends it once this process is gone.
+  os.execute("echo $PPID > " .. prefix .. "/owner")
   local self = setmetatable({ prefix = prefix, what = what }, Nginx)
   local environment = { "env AMQP_URL='" .. (broker.url or "") .. "'" }
   for name, value in pairs(what.env or {}) do environment[#environment + 1] = ("%s='%s'"):format(name, value) end
