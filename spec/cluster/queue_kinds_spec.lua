@@ -30,8 +30,8 @@ describe("on a cluster", function()
   -- Waits until a queue is where fn says.
   local function where(name, fn, what)
     return broker.eventually(function()
-      local found = ok(api:leader("/", name))
-      if fn(found) then return found end
+      local found = cluster.leader(api, name)
+      if found and fn(found) then return found end
       moonrabbit.sleep(0.2)
     end, 60, what)
   end

@@ -60,8 +60,8 @@ describe("a cluster of three", function()
     local name = unique "led"
     ok(ch:queue_declare(name, kind or queue.quorum()))
     broker.eventually(function()
-      local found = ok(api:leader("/", name))
-      if found.leader == cluster.node_name(node) and #found.in_sync == #found.members then return true end
+      local found = cluster.leader(api, name)
+      if found and found.leader == cluster.node_name(node) and #found.in_sync == #found.members then return true end
       moonrabbit.sleep(0.1)
     end, 30, "the queue is led by node " .. node)
     return name, ch

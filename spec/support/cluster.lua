@@ -70,4 +70,11 @@ function cluster.second()
   return second
 end
 
+--- Where the leader of a queue and its members are; nil while the management API answers 500, as it may amid a change.
+function cluster.leader(api, queue)
+  local found, err = api:leader("/", queue)
+  if not found then assert(err.temporary, err) end
+  return found
+end
+
 return cluster
