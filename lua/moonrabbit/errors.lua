@@ -107,6 +107,17 @@ function errors.new(fields)
   return setmetatable(fields, Error)
 end
 
+--- An error that may be changed, where others hold the given one.
+---@package
+---@generic T: table
+---@param err T
+---@return T
+function errors.copy(err)
+  local copy = {}
+  for name, value in pairs(err) do copy[name] = value end
+  return setmetatable(copy, getmetatable(err))
+end
+
 --- Makes an error from what the engine reports: { kind, code, text, class, method }.
 ---@package
 ---@param report table

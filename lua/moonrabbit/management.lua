@@ -23,6 +23,7 @@ local json = require "moonrabbit.management.json"
 local options = require "moonrabbit.options"
 local add_parts = require "moonrabbit.parts"
 local runtimes = require "moonrabbit.runtime"
+local secret = require "moonrabbit.secret"
 
 local management = {}
 
@@ -167,13 +168,7 @@ end
 local function without_secrets(self, text, own)
   if not text then return nil end
   text = text:gsub("://[^%s/]*@", "://***@")
-  if #own > 3 and own ~= self._user then
-    local from, to = text:find(own, 1, true)
-    while from do
-      text = text:sub(1, from - 1) .. "***" .. text:sub(to + 1)
-      from, to = text:find(own, from + 3, true)
-    end
-  end
+  if #own > 3 and own ~= self._user then text = secret.without(text, own) end
   return text
 end
 

@@ -45,7 +45,12 @@ function secret.remember(text)
   known[#known + 1] = { plain = text, encoded = percent_encoded(text) }
 end
 
-local function replace(text, what)
+--- A text without something in it, wherever that stands.
+---@package
+---@param text string
+---@param what string
+---@return string
+function secret.without(text, what)
   local from, to = text:find(what, 1, true)
   while from do
     text = text:sub(1, from - 1) .. "***" .. text:sub(to + 1)
@@ -59,8 +64,8 @@ end
 ---@return string
 function secret.blot(text)
   for i = #known, 1, -1 do
-    text = replace(text, known[i].plain)
-    if known[i].encoded ~= known[i].plain then text = replace(text, known[i].encoded) end
+    text = secret.without(text, known[i].plain)
+    if known[i].encoded ~= known[i].plain then text = secret.without(text, known[i].encoded) end
   end
   return text
 end

@@ -11,6 +11,26 @@ local scripted = {}
 local Broker = {}
 Broker.__index = Broker
 
+--- The queue that a queue.declare names.
+function scripted.queue(frame) return frame.args:sub(4, 3 + frame.args:byte(3)) end
+
+--- The tag that a basic.consume asks for.
+function scripted.tag(frame)
+  local queue = frame.args:byte(3)
+  return frame.args:sub(5 + queue, 4 + queue + frame.args:byte(4 + queue))
+end
+
+--- Answers a queue.declare.
+function scripted.declared(frame)
+  local name = scripted.queue(frame)
+  return fake.method(frame.channel, 50, 11, short(name == "" and "amq.gen-new" or name) .. u32(0) .. u32(0))
+end
+
+--- Answers a basic.cancel.
+function scripted.cancelled(frame)
+  return fake.method(frame.channel, 60, 31, frame.args:sub(1, 1 + frame.args:byte(1)))
+end
+
 local answers = {
   ["10.11"] = function() return fake.method(0, 10, 30, u16(0) .. u32(131072) .. u16(60)) end,
   ["10.40"] = function() return fake.method(0, 10, 41, short "") end,
@@ -18,11 +38,7 @@ local answers = {
   ["20.10"] = function(frame) return fake.method(frame.channel, 20, 11, long "") end,
   ["20.40"] = function(frame) return fake.method(frame.channel, 20, 41) end,
   ["60.10"] = function(frame) return fake.method(frame.channel, 60, 11) end,
-  ["60.20"] = function(frame)
-    local queue = frame.args:byte(3)
-    local tag = frame.args:sub(5 + queue, 4 + queue + frame.args:byte(4 + queue))
-    return fake.method(frame.channel, 60, 21, short(tag))
-  end,
+  ["60.20"] = function(frame) return fake.method(frame.channel, 60, 21, short(scripted.tag(frame))) end,
   ["85.10"] = function(frame) return fake.method(frame.channel, 85, 11) end,
 }
 
@@ -82,9 +98,25 @@ function Broker:say(bytes)
   self.more:broadcast()
 end
 
+--- How often it has heard a method: "50.10".
+function Broker:times(id)
+  local n = 0
+  for _, each in ipairs(self.heard) do n = n + (each == id and 1 or 0) end
+  return n
+end
+
 --- Cuts the line.
 function Broker:cut()
   self.transport:close()
+end
+
+--- Waits, with the loop running, until fn returns something true; throws after `seconds`.
+function scripted.eventually(fn, seconds)
+  local deadline = native.now() + seconds
+  while not fn() do
+    assert(native.now() < deadline, "did not happen in time")
+    native.sleep(0.002)
+  end
 end
 
 --- One; give its `runtime` to connect. Set `answers[id]` (a function of the frame, or false for silence), `deaf`,

@@ -396,26 +396,6 @@ describe("a breaker", function()
     assert.same({ 0, 30 }, tries)
   end)
 
-  it("goes on although its probe is a batch whose handler cannot be ended", function()
-    local r
-    local broken = "fails"
-    r = rig.new { breaker = { failures = 1, pause = 5 }, timeout = 2, batch = { size = 1, wait = 1 },
-      retry = function() return 1 end, handler = function()
-        if broken == "fails" then return nil, "away" end
-        if broken == "hangs" then r.runtime.sleep(1000) end
-      end }
-    r.runtime.cancel = nil
-    r:handle()
-    broken = "hangs"
-    r:handle({}, 6)
-    assert.equal("probing", r.runner.breaker.state)
-    r.runtime.advance(2)
-    assert.equal("open", r.runner.breaker.state)
-    broken = "no"
-    assert.equal("ack", r:handle({}, 6).done)
-    assert.equal("closed", r.runner.breaker.state)
-  end)
-
   it("counts on over a reload that allows more failures, or fewer", function()
     local old = Breaker.new { failures = 3, within = 100 }
     for t = 1, 5 do assert.is_nil(old:result({}, false, t * 60)) end
@@ -429,25 +409,27 @@ describe("a breaker", function()
     assert.equal("open", new:result({}, false, 310))
   end)
 
-  it("goes on although its probe is a handler that cannot be ended", function()
-    local r
-    local broken = "fails"
-    r = rig.new { breaker = { failures = 1, pause = 5 }, timeout = 2, retry = function() return 1 end,
-      handler = function()
-        if broken == "fails" then return nil, "away" end
-        if broken == "hangs" then r.runtime.sleep(1000) end
-      end }
-    r.runtime.cancel = nil
-    r:handle()
-    broken = "hangs"
-    r:handle({}, 6)
-    assert.equal("probing", r.runner.breaker.state)
-    r.runtime.advance(2)
-    assert.equal("open", r.runner.breaker.state)
-    broken = "no"
-    assert.equal("ack", r:handle({}, 6).done)
-    assert.equal("closed", r.runner.breaker.state)
-  end)
+  for what, batch in pairs { ["a handler that"] = false, ["a batch whose handler"] = { size = 1, wait = 1 } } do
+    it("goes on although its probe is " .. what .. " cannot be ended", function()
+      local r
+      local broken = "fails"
+      r = rig.new { breaker = { failures = 1, pause = 5 }, timeout = 2, batch = batch or nil,
+        retry = function() return 1 end, handler = function()
+          if broken == "fails" then return nil, "away" end
+          if broken == "hangs" then r.runtime.sleep(1000) end
+        end }
+      r.runtime.cancel = nil
+      r:handle()
+      broken = "hangs"
+      r:handle({}, 6)
+      assert.equal("probing", r.runner.breaker.state)
+      r.runtime.advance(2)
+      assert.equal("open", r.runner.breaker.state)
+      broken = "no"
+      assert.equal("ack", r:handle({}, 6).done)
+      assert.equal("closed", r.runner.breaker.state)
+    end)
+  end
 
   it("does not count failures that are the message's fault", function()
     local r = rig.new { breaker = { failures = 1 }, handler = function() error(outcome.permanent "bad") end }

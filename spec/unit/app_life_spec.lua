@@ -12,13 +12,7 @@ describe("an app on connections of its user's", function()
 
   local function open(more)
     local other = scripted.start()
-    other.answers["50.10"] = function(frame) -- queue.declare
-      local name = frame.args:sub(4, 3 + frame.args:byte(3))
-      return fake.method(frame.channel, 50, 11, short(name) .. u32(0) .. u32(0))
-    end
-    other.answers["60.30"] = function(frame) -- basic.cancel
-      return fake.method(frame.channel, 60, 31, frame.args:sub(1, 1 + frame.args:byte(1)))
-    end
+    other.answers["50.10"], other.answers["60.30"] = scripted.declared, scripted.cancelled
     local opts = { uri = "amqp://guest:guest@127.0.0.1/", runtime = other.runtime, log = function() end,
       reconnect = false }
     for name, value in pairs(more or {}) do opts[name] = value end
@@ -44,30 +38,21 @@ describe("an app on connections of its user's", function()
     return moonrabbit.app(spec)
   end
 
-  local function times(other, id)
-    local n = 0
-    for _, each in ipairs(other.heard) do n = n + (each == id and 1 or 0) end
-    return n
+  -- With a consumer of `q`, whose handler this is, and one of `r`.
+  local function app_of_two(handler)
+    return moonrabbit.app { name = "x", log = function() end, queues = { q = {}, r = {} }, consumers = {
+      { queue = "q", dead_letter = false, in_process = true, handler = handler },
+      { queue = "r", dead_letter = false, in_process = true, handler = function() end },
+    } }
   end
 
-  local function eventually(fn)
-    local deadline = native.now() + 5
-    while not fn() do
-      assert(native.now() < deadline, "did not happen in time")
-      moonrabbit.sleep(0.002)
-    end
-  end
-
-  local function tag_of(frame)
-    local queue = frame.args:byte(3)
-    return frame.args:sub(5 + queue, 4 + queue + frame.args:byte(4 + queue))
-  end
+  local function eventually(fn) scripted.eventually(fn, 5) end
 
   -- The n-th message of the consumer that was started last.
   local consumer_channel, consumer_tag
   local function consumes()
     consuming.answers["60.20"] = function(frame)
-      consumer_channel, consumer_tag = frame.channel, tag_of(frame)
+      consumer_channel, consumer_tag = frame.channel, scripted.tag(frame)
       return fake.method(frame.channel, 60, 21, short(consumer_tag))
     end
   end
@@ -88,7 +73,7 @@ describe("an app on connections of its user's", function()
     local ok, err
     moonrabbit.run(function()
       moonrabbit.spawn(function() ok, err = app:start(conns) end)
-      eventually(function() return times(consuming, "50.10") == 1 end)
+      eventually(function() return consuming:times("50.10") == 1 end)
       conns.publish:close(1)
       consuming:say(fake.method(1, 50, 11, short "q" .. u32(0) .. u32(0)))
       eventually(function() return app.state ~= "starting" end)
@@ -107,7 +92,7 @@ describe("an app on connections of its user's", function()
       publishing:cut()
       eventually(function() return app.state == "stopped" end)
       assert.equal("closed", app.reason.kind)
-      eventually(function() return times(consuming, "20.40") == 2 end) -- the channel of its declarations, and this one
+      eventually(function() return consuming:times("20.40") == 2 end) -- the channel of its declarations, and this one
     end)
   end)
 
@@ -133,16 +118,13 @@ describe("an app on connections of its user's", function()
     consuming, conns.consume = open { recover = false }
     local tags, done = {}, false
     consuming.answers["60.20"] = function(frame)
-      tags[#tags + 1] = { frame.channel, tag_of(frame) }
-      return fake.method(frame.channel, 60, 21, short(tag_of(frame)))
+      tags[#tags + 1] = { frame.channel, scripted.tag(frame) }
+      return fake.method(frame.channel, 60, 21, short(scripted.tag(frame)))
     end
-    local app = moonrabbit.app { name = "x", log = function() end, queues = { q = {}, r = {} }, consumers = {
-      { queue = "q", dead_letter = false, in_process = true, handler = function()
-        moonrabbit.sleep(0.05)
-        done = true
-      end },
-      { queue = "r", dead_letter = false, in_process = true, handler = function() end },
-    } }
+    local app = app_of_two(function()
+      moonrabbit.sleep(0.05)
+      done = true
+    end)
     moonrabbit.run(function()
       assert(app:start(conns))
       consuming:say(fake.deliver(tags[1][1], tags[1][2], 1, "x"))
@@ -153,7 +135,7 @@ describe("an app on connections of its user's", function()
       assert.equal("cancelled", err.kind)
     end)
     assert.is_true(done)
-    assert.equal(1, times(consuming, "60.80"))
+    assert.equal(1, consuming:times("60.80"))
   end)
 
   it("does not start where a consumer has ended right behind its start", function()
@@ -166,7 +148,7 @@ describe("an app on connections of its user's", function()
     consuming.answers["60.20"] = function(frame)
       local behind = first and fake.method(first, 20, 40, fake.u16(406) .. short "GONE" .. fake.u16(60) .. fake.u16(20))
       first = first or frame.channel
-      return (behind or "") .. fake.method(frame.channel, 60, 21, short(tag_of(frame)))
+      return (behind or "") .. fake.method(frame.channel, 60, 21, short(scripted.tag(frame)))
     end
     app = moonrabbit.app(spec)
     local ok, err
@@ -194,13 +176,13 @@ describe("an app on connections of its user's", function()
     moonrabbit.run(function()
       assert(app:start(conns))
       deliver(1)
-      eventually(function() return times(publishing, "60.40") == 1 end) -- it is not confirmed
+      eventually(function() return publishing:times("60.40") == 1 end) -- it is not confirmed
       consuming:cut()
-      eventually(function() return times(consuming, "60.20") == 2 end)
+      eventually(function() return consuming:times("60.20") == 2 end)
       publishing:cut()
       eventually(function() return app.runners[1].in_flight == 0 end)
       assert.equal("running", app.state)
-      assert.equal(1, times(publishing, "60.40"))
+      assert.equal(1, publishing:times("60.40"))
       assert.is_true(app:stop(1))
     end)
   end)
@@ -209,11 +191,11 @@ describe("an app on connections of its user's", function()
     local app = app_of()
     assert(app:start(conns))
     assert(app:stop(1))
-    local opened = times(publishing, "20.10")
+    local opened = publishing:times("20.10")
     local ok, err = app:publish("late", { routing_key = "q" })
     assert.is_nil(ok)
     assert.equal("the app is not running", err.message)
-    assert.equal(opened, times(publishing, "20.10"))
+    assert.equal(opened, publishing:times("20.10"))
   end)
 
   it("leaves no channel to a handler that publishes just as it ends", function()
@@ -233,7 +215,7 @@ describe("an app on connections of its user's", function()
       publishing:say(fake.method(1, 20, 11, fake.long "") .. fake.method(1, 85, 11))
       eventually(function() return answer end)
       assert.is_nil(answer[1])
-      eventually(function() return times(publishing, "20.10") == times(publishing, "20.40") end)
+      eventually(function() return publishing:times("20.10") == publishing:times("20.40") end)
     end)
   end)
 
@@ -243,14 +225,14 @@ describe("an app on connections of its user's", function()
     local ok, err
     moonrabbit.run(function()
       moonrabbit.spawn(function() ok, err = app:start(conns) end)
-      eventually(function() return times(consuming, "50.10") == 1 end)
+      eventually(function() return consuming:times("50.10") == 1 end)
       assert.is_true(app:stop(1))
       consuming:say(fake.method(1, 50, 11, short "q" .. u32(0) .. u32(0)))
       eventually(function() return err end)
     end)
     assert.is_nil(ok)
     assert.equal("stopped", app.state)
-    assert.equal(0, times(consuming, "60.20"))
+    assert.equal(0, consuming:times("60.20"))
     consuming.answers["50.10"] = declared
     assert(app:start(conns))
     assert(app:stop(1))
@@ -260,7 +242,7 @@ describe("an app on connections of its user's", function()
     it("leaves no channel where its start is cancelled as it declares " .. what, function()
       local declared, late = consuming.answers["50.10"], nil
       consuming.answers["50.10"] = function(frame)
-        if frame.args:sub(4, 3 + frame.args:byte(3)) ~= name then return declared(frame) end
+        if scripted.queue(frame) ~= name then return declared(frame) end
         late = declared(frame)
         return ""
       end
@@ -280,26 +262,23 @@ describe("an app on connections of its user's", function()
         eventually(function() return app.state == "stopped" end)
       end)
       assert.equal("open", (conns.consume:state()))
-      assert.equal(times(consuming, "20.10"), times(consuming, "20.40"))
+      assert.equal(consuming:times("20.10"), consuming:times("20.40"))
     end)
   end
 
   it("that is told to stop while the second of its consumers starts handles what the first has", function()
     local said, done, second = 0, false, nil
     consuming.answers["60.20"] = function(frame)
-      local started = fake.method(frame.channel, 60, 21, short(tag_of(frame)))
+      local started = fake.method(frame.channel, 60, 21, short(scripted.tag(frame)))
       said = said + 1
-      if said == 1 then return started .. fake.deliver(frame.channel, tag_of(frame), 1, "x") end
+      if said == 1 then return started .. fake.deliver(frame.channel, scripted.tag(frame), 1, "x") end
       second = started
       return ""
     end
-    local app = moonrabbit.app { name = "x", log = function() end, queues = { q = {}, r = {} }, consumers = {
-      { queue = "q", dead_letter = false, in_process = true, handler = function()
-        moonrabbit.sleep(0.05)
-        done = true
-      end },
-      { queue = "r", dead_letter = false, in_process = true, handler = function() end },
-    } }
+    local app = app_of_two(function()
+      moonrabbit.sleep(0.05)
+      done = true
+    end)
     moonrabbit.run(function()
       moonrabbit.spawn(function() app:start(conns) end)
       eventually(function() return said == 2 end)
@@ -311,7 +290,7 @@ describe("an app on connections of its user's", function()
     end)
     assert.equal("stopped", app.state)
     assert.is_true(done)
-    assert.equal(1, times(consuming, "60.80"))
+    assert.equal(1, consuming:times("60.80"))
   end)
 
   -- Starts an app whose last consumer is not answered until `answer()`; fn(app, answer), and what start says then.
@@ -325,7 +304,7 @@ describe("an app on connections of its user's", function()
       moonrabbit.spawn(function() started = { app:start(conns) } end)
       eventually(function() return frame end)
       fn(function(more)
-        local channel, tag = frame.channel, tag_of(frame)
+        local channel, tag = frame.channel, scripted.tag(frame)
         consuming:say(fake.method(channel, 60, 21, short(tag)) .. (more and fake.deliver(channel, tag, 1, "x") or ""))
       end)
       eventually(function() return started end)
@@ -333,7 +312,7 @@ describe("an app on connections of its user's", function()
     assert.is_nil(started[1])
     assert.truthy(started[2].message:find("stopped while it started", 1, true), started[2].message)
     assert.equal("stopped", app.state)
-    assert.equal(2, times(consuming, "20.40")) -- the channel of its declarations, and its consumer's
+    assert.equal(2, consuming:times("20.40")) -- the channel of its declarations, and its consumer's
   end
 
   it("that is told to stop at once as its last consumer starts does not run on", function()
@@ -435,7 +414,7 @@ describe("an app on connections of its user's", function()
       assert.is_true(app:wait())
     end)
     assert.truthy(problem:find("wait for itself", 1, true))
-    assert.equal(1, times(consuming, "60.80"))
+    assert.equal(1, consuming:times("60.80"))
   end)
 
   it("is stopped though the task that stops it is cancelled", function()
@@ -450,7 +429,7 @@ describe("an app on connections of its user's", function()
       assert.equal("stopping", app.state)
       native.cancel(task)
       assert.is_true(app:wait())
-      eventually(function() return times(consuming, "20.40") == 2 end)
+      eventually(function() return consuming:times("20.40") == 2 end)
     end)
   end)
 

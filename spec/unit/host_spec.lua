@@ -6,7 +6,7 @@ local fake = require "support.fake_broker"
 local native = require "moonrabbit.runtime.native"
 local scripted = require "support.scripted"
 
-local short, u16, u32 = fake.short, fake.u16, fake.u32
+local short, u16 = fake.short, fake.u16
 local route = moonrabbit.route
 
 describe("a host", function()
@@ -21,28 +21,10 @@ describe("a host", function()
       opened = opened + 1
       return brokers[opened].runtime.open(...)
     end }, { __index = native, __newindex = native })
-    brokers[1].answers["50.10"] = function(frame)
-      local name = frame.args:sub(4, 3 + frame.args:byte(3))
-      return fake.method(frame.channel, 50, 11, short(name) .. u32(0) .. u32(0))
-    end
-    brokers[1].answers["60.30"] = function(frame)
-      return fake.method(frame.channel, 60, 31, frame.args:sub(1, 1 + frame.args:byte(1)))
-    end
+    brokers[1].answers["50.10"], brokers[1].answers["60.30"] = scripted.declared, scripted.cancelled
   end)
 
-  local function eventually(fn)
-    local deadline = native.now() + 5
-    while not fn() do
-      assert(native.now() < deadline, "did not happen in time")
-      moonrabbit.sleep(0.002)
-    end
-  end
-
-  local function times(other, id)
-    local n = 0
-    for _, each in ipairs(other.heard) do n = n + (each == id and 1 or 0) end
-    return n
-  end
+  local function eventually(fn) scripted.eventually(fn, 5) end
 
   local function app_of(fields)
     local consumer = { queue = "q", dead_letter = false, in_process = true, handler = function() end }
@@ -84,8 +66,7 @@ describe("a host", function()
   local consumer_channel, consumer_tag
   local function consumes()
     brokers[1].answers["60.20"] = function(frame)
-      local queue = frame.args:byte(3)
-      consumer_channel, consumer_tag = frame.channel, frame.args:sub(5 + queue, 4 + queue + frame.args:byte(4 + queue))
+      consumer_channel, consumer_tag = frame.channel, scripted.tag(frame)
       return fake.method(frame.channel, 60, 21, short(consumer_tag))
     end
   end
@@ -142,7 +123,7 @@ describe("a host", function()
     local declared = brokers[1].answers["50.10"]
     local refuses = true
     brokers[1].answers["50.10"] = function(frame)
-      if not refuses or times(brokers[1], "50.10") == 1 then return declared(frame) end
+      if not refuses or brokers[1]:times("50.10") == 1 then return declared(frame) end
       return fake.method(frame.channel, 20, 40, u16(406) .. short "PRECONDITION_FAILED" .. u16(50) .. u16(10))
     end
     local store = moonrabbit.dedupe.memory { ttl = 60, max = 10 }
@@ -189,14 +170,21 @@ describe("a host", function()
       eventually(function() return frame end)
       host:stop()
       moonrabbit.sleep(0)
-      local queue = frame.args:byte(3)
-      local tag = frame.args:sub(5 + queue, 4 + queue + frame.args:byte(4 + queue))
-      brokers[1]:say(fake.method(frame.channel, 60, 21, short(tag)))
+      brokers[1]:say(fake.method(frame.channel, 60, 21, short(scripted.tag(frame))))
     end)
     assert.is_true((run(app_of())))
     assert.is_nil(table.concat(log, "\n"):find("trying again", 1, true))
     assert.equal("stopped", host.app.state)
   end)
+
+  -- A message before a reload and one after it.
+  local function around_reload(reload, seen)
+    deliver(1)
+    eventually(function() return #seen == 1 end)
+    reload()
+    deliver(1)
+    eventually(function() return #seen == 2 end)
+  end
 
   it("keeps a canary rolled back where the old script had to start again", function()
     consumes()
@@ -209,13 +197,7 @@ describe("a host", function()
       stable = function() seen[#seen + 1] = "stable" end,
       rollback = { error_rate = 0.1, min = 1 },
     } }
-    run(app, throwing { order_by = in_order }, function(reload)
-      deliver(1)
-      eventually(function() return #seen == 1 end)
-      reload()
-      deliver(1)
-      eventually(function() return #seen == 2 end)
-    end)
+    run(app, throwing { order_by = in_order }, function(reload) around_reload(reload, seen) end)
     assert.same({ "candidate", "stable" }, seen)
   end)
 
@@ -233,13 +215,7 @@ describe("a host", function()
         rollback = { error_rate = 0.1, min = 1 },
       } }
     end
-    run(app "old", app "new", function(reload)
-      deliver(1)
-      eventually(function() return #seen == 1 end)
-      reload()
-      deliver(1)
-      eventually(function() return #seen == 2 end)
-    end)
+    run(app "old", app "new", function(reload) around_reload(reload, seen) end)
     assert.same({ "old candidate", "new stable" }, seen)
   end)
 

@@ -25,19 +25,9 @@ describe("a connection that comes back", function()
     return conn
   end
 
-  local function eventually(fn)
-    local deadline = native.now() + 20
-    while not fn() do
-      assert(native.now() < deadline, "did not happen in time")
-      moonrabbit.sleep(0.002)
-    end
-  end
+  local function eventually(fn) scripted.eventually(fn, 20) end
 
-  local function times(id)
-    local n = 0
-    for _, each in ipairs(other.heard) do n = n + (each == id and 1 or 0) end
-    return n
-  end
+  local function times(id) return other:times(id) end
 
   local function heard_again(id)
     local before = times(id)
@@ -52,11 +42,6 @@ describe("a connection that comes back", function()
 
   local function opened(id) return fake.method(id, 20, 11, fake.long "") end
 
-  local function declared(frame)
-    local name = frame.args:sub(4, 3 + frame.args:byte(3))
-    return fake.method(frame.channel, 50, 11, short(name == "" and "amq.gen-new" or name) .. u32(0) .. u32(0))
-  end
-
   -- The answer to basic.consume (its tag is "c"), with what comes right behind it for the n-th time.
   local function consume_answers(behind)
     local n = 0
@@ -64,7 +49,7 @@ describe("a connection that comes back", function()
       n = n + 1
       return fake.method(frame.channel, 60, 21, short "c") .. (behind[n] and behind[n](frame.channel) or "")
     end
-    other.answers["50.10"] = declared
+    other.answers["50.10"] = scripted.declared
   end
 
   local function a_message(id) return fake.deliver(id, "c", 1, "x") end
@@ -105,7 +90,7 @@ describe("a connection that comes back", function()
     for i = 1, 2 do
       consumers[i] = assert(assert(conn:channel()):consume("q" .. i, { prefetch = 5, tag = "c" }))
     end
-    other.answers["50.10"] = declared
+    other.answers["50.10"] = scripted.declared
     other.answers["60.20"] = function(frame)
       starts = starts + 1
       local answer = fake.method(frame.channel, 60, 21, short "c")
@@ -203,18 +188,22 @@ describe("a connection that comes back", function()
     assert.equal("5001 rotated", logins[#logins])
   end)
 
-  it("goes on at another endpoint when one takes it and then falls silent", function()
-    local ports = ports_asked_for()
-    other.answers["50.10"] = declared
-    connect { endpoints = { "amqp://127.0.0.1:5001", "amqp://127.0.0.1:5002" }, timeout = 0.05 }
-    assert(assert(conn:channel()):queue_declare("q"))
-    other.answers["50.10"] = function(frame) return ports[#ports] == 5002 and declared(frame) or "" end
+  local function comes_back_at_5002(ports)
     moonrabbit.run(function()
       other:cut()
       eventually(function() return ports[3] end)
       assert(conn:wait_open(5))
     end)
     assert.same({ 5001, 5001, 5002 }, ports)
+  end
+
+  it("goes on at another endpoint when one takes it and then falls silent", function()
+    local ports = ports_asked_for()
+    other.answers["50.10"] = scripted.declared
+    connect { endpoints = { "amqp://127.0.0.1:5001", "amqp://127.0.0.1:5002" }, timeout = 0.05 }
+    assert(assert(conn:channel()):queue_declare("q"))
+    other.answers["50.10"] = function(frame) return ports[#ports] == 5002 and scripted.declared(frame) or "" end
+    comes_back_at_5002(ports)
   end)
 
   it("goes on at another endpoint when one takes it and does not open its channels", function()
@@ -225,12 +214,7 @@ describe("a connection that comes back", function()
     other.answers["85.10"] = function(frame)
       return ports[#ports] == 5002 and fake.method(frame.channel, 85, 11) or ""
     end
-    moonrabbit.run(function()
-      other:cut()
-      eventually(function() return ports[3] end)
-      assert(conn:wait_open(5))
-    end)
-    assert.same({ 5001, 5001, 5002 }, ports)
+    comes_back_at_5002(ports)
   end)
 
   it("survives a password function that throws", function()
@@ -392,7 +376,7 @@ describe("a connection that comes back", function()
 
   it("declares nothing when it was closed during an attempt", function()
     connect()
-    other.answers["50.10"] = declared
+    other.answers["50.10"] = scripted.declared
     assert(assert(conn:channel()):queue_declare "q")
     moonrabbit.run(function()
       other.answers["10.40"] = false
@@ -542,7 +526,7 @@ describe("a connection that comes back", function()
 
   it("does not leave an exclusive queue that the broker named while it is there", function()
     connect()
-    other.answers["50.10"] = declared
+    other.answers["50.10"] = scripted.declared
     local ch = assert(conn:channel())
     local name = assert(ch:queue_declare("", { exclusive = true })).queue
     local consumer = assert(ch:consume(name, { tag = "c", prefetch = 5 }))
@@ -560,7 +544,7 @@ describe("a connection that comes back", function()
 
   it("has an exclusive queue named again when a repair finds its name taken", function()
     connect()
-    other.answers["50.10"] = declared
+    other.answers["50.10"] = scripted.declared
     assert(assert(conn:channel()):queue_declare("", { exclusive = true }))
     local asked, renamed = {}, nil
     conn:on("queue_renamed", function(_, new) renamed = new end)

@@ -22,13 +22,7 @@ describe("a connection", function()
     return conn
   end
 
-  local function eventually(fn)
-    local deadline = native.now() + 30
-    while not fn() do
-      assert(native.now() < deadline, "did not happen in time")
-      moonrabbit.sleep(0.005)
-    end
-  end
+  local function eventually(fn) scripted.eventually(fn, 30) end
 
   local function close(code, text) return fake.method(0, 10, 50, u16(code) .. short(text) .. u32(0)) end
 
@@ -308,11 +302,7 @@ describe("a connection", function()
       .. fake.content(channel, body)
   end
 
-  local function heard(id)
-    for _, each in ipairs(other.heard) do
-      if each == id then return true end
-    end
-  end
+  local function heard(id) return other:times(id) > 0 end
 
   it("wakes another one when a task is cancelled that a message has woken", function()
     connect()

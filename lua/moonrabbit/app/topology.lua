@@ -1,6 +1,8 @@
 --- Declares what an app says about exchanges, queues and bindings.
 -- @module moonrabbit.app.topology
 
+local errors = require "moonrabbit.errors"
+
 local topology = {}
 
 local function with(arguments, name, value)
@@ -61,10 +63,9 @@ local methods = {
 
 -- An error that says what it is about; the given one may be its connection's, which others are told too.
 local function about(err, step)
-  local own = {}
-  for name, value in pairs(err) do own[name] = value end
+  local own = errors.copy(err)
   own.message = ("%s '%s': %s"):format(step[1]:gsub("_", " "), step[2], err.message)
-  return setmetatable(own, getmetatable(err))
+  return own
 end
 
 --- Declares them.

@@ -9,6 +9,7 @@
 -- A message that is retried in the process is a batch of its own then.
 -- @module moonrabbit.app.flow.batch
 
+local errors = require "moonrabbit.errors"
 local failure = require "moonrabbit.app.failure"
 
 ---@class moonrabbit.app.Batch
@@ -52,13 +53,6 @@ local function of_result(result)
   return failed, asked
 end
 
--- A failure belongs to one message: the attempt is noted in it.
-local function own(failed)
-  local copy = {}
-  for key, value in pairs(failed) do copy[key] = value end
-  return setmetatable(copy, getmetatable(failed))
-end
-
 -- ---- Running ----------------------------------------------------------------------------------------
 
 local execute
@@ -66,11 +60,7 @@ local execute
 -- Concludes one message; a retry in the process is a batch of one.
 local function conclude(runner, job, failed, asked)
   local again = runner:conclude(job, failed, asked)
-  if not again then return runner:finish(job) end
-  if not runner:rest(job, again) then
-    runner:put_back(job)
-    return runner:finish(job)
-  end
+  if not again or not runner:rested(job, again) then return runner:finish(job) end
   if job.reclaim and not runner:reclaimed(job) then return end
   execute(runner, { job })
 end
@@ -81,7 +71,8 @@ local function conclude_all(runner, run, failed, asked, results)
     local f, a = failed, asked
     if results then f, a = of_result(results[i]) end
     if f or a then
-      runner.runtime.spawn(conclude, runner, job, f and own(f), a)
+      -- A failure belongs to one message: the attempt is noted in it.
+      runner.runtime.spawn(conclude, runner, job, f and errors.copy(f), a)
     else
       conclude(runner, job)
     end

@@ -292,14 +292,9 @@ function Runner:go_on(job, failed, asked)
       return self:finish(job)
     end
     local again = self:conclude(job, failed, asked)
-    if not again then return self:finish(job) end
-    if not self:rest(job, again) then
-      failed = STOPPED
-    elseif job.reclaim and not self:reclaimed(job) then
-      return
-    else
-      failed, asked = self:attempt(job)
-    end
+    if not again or not self:rested(job, again) then return self:finish(job) end
+    if job.reclaim and not self:reclaimed(job) then return end
+    failed, asked = self:attempt(job)
   end
 end
 
@@ -314,8 +309,7 @@ local function claimed(self, job, ...)
   else
     job.started = self.now()
     local again = self:conclude(job, state)
-    if again and self:rest(job, again) then return self:reclaimed(job) end
-    if again then self:put_back(job) end
+    if again and self:rested(job, again) then return self:reclaimed(job) end
   end
   self:finish(job)
   return false
@@ -337,15 +331,10 @@ end
 
 -- What cannot be put in its order does not run, however often it is tried.
 local function without_order(self, job, problem)
-  local again
   repeat
     job.started = self.now()
-    again = self:conclude(job, failure.new("error", problem))
-    if again and not self:rest(job, again) then
-      self:put_back(job)
-      again = nil
-    end
-  until not again
+    local again = self:conclude(job, failure.new("error", problem))
+  until not again or not self:rested(job, again)
   return self:finish(job)
 end
 

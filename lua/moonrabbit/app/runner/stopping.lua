@@ -28,8 +28,9 @@ end
 ---@return boolean
 function Runner:is_caller()
   local task = self.current()
+  if task == nil then return false end
   for job in pairs(self.jobs) do
-    if task ~= nil and job.task == task and not job.over then return true end
+    if job.task == task and not job.over then return true end
   end
   return false
 end

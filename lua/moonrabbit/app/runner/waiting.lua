@@ -59,4 +59,15 @@ function Runner:rest(job, seconds, breaker)
   return goes_on and (job.batch or self.settle.outstanding(job.message) ~= nil)
 end
 
+--- Waits until a job is to run again. False: it does not, and its message has been given back.
+---@package
+---@param job table
+---@param seconds number
+---@return boolean
+function Runner:rested(job, seconds)
+  if self:rest(job, seconds) then return true end
+  self:put_back(job)
+  return false
+end
+
 return Runner
